@@ -1,0 +1,174 @@
+"""Models on disk: safetensors and JSON, read with every key checked and written atomically. No
+training state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+
+from fastddpm.diffusion import Diffusion
+from fastddpm.unet import UNet
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+BUNDLED = Path(__file__).parent / "checkpoints"
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Any]:
+    """A binary file that takes the name `path` only when it was written whole and is on the disk.
+
+    Whatever happens before that, a file that was there stays as it was.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    _fsync_folder(path.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_tensors(
+    path: str | os.PathLike,
+    tensors: dict[str, torch.Tensor],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write a safetensors file atomically."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as file:
+        file.write(safetensors_bytes(contiguous, metadata))
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; ValueError names a file that is missing, cut or
+    not one.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """A JSON object; ValueError names the file."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a readable JSON file: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(content).__name__}")
+    return content
+
+
+def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
+    """Write a JSON object atomically."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def load_weights(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str | os.PathLike
+) -> None:
+    """Copy `weights` into `model`; ValueError names the first key that is missing, unknown or of
+    another shape.
+    """
+    own = model.state_dict()
+    if missing := sorted(own.keys() - weights.keys()):
+        raise ValueError(
+            f"{source} lacks {len(missing)} of {len(own)} keys, the first: {missing[0]}"
+        )
+    if unknown := sorted(weights.keys() - own.keys()):
+        raise ValueError(f"{source} has {len(unknown)} unknown keys, the first: {unknown[0]}")
+    for name, tensor in own.items():
+        if weights[name].shape != tensor.shape:
+            got, expected = tuple(weights[name].shape), tuple(tensor.shape)
+            raise ValueError(f"{source}: {name} has shape {got}; this model's is {expected}")
+    model.load_state_dict(weights)
+
+
+def save_model(
+    model: UNet, folder: str | os.PathLike, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write the model's config.json and model.safetensors (or `weights` in its place) into
+    `folder`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS, model.state_dict() if weights is None else weights)
+    write_json(
+        folder / CONFIG,
+        {"format": "fastddpm", "unet": model.config, "diffusion": model.diffusion.to_config()},
+    )
+
+
+def build_model(config: dict[str, Any], source: str | os.PathLike) -> UNet:
+    """The UNet of a config.json's content, with fresh weights."""
+    for name in ("unet", "diffusion"):
+        if not isinstance(config.get(name), dict):
+            raise ValueError(f"{source}: the object {name!r} is missing")
+    try:
+        return UNet(**config["unet"], diffusion=Diffusion.from_config(config["diffusion"]))
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def bundled_models() -> list[str]:
+    """The names that come with the package."""
+    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
+
+
+def load_model(source: str | os.PathLike, **options: Any) -> UNet:
+    """A UNet in eval mode from a bundled name, a folder of `save_model` or a diffusers folder.
+
+    options go to the diffusers loader. Raises FileNotFoundError or ValueError, naming what is
+    wrong."""
+    if str(source) in bundled_models():
+        source = BUNDLED / source
+    folder = Path(source)
+    if not (folder / CONFIG).is_file():
+        what = "no such folder" if not folder.is_dir() else f"no {CONFIG} in it"
+        raise FileNotFoundError(
+            f"model {str(source)!r}: {what}; give a folder with {CONFIG} and {WEIGHTS}, or one of "
+            f"the bundled names: {', '.join(bundled_models()) or 'none'}"
+        )
+    config = read_json(folder / CONFIG)
+    loader: Callable[..., UNet]
+    if config.get("format") == "fastddpm":
+        model = build_model(config, folder / CONFIG)
+        load_weights(model, read_tensors(folder / WEIGHTS)[0], folder / WEIGHTS)
+    else:
+        from fastddpm.integrations.diffusers import load_folder as loader
+
+        model = loader(folder, config, **options)
+    return model.eval()

@@ -1,0 +1,372 @@
+"""The paper's U-Net (Appendix B): modules, presets and nothing about diffusion beyond `forward(x,
+t)`.
+
+Module names follow the widely used PyTorch port of the paper's code (down.0.block.1.conv1,
+mid.attn_1, ...), except that q, k and v are one `qkv`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastddpm import ops
+from fastddpm.diffusion import Diffusion
+
+
+def timestep_embedding(
+    t: torch.Tensor, dim: int, *, freq_shift: float = 1, flip_sin_to_cos: bool = False
+) -> torch.Tensor:
+    """(N,) -> (N, dim) float32 sinusoids [sin | cos] of t / 10000^(i / (dim/2 - freq_shift)), i <
+    dim/2.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponent)
+    parts = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return F.pad(torch.cat(parts, dim=1), (0, dim % 2))
+
+
+def _init(layer: nn.Module, scale: float = 1.0) -> Any:
+    """The paper's initialiser: uniform, variance scaling by fan average; biases 0. scale = 0 means
+    1e-10.
+    """
+    nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale or 1e-10))
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _conv(
+    c_in: int, c_out: int, size: int = 3, *, stride: int = 1, padding: int | None = None, scale=1.0
+):
+    padding = size // 2 if padding is None else padding
+    return _init(nn.Conv2d(c_in, c_out, size, stride=stride, padding=padding), scale)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm, then SiLU unless silu=False, as one op."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class ResnetBlock(nn.Module):
+    """x -> shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) +
+    temb_proj(silu(temb)))))).
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, temb_channels: int, num_groups: int, eps: float, dropout: float
+    ):
+        super().__init__()
+        self.norm1 = GroupNorm(num_groups, c_in, eps)
+        self.conv1 = _conv(c_in, c_out)
+        self.temb_proj = _init(nn.Linear(temb_channels, c_out))
+        self.norm2 = GroupNorm(num_groups, c_out, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _conv(c_out, c_out, scale=0.0)
+        if c_in != c_out:
+            self.nin_shortcut = _conv(c_in, c_out, 1)
+
+    def forward(self, x: torch.Tensor, silu_temb: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(self.norm1(x))
+        h = h + self.temb_proj(silu_temb)[:, :, None, None]
+        h = self.conv2(self.dropout(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttentionBlock(nn.Module):
+    """x + proj_out(softmax(q k^T / sqrt(d)) v) over all positions, q, k, v from GroupNorm(x)."""
+
+    def __init__(self, channels: int, num_groups: int, eps: float, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.GroupNorm(num_groups, channels, eps)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        for part in self.qkv.weight.detach().chunk(3):
+            nn.init.xavier_uniform_(part)
+        nn.init.zeros_(self.qkv.bias)
+        self.proj_out = _init(nn.Linear(channels, channels), scale=0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.attention_block(
+            x,
+            self.norm.num_groups,
+            self.norm.weight,
+            self.norm.bias,
+            self.qkv.weight,
+            self.qkv.bias,
+            self.proj_out.weight,
+            self.proj_out.bias,
+            num_heads=self.num_heads,
+            eps=self.norm.eps,
+        )
+
+
+class Downsample(nn.Module):
+    """Halve by a stride-2 3x3 convolution; padding 0 means one row and column after the end only
+    (TF's SAME).
+    """
+
+    def __init__(self, channels: int, padding: int):
+        super().__init__()
+        self.conv = _conv(channels, channels, stride=2, padding=padding)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.conv.padding == (0, 0) else x)
+
+
+class Upsample(nn.Module):
+    """Double by nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = _conv(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """The U-Net of DDPM, Appendix B: eps(x_t, t) for (N, in_channels, H, W) x and (N,) integer t.
+
+    Any H and W that len(channel_mult) - 1 halvings divide. Returns (N, out_channels, H, W) in x's
+    dtype. Raises ValueError for an option or an input that does not fit, naming it and what is
+    allowed. `diffusion` is the process the weights were trained for; `fastddpm.sample` uses it
+    unless told otherwise."""
+
+    def __init__(
+        self,
+        *,
+        image_size: int | Sequence[int] = 32,         # H = W, or (H, W): what `sample` draws
+        in_channels: int = 3,                         # channels of x
+        out_channels: int | None = None,              # None: in_channels, twice it for variance="learned"
+        channels: int = 128,                          # channels of the first level
+        channel_mult: Sequence[int] = (1, 2, 2, 2),   # channels of each level, times `channels`
+        num_res_blocks: int = 2,                      # residual blocks a level
+        attention_levels: Sequence[int] = (1,),       # levels with attention, 0 the widest
+        head_dim: int | None = None,                  # channels an attention head; None: one head
+        num_groups: int = 32,                         # groups of every GroupNorm
+        norm_eps: float = 1e-6,                       # epsilon of every GroupNorm
+        dropout: float = 0.0,                         # before each block's second convolution
+        downsample_padding: int = 0,                  # 0: after the end only (the paper); 1: both ends
+        freq_shift: float = 1,                        # of the time embedding: 1 (the paper) or 0
+        flip_sin_to_cos: bool = False,                # its order: [cos | sin], not [sin | cos]
+        diffusion: Diffusion | None = None,           # what it is trained for; None: Diffusion()
+    ):  # fmt: skip
+        super().__init__()
+        self.diffusion = diffusion or Diffusion()
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        outputs = 2 if self.diffusion.variance == "learned" else 1
+        self.config: dict[str, Any] = {
+            "image_size": list(size),
+            "in_channels": in_channels,
+            "out_channels": out_channels or in_channels * outputs,
+            "channels": channels,
+            "channel_mult": list(channel_mult),
+            "num_res_blocks": num_res_blocks,
+            "attention_levels": sorted(set(attention_levels)),
+            "head_dim": head_dim,
+            "num_groups": num_groups,
+            "norm_eps": norm_eps,
+            "dropout": dropout,
+            "downsample_padding": downsample_padding,
+            "freq_shift": freq_shift,
+            "flip_sin_to_cos": flip_sin_to_cos,
+        }
+        _check_config(self.config)
+        self.in_channels, self.image_size = in_channels, size
+        widths = [channels * m for m in channel_mult]
+        temb = 4 * channels
+        levels = len(widths)
+
+        def resnet(c_in: int, c_out: int) -> ResnetBlock:
+            return ResnetBlock(c_in, c_out, temb, num_groups, norm_eps, dropout)
+
+        def attention(c: int) -> AttentionBlock:
+            return AttentionBlock(c, num_groups, norm_eps, c // (head_dim or c))
+
+        self.temb = nn.Module()
+        self.temb.dense = nn.ModuleList(
+            [_init(nn.Linear(channels, temb)), _init(nn.Linear(temb, temb))]
+        )
+        self.conv_in = _conv(in_channels, channels)
+
+        skips, c = [channels], channels
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            level = nn.Module()
+            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(num_res_blocks):
+                level.block.append(resnet(c, width))
+                c = width
+                if i in attention_levels:
+                    level.attn.append(attention(c))
+                skips.append(c)
+            if i < levels - 1:
+                level.downsample = Downsample(c, downsample_padding)
+                skips.append(c)
+            self.down.append(level)
+
+        self.mid = nn.Module()
+        self.mid.block_1, self.mid.attn_1, self.mid.block_2 = (
+            resnet(c, c),
+            attention(c),
+            resnet(c, c),
+        )
+
+        up: list[nn.Module] = []
+        for i, width in reversed(list(enumerate(widths))):
+            level = nn.Module()
+            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(num_res_blocks + 1):
+                level.block.append(resnet(c + skips.pop(), width))
+                c = width
+                if i in attention_levels:
+                    level.attn.append(attention(c))
+            if i > 0:
+                level.upsample = Upsample(c)
+            up.insert(0, level)
+        self.up = nn.ModuleList(up)
+
+        self.norm_out = GroupNorm(num_groups, c, norm_eps)
+        self.conv_out = _conv(c, self.config["out_channels"], scale=0.0)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The model's output for x_t (N, C, H, W) at the 0-based steps t (N,)."""
+        self._check_input(x, t)
+        dtype = self.conv_in.weight.dtype
+        config = self.config
+        temb = timestep_embedding(
+            t,
+            config["channels"],
+            freq_shift=config["freq_shift"],
+            flip_sin_to_cos=config["flip_sin_to_cos"],
+        )
+        dense = self.temb.dense
+        temb = F.silu(dense[1](F.silu(dense[0](temb.to(dtype)))))
+
+        h = self.conv_in(x.to(dtype, memory_format=torch.channels_last))
+        skips = [h]
+        for level in self.down:
+            for j, block in enumerate(level.block):
+                h = block(h, temb)
+                if level.attn:
+                    h = level.attn[j](h)
+                skips.append(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+                skips.append(h)
+
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h, temb)), temb)
+
+        for level in reversed(self.up):
+            for j, block in enumerate(level.block):
+                h = block(torch.cat((h, skips.pop()), dim=1), temb)
+                if level.attn:
+                    h = level.attn[j](h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(self.norm_out(h)).to(x.dtype)
+
+    def _check_input(self, x: torch.Tensor, t: torch.Tensor) -> None:
+        halvings = 2 ** (len(self.config["channel_mult"]) - 1)
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must be (N, {self.in_channels}, H, W); got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"x must be a float tensor; got {x.dtype}")
+        if x.shape[2] % halvings or x.shape[3] % halvings:
+            raise ValueError(
+                f"H and W must be multiples of {halvings} here; got {x.shape[2]}x{x.shape[3]}"
+            )
+        if t.shape != x.shape[:1]:
+            raise ValueError(
+                f"t must be ({x.shape[0]},), a step for each image; got shape {tuple(t.shape)}"
+            )
+
+    # ---- the paper's models ---------------------------------------------------------------------
+
+    @classmethod
+    def cifar10(cls, **options: Any) -> UNet:
+        """CIFAR-10, 32x32: 35,746,307 parameters."""
+        return cls(**{"image_size": 32, "dropout": 0.1, **options})
+
+    @classmethod
+    def celebahq256(cls, **options: Any) -> UNet:
+        """CelebA-HQ and LSUN, 256x256: 113,673,219 parameters."""
+        mult = (1, 1, 2, 2, 4, 4)
+        return cls(**{"image_size": 256, "channel_mult": mult, "attention_levels": (4,), **options})
+
+    lsun256 = celebahq256
+
+    @classmethod
+    def lsun256_large(cls, **options: Any) -> UNet:
+        """The large LSUN Bedroom model, 256x256: the same with 192 channels, 255,677,955
+        parameters.
+        """
+        return cls.celebahq256(**{"channels": 192, **options})
+
+    # ---- files ----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, source: str, **options: Any) -> UNet:
+        """A model by name ("fashion-mnist", bundled), from a folder of `save_pretrained`, or from a
+        diffusers folder.
+
+        Returned in eval mode, float32, channels_last, on the CPU. See
+        `fastddpm.checkpoint.load_model`."""
+        from fastddpm.checkpoint import load_model
+
+        return load_model(source, **options)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write config.json and model.safetensors into `folder`, each atomically."""
+        from fastddpm.checkpoint import save_model
+
+        save_model(self, folder)
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Raise the ValueError that names the first option that cannot be."""
+
+    def positive_int(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    for name in ("in_channels", "out_channels", "channels", "num_res_blocks", "num_groups"):
+        if not positive_int(config[name]):
+            raise ValueError(f"{name} must be a positive integer; got {config[name]!r}")
+    for name in ("channel_mult", "image_size"):
+        if not config[name] or not all(map(positive_int, config[name])):
+            raise ValueError(f"{name} must be positive integers; got {config[name]!r}")
+    mult, size = config["channel_mult"], config["image_size"]
+    if len(size) != 2:
+        raise ValueError(f"image_size must be an integer or (H, W); got {size!r}")
+    if any(s % 2 ** (len(mult) - 1) for s in size):
+        raise ValueError(
+            f"image_size must be a multiple of {2 ** (len(mult) - 1)} "
+            f"for {len(mult)} levels; got {size!r}"
+        )
+    if any(not 0 <= level < len(mult) for level in config["attention_levels"]):
+        raise ValueError(
+            f"attention_levels must lie in 0 .. {len(mult) - 1}; got {config['attention_levels']!r}"
+        )
+    widths = [config["channels"] * m for m in mult]
+    if bad := [w for w in {config["channels"], *widths} if w % config["num_groups"]]:
+        raise ValueError(
+            f"num_groups must divide every width; {config['num_groups']} does not divide {bad[0]}"
+        )
+    attended = {widths[-1], *(widths[level] for level in config["attention_levels"])}
+    if config["head_dim"] and (bad := [w for w in attended if w % config["head_dim"]]):
+        raise ValueError(
+            f"head_dim must divide every attention width; "
+            f"{config['head_dim']} does not divide {bad[0]}"
+        )
+    if not 0 <= config["dropout"] < 1:
+        raise ValueError(f"dropout must lie in [0, 1); got {config['dropout']!r}")
+    if config["downsample_padding"] not in (0, 1):
+        raise ValueError(f"downsample_padding must be 0 or 1; got {config['downsample_padding']!r}")
