@@ -1,0 +1,106 @@
+"""The engine that runs any model: one Python call of the model and one fused posterior step a
+step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastddpm.diffusion import Diffusion, Model
+from fastddpm.precision import autocast, resolve_precision
+from fastddpm.schedule import Sampler
+from fastddpm.unet import UNet
+
+OnStep = Callable[[int, torch.Tensor, Callable[[], torch.Tensor]], None]
+
+
+class Eager:
+    """Algorithm 2 around any callable (x_t, t) -> output.
+
+    precision "bf16": a UNet runs as a bfloat16 copy, any other module under autocast; "auto" is
+    bf16 for a UNet where the hardware multiplies it, float32 for everything else. x_t and the
+    update stay float32."""
+
+    name = "eager"
+
+    def __init__(
+        self,
+        model: Model,
+        diffusion: Diffusion,
+        *,
+        device: torch.device,
+        precision: str = "auto",
+        sampler: Sampler = "ddpm",
+        eta: float = 0.0,
+        clip: bool = True,
+    ):
+        if precision == "auto" and not isinstance(model, UNet):
+            precision = "fp32"
+        self.precision = resolve_precision(precision, device)
+        self.diffusion, self.device = diffusion, device
+        self.step_options = {"sampler": sampler, "eta": eta, "clip": clip}
+        self.model, self._context = model, contextlib.nullcontext
+        if isinstance(model, UNet) and self.precision == "bf16":
+            self.model = copy.deepcopy(model).to(device, torch.bfloat16).eval()
+        elif self.precision == "bf16":
+            self._context = lambda: autocast("bf16", device)
+
+    @torch.no_grad()
+    def run(
+        self,
+        xt: torch.Tensor,
+        *,
+        seed: int,
+        sample_index: torch.Tensor,
+        start: int | None = None,
+        stop: int = 0,
+        on_step: OnStep | None = None,
+    ) -> torch.Tensor:
+        """Take x from chain index `start` (None: T) down to `stop` (DDPM Algorithm 2, lines 2 to
+        5).
+
+        xt: (N, C, H, W) float32, left as it is;  sample_index: (N,) int64, whose noise each sample
+            takes.
+        on_step(i, x, x0): after the step at chain index i, with its result and a function for the
+        x0 prediction."""
+        diffusion = self.diffusion
+        with evaluating(self.model):
+            for i in reversed(range(stop, diffusion.T if start is None else start)):
+                t = torch.full((xt.shape[0],), i, dtype=torch.int64, device=self.device)
+                output = self._output(xt, diffusion.model_t(t))
+                x = diffusion.p_step(
+                    xt, output, t, seed=seed, sample_index=sample_index, **self.step_options
+                )
+                if on_step is not None:
+                    on_step(i, x, functools.partial(diffusion.predict_x0, xt, output, t))
+                xt = x
+        return xt
+
+    def _output(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with self._context():
+            output = self.model(x, t)
+        output = getattr(output, "sample", output)
+        channels = x.shape[1] * (2 if self.diffusion.variance == "learned" else 1)
+        expected = (x.shape[0], channels, *x.shape[2:])
+        if not isinstance(output, torch.Tensor) or output.shape != expected:
+            got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+            raise ValueError(f"the model must return a tensor of shape {expected} here; got {got}")
+        return output.float()
+
+
+@contextlib.contextmanager
+def evaluating(model: Model) -> Iterator[None]:
+    """The module in eval mode, and back in the mode it was."""
+    if not isinstance(model, torch.nn.Module) or not model.training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()

@@ -1,0 +1,140 @@
+"""What people look at and where it goes: image grids, the loss plot, samples as png, npz or a
+folder. No models.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastddpm.checkpoint import atomic_write
+
+FORMATS = (
+    "a .png file (a grid), a .npz file (uint8 array `images`, NHWC) or a folder (one .png an image)"
+)
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] -> 0 .. 255, rounded and clipped; uint8 as it is."""
+    if images.dtype == torch.uint8:
+        return images
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """(C, H, W) with 1 or 3 channels -> a grey or RGB image; of other counts the first channel."""
+    array = to_uint8(image).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array if array.shape[2] == 3 else array[:, :, 0])
+
+
+def grid(
+    images: torch.Tensor, columns: int | None = None, *, padding: int = 2, min_width: int = 600
+) -> Image.Image:
+    """(n, C, H, W) -> one picture, row by row, on white; small pictures are enlarged by a whole
+    factor.
+    """
+    n, _, h, w = images.shape
+    columns = min(n, columns or math.ceil(math.sqrt(n)))
+    rows = math.ceil(n / columns)
+    canvas = Image.new(
+        "RGB" if images.shape[1] == 3 else "L",
+        (columns * (w + padding) + padding, rows * (h + padding) + padding),
+        255 if images.shape[1] != 3 else (255, 255, 255),
+    )
+    for k, image in enumerate(images):
+        row, column = divmod(k, columns)
+        canvas.paste(
+            to_pil(image), (padding + column * (w + padding), padding + row * (h + padding))
+        )
+    factor = max(1, min(8, round(min_width / canvas.width)))
+    return canvas.resize((canvas.width * factor, canvas.height * factor), Image.Resampling.NEAREST)
+
+
+def save_image(image: Image.Image, path: str | os.PathLike) -> None:
+    """Write a .png atomically."""
+    with atomic_write(path) as file:
+        image.save(file, format="PNG")
+
+
+def check_output(path: str | os.PathLike, *, kinds: Sequence[str] = (".png", ".npz", "")) -> Path:
+    """The path, if samples can be written there; ValueError or OSError before anything is computed.
+
+    Nothing is left behind. A path without a suffix, or an existing folder, is a folder.
+    """
+    path = Path(path)
+    suffix = "" if path.is_dir() else path.suffix.lower()
+    if suffix not in kinds:
+        allowed = FORMATS if "" in kinds else " or ".join(kinds)
+        raise ValueError(f"output {str(path)!r}: give {allowed}")
+    folder = path if suffix == "" else path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"output {str(path)!r}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"output {str(path)!r}: {folder} can't be written to")
+    return path
+
+
+def save_samples(
+    images: torch.Tensor,
+    path: str | os.PathLike,
+    *,
+    first_index: int = 0,
+    columns: int | None = None,
+) -> Path:
+    """Write images as FORMATS says; files appear whole or not at all."""
+    path = check_output(path)
+    if path.suffix.lower() == ".png" and not path.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(grid(images, columns), path)
+    elif path.suffix.lower() == ".npz" and not path.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.savez(buffer, images=to_uint8(images).permute(0, 2, 3, 1).cpu().numpy())
+        with atomic_write(path) as file:
+            file.write(buffer.getvalue())
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        for k, image in enumerate(images):
+            save_image(to_pil(image), path / f"{first_index + k:06d}.png")
+    return path
+
+
+def loss_plot(
+    path: str | os.PathLike, steps: Sequence[int], losses: Sequence[float], ylabel: str
+) -> None:
+    """Write the plot of a training run's loss."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(steps, losses, linewidth=1)
+    axes.set(xlabel="step", ylabel=ylabel, title="training loss")
+    if len(losses) > 1 and min(losses) > 0:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def read_image(path: str | os.PathLike, size: Sequence[int], channels: int | None) -> torch.Tensor:
+    """An image file as (C, H, W) uint8 by the resize rule of `fastddpm.data`; ValueError names the
+    file.
+    """
+    from fastddpm.data import decode_image
+
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}") from None
+    return decode_image(content, str(path), size=tuple(size), channels=channels)

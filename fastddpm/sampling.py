@@ -1,0 +1,278 @@
+"""Algorithm 2 and what the paper draws with it: samples, progressive samples, shared latents,
+interpolations.
+
+Sample k of a seed is a function of (model, seed, k): its noise does not depend on n, batch_size or
+the rest."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from tqdm import tqdm
+
+from fastddpm import ops, reference
+from fastddpm.diffusion import Diffusion, Model
+from fastddpm.engine import make_engine
+from fastddpm.engine.eager import Eager, OnStep
+from fastddpm.schedule import Sampler, check_count
+
+MAX_BATCH = 64
+
+
+def sample(
+    model: Model,
+    n: int = 256,
+    *,
+    seed: int = 0,
+    first_index: int = 0,
+    shape: Sequence[int] | None = None,
+    diffusion: Diffusion | None = None,
+    steps: int | None = None,
+    sampler: Sampler = "ddpm",
+    eta: float = 0.0,
+    clip: bool = True,
+    batch_size: int | None = None,
+    precision: str = "auto",
+    engine: str = "auto",
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> torch.Tensor:
+    """Draw n images by the reverse process (DDPM Algorithm 2); (n, C, H, W) float32 in about [-1,
+    1], on `device`.
+
+    model:       a UNet or any callable (x_t, t) -> output of what `diffusion` says it predicts
+    first_index: draws samples first_index .. first_index + n - 1 of this seed, so that a set can be
+                 continued
+    shape:       (C, H, W) of one image; None: the model's own
+    steps:       a shorter chain of evenly strided steps (None: all T)
+    sampler:     "ddpm", or "ddim" with noise eta (0: deterministic given x_T); same seed, same x_T
+                 for both
+    clip:        clip the x0 prediction to [-1, 1] in every step, as the paper does
+    precision:   "fp32", "bf16" or "auto";  engine: "eager" or "auto"
+
+    Raises ValueError for anything that does not fit, FloatingPointError when a sample is not
+    finite."""
+    chain = _Chain(model, shape, diffusion, steps, sampler, eta, clip, precision, engine, device)
+    batches = _batches(n, batch_size, first_index)
+    images = []
+    with _bar(n, len(batches) * chain.T, progress) as tick:
+        for index in batches:
+            images.append(chain.draw(seed, index, on_step=tick))
+    return _finite(torch.cat(images))
+
+
+def sample_progressive(
+    model: Model,
+    n: int = 8,
+    *,
+    frames: int = 10,
+    seed: int = 0,
+    first_index: int = 0,
+    progress: bool = True,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Samples and how they came to be: the x0 predictions over time (DDPM Fig. 6, Section 4.3).
+
+    Returns (samples (n, C, H, W), x0 predictions (frames, n, C, H, W), the model's steps t they
+    were made at), evenly spaced from T - 1 to 0. options: those of `sample` but batch_size."""
+    check_count("frames", frames)
+    chain = _Chain(model, **options)
+    keep = {round(k) for k in torch.linspace(chain.T - 1, 0, min(frames, chain.T)).tolist()}
+    predictions: dict[int, list[torch.Tensor]] = {i: [] for i in sorted(keep, reverse=True)}
+    batches = _batches(n, None, first_index)
+    images = []
+    with _bar(n, len(batches) * chain.T, progress) as tick:
+
+        def on_step(i, x, x0):
+            tick(i, x, x0)
+            if i in predictions:
+                predictions[i].append(x0())
+
+        for index in batches:
+            images.append(chain.draw(seed, index, on_step=on_step))
+    times = [int(chain.diffusion.schedule.timesteps[i]) for i in predictions]
+    return (
+        _finite(torch.cat(images)),
+        torch.stack([torch.cat(p) for p in predictions.values()]),
+        times,
+    )
+
+
+def sample_shared_latent(
+    model: Model,
+    n: int = 8,
+    *,
+    t: Sequence[int] = (1000, 750, 500, 250),
+    seed: int = 0,
+    first_index: int = 0,
+    progress: bool = True,
+    **options,
+) -> torch.Tensor:
+    """Samples that share x_t and differ below it (DDPM Fig. 7); (len(t), n, C, H, W).
+
+    Row k: n draws of p(x_0 | x_t) at the paper's t[k] (t = T shares only x_T), where x_t lies on
+           the way to
+    the sample `first_index`, whose own noise the first draw of each row follows.
+    """
+    check_count("n", n)
+    chain = _Chain(model, **options)
+    if not t or any(not 1 <= k <= chain.T for k in t):
+        raise ValueError(f"t must be steps in 1 .. {chain.T}; got {tuple(t)}")
+    index = torch.arange(first_index, first_index + n, device=chain.device)
+    rows: dict[int, torch.Tensor] = {}
+    x, at = chain.prior(seed, index[:1]), chain.T
+    total = chain.T - min(t) + sum(set(t))
+    with _bar(n * len(t), total, progress) as tick:
+        run = chain.engine.run
+        for level in sorted(set(t), reverse=True):
+            x = run(x, seed=seed, sample_index=index[:1], start=at, stop=level, on_step=tick)
+            at = level
+            shared = x.expand(n, -1, -1, -1)
+            rows[level] = run(shared, seed=seed, sample_index=index, start=level, on_step=tick)
+    return _finite(torch.stack([rows[level] for level in t]))
+
+
+def interpolate(
+    model: Model,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    n: int = 9,
+    t: int | Sequence[int] = 500,
+    seed: int = 0,
+    progress: bool = True,
+    **options,
+) -> torch.Tensor:
+    """Decode mixtures (1 - l) x_t + l x'_t of two images' latents, l = 0 .. 1 (DDPM Section 4.4,
+    Fig. 8, 9).
+
+    a, b: (C, H, W) uint8 or float in [-1, 1];  t: the paper's step count of the latents, or several
+          for Fig. 9.
+    All mixtures share the noise of the way up and of the way down. Returns (n, C, H, W), or
+    (len(t), n, C, H, W) for several t.
+    """
+    check_count("n", n)
+    if a.shape != b.shape or a.dim() != 3:
+        raise ValueError(
+            f"a and b must be (C, H, W) alike; got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    chain = _Chain(model, **{"shape": tuple(a.shape), **options})
+    levels = [t] if isinstance(t, int) else list(t)
+    if not levels or any(not 0 <= k <= chain.T for k in levels):
+        raise ValueError(f"t must be steps in 0 .. {chain.T}; got {t}")
+    x0 = torch.stack((a, b)).to(chain.device)
+    x0 = reference.to_unit(x0) if x0.dtype == torch.uint8 else x0.float()
+    pair = torch.arange(2, device=chain.device)
+    weight = torch.linspace(0, 1, n, device=chain.device)[:, None, None, None]
+    shared = torch.full((n,), 2, dtype=torch.int64, device=chain.device)
+    rows = []
+    with _bar(n * len(levels), sum(levels), progress) as tick:
+        for level in levels:
+            xt = x0
+            if level:
+                at = torch.full((2,), level - 1, dtype=torch.int64, device=chain.device)
+                eps = ops.randn(
+                    x0.shape, seed=seed, step=chain.diffusion.model_t(at), sample_index=pair
+                )
+                xt = chain.diffusion.q_sample(x0, at, eps)
+            mixed = (1 - weight) * xt[0] + weight * xt[1]
+            rows.append(
+                chain.engine.run(mixed, seed=seed, sample_index=shared, start=level, on_step=tick)
+            )
+    images = _finite(torch.stack(rows))
+    return images[0] if isinstance(t, int) else images
+
+
+class _Chain:
+    """What every function above needs: the engine, the process over `steps` steps, the device and
+    the shape.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        shape: Sequence[int] | None = None,
+        diffusion: Diffusion | None = None,
+        steps: int | None = None,
+        sampler: Sampler = "ddpm",
+        eta: float = 0.0,
+        clip: bool = True,
+        precision: str = "auto",
+        engine: str = "auto",
+        device: torch.device | str | None = None,
+    ):
+        if not callable(model):
+            raise ValueError(
+                f"model must be a callable (x_t, t) -> output; got {type(model).__name__}"
+            )
+        parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+        own = torch.device("cpu") if parameter is None else parameter.device
+        self.device = own if device is None else torch.device(device)
+        if parameter is not None and self.device.type != own.type:
+            raise ValueError(
+                f"the model is on {own} and device is {self.device}: move the model first"
+            )
+        if shape is None:
+            size = getattr(model, "image_size", None)
+            if size is None:
+                raise ValueError("shape=(C, H, W) is needed for a model that has no image_size")
+            shape = (model.in_channels, *size)
+        if len(shape) != 3 or any(not isinstance(s, int) or s < 1 for s in shape):
+            raise ValueError(
+                f"shape must be (C, H, W), three positive integers; got {tuple(shape)}"
+            )
+        self.shape = tuple(shape)
+        full = diffusion or getattr(model, "diffusion", None) or Diffusion()
+        if not isinstance(full, Diffusion):
+            raise ValueError(f"diffusion must be a fastddpm.Diffusion; got {type(full).__name__}")
+        self.diffusion = full.respace(steps)
+        self.T = self.diffusion.T
+        self.diffusion.table(self.device, sampler=sampler, eta=eta)
+        self.engine: Eager = make_engine(
+            engine,
+            model,
+            self.diffusion,
+            device=self.device,
+            precision=precision,
+            sampler=sampler,
+            eta=eta,
+            clip=clip,
+        )
+
+    def prior(self, seed: int, index: torch.Tensor) -> torch.Tensor:
+        """x_T ~ N(0, I), the same for every chain length and sampler."""
+        step = self.diffusion.schedule.full_steps
+        return ops.randn((len(index), *self.shape), seed=seed, step=step, sample_index=index)
+
+    def draw(self, seed: int, index: torch.Tensor, on_step: OnStep) -> torch.Tensor:
+        """x_0 of the samples `index`."""
+        index = index.to(self.device)
+        return self.engine.run(
+            self.prior(seed, index), seed=seed, sample_index=index, on_step=on_step
+        )
+
+
+@contextlib.contextmanager
+def _bar(images: int, total: int, progress: bool) -> Iterator[OnStep]:
+    """A progress bar over the steps of the chain; yields the on_step that advances it."""
+    with tqdm(total=total, desc=f"{images} images", unit="step", disable=not progress) as bar:
+        yield lambda i, x, x0: bar.update() and None
+
+
+def _finite(images: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(images).all():
+        bad = int((~torch.isfinite(images)).flatten(1).any(dim=1).sum())
+        raise FloatingPointError(
+            f"{bad} of {len(images)} images are not finite: the model returned NaN or inf"
+        )
+    return images
+
+
+def _batches(n: int, batch_size: int | None, first_index: int) -> list[torch.Tensor]:
+    check_count("n", n)
+    batch_size = check_count("batch_size", MAX_BATCH if batch_size is None else batch_size)
+    if isinstance(first_index, bool) or not isinstance(first_index, int) or first_index < 0:
+        raise ValueError(f"first_index must be an integer of at least 0; got {first_index!r}")
+    return list(torch.arange(first_index, first_index + n).split(batch_size))
