@@ -1,0 +1,331 @@
+"""The command line: arguments in, one call of the library, a short table out. No computation of its
+own.
+
+Every mistake of the user is one line on stderr and exit code 2, made before anything long begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+import fastddpm
+from fastddpm import figures
+from fastddpm.checkpoint import CONFIG, build_model, read_json
+from fastddpm.data import open_dataset
+from fastddpm.diffusion import Diffusion
+from fastddpm.doctor import doctor, what_runs
+from fastddpm.schedule import Schedule
+from fastddpm.training import PRESETS, STATE, Trainer, fit
+from fastddpm.unet import UNet
+
+SCHEDULES = ("linear", "quadratic", "constant", "cosine")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if getattr(arguments, "threads", None) is not None:
+            if arguments.threads < 1:
+                raise ValueError(f"--threads must be at least 1; got {arguments.threads}")
+            torch.set_num_threads(arguments.threads)
+        arguments.run(arguments)
+    except (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"fastddpm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastddpm: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+# ---- commands -----------------------------------------------------------------------------------
+
+
+def _sample(a: argparse.Namespace) -> None:
+    if a.progressive and a.shared_latent:
+        raise ValueError("--progressive and --shared-latent are two pictures: give one of them")
+    figure = a.progressive or a.shared_latent
+    out = figures.check_output(a.out, kinds=(".png",) if figure else (".png", ".npz", ""))
+    model = UNet.from_pretrained(a.model).to(a.device)
+    options = _sampler_options(a)
+    n = a.n if a.n is not None else (8 if figure else 64)
+    started = time.perf_counter()
+    if a.progressive:
+        _, x0, times = fastddpm.sample_progressive(
+            model, n, frames=a.frames, seed=a.seed, first_index=a.first_index, **options
+        )
+        images, columns = x0.transpose(0, 1).flatten(0, 1), len(times)
+        what = f"one image a row, its x0 predictions at t = {', '.join(map(str, times))}"
+    elif a.shared_latent:
+        rows = [round(model.diffusion.T * share) for share in (1, 0.75, 0.5, 0.25)]
+        options.pop("steps")
+        latents = fastddpm.sample_shared_latent(
+            model, n, t=rows, seed=a.seed, first_index=a.first_index, **options
+        )
+        images, columns = latents.flatten(0, 1), n
+        what = f"a row shares x_t, at t = {', '.join(map(str, rows))}"
+    else:
+        images = fastddpm.sample(
+            model, n, seed=a.seed, first_index=a.first_index, batch_size=a.batch_size, **options
+        )
+        columns, what = None, f"samples {a.first_index} .. {a.first_index + n - 1} of seed {a.seed}"
+    seconds = time.perf_counter() - started
+    figures.save_samples(images, out, first_index=a.first_index, columns=columns)
+    steps = model.diffusion.T if options.get("steps") is None else options["steps"]
+    _report(out, {"images": what, "chain": f"{a.sampler}, {steps} steps"}, seconds, n, model, a)
+
+
+def _interpolate(a: argparse.Namespace) -> None:
+    out = figures.check_output(a.out, kinds=(".png",))
+    model = UNet.from_pretrained(a.model).to(a.device)
+    channels = model.in_channels if model.in_channels in (1, 3) else None
+    first, second = (
+        figures.read_image(path, model.image_size, channels) for path in (a.first, a.second)
+    )
+    options = _sampler_options(a)
+    started = time.perf_counter()
+    images = fastddpm.interpolate(model, first, second, n=a.n, t=a.t, seed=a.seed, **options)
+    seconds = time.perf_counter() - started
+    ends = torch.stack((first, second)).to(images.device)
+    rows = [
+        torch.cat((figures.to_uint8(ends[:1]), figures.to_uint8(row), figures.to_uint8(ends[1:])))
+        for row in images
+    ]
+    figures.save_samples(torch.cat(rows), out, columns=a.n + 2)
+    what = f"source | {a.n} mixtures | source, a row each at t = {', '.join(map(str, a.t))}"
+    _report(out, {"images": what}, seconds, a.n * len(a.t), model, a)
+
+
+def _train(a: argparse.Namespace) -> None:
+    preset = PRESETS[a.preset]
+    if a.resume and not (Path(a.out) / STATE).is_file():
+        raise FileNotFoundError(f"nothing to resume: {Path(a.out) / STATE} does not exist")
+    if not a.resume and (Path(a.out) / STATE).exists():
+        raise FileExistsError(
+            f"{a.out} holds a run: add --resume to go on with it, or give another --out"
+        )
+    figures.check_output(a.out, kinds=("",))
+    # A preset's size is what folders are resized to; arrays keep theirs, and the model follows.
+    size = a.image_size or preset.model["image_size"]
+    dataset = open_dataset(a.data, size=size, channels=a.channels)
+    if a.resume:
+        model = build_model(read_json(Path(a.out) / CONFIG), Path(a.out) / CONFIG)
+        own = (model.in_channels, *model.image_size)
+        if own != tuple(dataset.shape):
+            raise ValueError(
+                f"{a.data} has images of shape {dataset.shape}; the run's model takes {own}"
+            )
+    else:
+        torch.manual_seed(a.seed)
+        diffusion = Diffusion(getattr(Schedule, a.schedule)(), a.prediction, a.variance, a.loss)
+        shape = {"in_channels": dataset.shape[0], "image_size": dataset.shape[1:]}
+        model = UNet(**{**preset.model, **shape}, diffusion=diffusion)
+    trainer = Trainer(
+        model.to(a.device),
+        precision=a.precision,
+        lr=a.lr or preset.lr,
+        ema_decay=preset.ema_decay if a.ema_decay is None else a.ema_decay,
+        ema_warmup=preset.ema_warmup,
+        grad_clip=preset.grad_clip,
+        warmup=preset.warmup if a.warmup is None else a.warmup,
+        flip=preset.flip,
+        seed=a.seed,
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"data   {dataset.describe()}")
+    print(f"model  {parameters:,} parameters, preset {a.preset}, {trainer.precision}")
+    started, out = time.perf_counter(), Path(a.out)
+    fit(
+        trainer,
+        dataset,
+        out,
+        steps=a.steps or preset.steps,
+        batch_size=a.batch_size or preset.batch_size,
+        save_every=a.save_every,
+        sample_every=a.sample_every,
+        resume=a.resume,
+        progress=not a.quiet,
+    )
+    rows = {
+        "model": f"{out}  (fastddpm sample --model {out})",
+        "pictures": f"{out / 'loss.png'}, {out / 'samples'}",
+        "steps": f"{trainer.step_count:,}, {trainer.example_count:,} images",
+        "time": f"{time.perf_counter() - started:.1f} s",
+    }
+    print(tabulate(rows.items(), tablefmt="plain"))
+
+
+def _doctor(a: argparse.Namespace) -> None:
+    print(doctor())
+
+
+def _report(
+    out: Path, rows: dict[str, str], seconds: float, images: int, model: UNet, a: argparse.Namespace
+) -> None:
+    rows = {
+        "wrote": str(out),
+        **rows,
+        "time": f"{seconds:.1f} s, {images / seconds:.2f} images/s",
+        "ran": what_runs(model, a.engine, a.precision),
+    }
+    print(tabulate(rows.items(), tablefmt="plain"))
+
+
+def _sampler_options(a: argparse.Namespace) -> dict:
+    options = {name: getattr(a, name) for name in ("sampler", "eta", "precision", "engine")}
+    options |= {"progress": not a.quiet, "clip": not a.no_clip}
+    if hasattr(a, "steps"):
+        options["steps"] = a.steps
+    return options
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastddpm", description="Denoising diffusion probabilistic models, fast and exact."
+    )
+    parser.add_argument("--version", action="version", version=f"fastddpm {fastddpm.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run, summary: str, *parents: argparse.ArgumentParser):
+        p = commands.add_parser(name, help=summary, description=summary, parents=parents)
+        p.set_defaults(run=run)
+        return p.add_argument
+
+    add = command(
+        "sample", _sample, "Draw images from a model (Algorithm 2).", _machine(), _chain()
+    )
+    add("--n", type=int, help="images to draw (default: 64; 8 rows or columns of the figures)")
+    add("--first-index", type=int, default=0, help="continue a set: the first sample's number")
+    add("--steps", type=int, help="a shorter chain of evenly strided steps (default: all)")
+    add("--batch-size", type=int, help="images at a time (default: 64)")
+    add("--out", default="samples.png", help=f"{figures.FORMATS}; default samples.png")
+    add("--progressive", action="store_true", help="show the x0 predictions over time (Fig. 6)")
+    add(
+        "--frames",
+        type=int,
+        default=10,
+        help="x0 predictions shown with --progressive (default: 10)",
+    )
+    add("--shared-latent", action="store_true", help="show samples that share x_t (Fig. 7)")
+
+    add = command(
+        "interpolate", _interpolate, "Mix two images' latents (Fig. 8, 9).", _machine(), _chain()
+    )
+    add("first", metavar="A.png", help="an image file")
+    add("second", metavar="B.png", help="another")
+    add("--n", type=int, default=9, help="mixtures a row (default: 9)")
+    add(
+        "--t",
+        type=_integers,
+        default=[500],
+        help="steps of the latents, a row each: 500 or 250,500,750",
+    )
+    add("--out", default="interpolation.png", help="a .png file (default: interpolation.png)")
+
+    add = command("train", _train, "Train a model (Algorithm 1).", _machine())
+    add(
+        "--data",
+        required=True,
+        help="a folder of images, idx, npz or npy arrays, CIFAR-10's archive, a zip, an lmdb",
+    )
+    add("--out", required=True, help="the run's folder")
+    add(
+        "--preset",
+        default="cifar10",
+        choices=sorted(PRESETS),
+        help="model and recipe (default: cifar10)",
+    )
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out, exactly")
+    add("--steps", type=int, help="optimiser steps in all (default: the preset's)")
+    add("--batch-size", type=int, help="(default: the preset's)")
+    add("--lr", type=float, help="learning rate (default: the preset's)")
+    add("--warmup", type=int, help="steps to reach it (default: the preset's)")
+    add("--ema-decay", type=float, help="of the averaged weights (default: the preset's)")
+    add("--image-size", type=int, help="resize images of a folder to it (default: the preset's)")
+    add("--channels", type=int, choices=(1, 3), help="grey or colour (default: as the first image)")
+    add("--schedule", default="linear", choices=SCHEDULES, help="betas (default: linear)")
+    add("--prediction", default="eps", choices=("eps", "x0", "mean"), help="(default: eps)")
+    add(
+        "--variance",
+        default="fixed_large",
+        choices=("fixed_large", "fixed_small", "learned"),
+        help="(default: fixed_large)",
+    )
+    add("--loss", default="simple", choices=("simple", "vlb"), help="(default: simple)")
+    add("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
+    add(
+        "--sample-every",
+        type=int,
+        default=5000,
+        help="steps between sample grids, 0: none (default: 5000)",
+    )
+
+    command("doctor", _doctor, "Say what was built, what can run here, and why not the faster one.")
+    return parser
+
+
+def _machine() -> argparse.ArgumentParser:
+    """Options of every command that computes."""
+    p = argparse.ArgumentParser(add_help=False)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--precision", default="auto", choices=("auto", "fp32", "bf16"), help="(default: auto)"
+    )
+    p.add_argument(
+        "--device", type=_device, default=_device(None), help="cpu or cuda (default: cuda if there)"
+    )
+    p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    return p
+
+
+def _chain() -> argparse.ArgumentParser:
+    """Options of every command that samples."""
+    p = argparse.ArgumentParser(add_help=False)
+    p.add_argument(
+        "--model",
+        default="fashion-mnist",
+        help="a folder, or a bundled model's name (default: fashion-mnist)",
+    )
+    p.add_argument("--sampler", default="ddpm", choices=("ddpm", "ddim"), help="(default: ddpm)")
+    p.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 .. 1 (default: 0)")
+    p.add_argument(
+        "--no-clip", action="store_true", help="do not clip the x0 predictions to [-1, 1]"
+    )
+    p.add_argument("--engine", default="auto", choices=("auto", "eager"), help="(default: auto)")
+    return p
+
+
+def _device(text: str | None) -> torch.device:
+    if text is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; give cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("no CUDA device can be used here; give cpu")
+    return device
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give an integer, or several with commas"
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""What was built, what can run here, what will be used and why not the faster one: the report,
+nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+import torch
+from tabulate import tabulate
+
+from fastddpm import _native
+from fastddpm.checkpoint import bundled_models
+from fastddpm.diffusion import Model
+from fastddpm.ops import dispatch
+from fastddpm.precision import has_fast_bf16, resolve_precision
+from fastddpm.unet import UNet
+
+
+def doctor() -> str:
+    """A report in plain text: versions, native build, devices, the backend of every op, engines and
+    models.
+    """
+    sections = {
+        "versions": _versions(),
+        "native module": _native_build(),
+        "devices": _devices(),
+        "engines": _engines(),
+        "bundled models": [(name, "") for name in bundled_models()] or [("none", "")],
+    }
+    text = [
+        f"{title}\n{_indent(tabulate(rows, tablefmt='plain'))}" for title, rows in sections.items()
+    ]
+    text.insert(4, f"ops: the backend that each uses\n{_indent(_ops())}")
+    return "\n\n".join(text)
+
+
+def what_runs(model: Model, engine: str, precision: str) -> str:
+    """One line: engine, precision, device and instruction set of a sampling run."""
+    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+    device = torch.device("cpu") if parameter is None else parameter.device
+    if precision == "auto" and not isinstance(model, UNet):
+        precision = "fp32"
+    if device.type == "cpu":
+        isa = _native.isa() if _native.C is not None else "reference"
+        where = f"cpu with {torch.get_num_threads()} threads, ops {isa}, torch {_torch_isa()}"
+    else:
+        where = f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"engine eager, {resolve_precision(precision, device)}, {where}"
+
+
+def _versions() -> list[tuple[str, str]]:
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    names = ("fastddpm", "torch", "triton", "numpy", "safetensors", "pillow", "lmdb", "diffusers")
+    return [("python", platform.python_version()), *((name, version(name)) for name in names)]
+
+
+def _native_build() -> list[tuple[str, str]]:
+    if _native.C is None:
+        return [("fastddpm._C", f"missing: {_native.reason}")]
+    build = {name: _text(value) for name, value in _native.build_info().items()}
+    forced = (
+        f" (FASTDDPM_ISA={os.environ['FASTDDPM_ISA']})" if os.environ.get("FASTDDPM_ISA") else ""
+    )
+    return [
+        *build.items(),
+        ("instruction sets here", _text(_native.isas_available())),
+        ("instruction set used", f"{_native.isa()}{forced}"),
+    ]
+
+
+def _devices() -> list[tuple[str, str]]:
+    cuda = "available" if torch.cuda.is_available() else "no device"
+    if torch.version.cuda is None:
+        cuda = "torch was built without CUDA"
+    elif torch.cuda.is_available():
+        cuda = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    triton = "installed" if importlib.util.find_spec("triton") else "not installed"
+    bf16 = (
+        "bf16" if has_fast_bf16(torch.device("cpu")) else "fp32: this CPU has no bfloat16 products"
+    )
+    return [
+        ("cpu", f"{torch.get_num_threads()} threads, torch uses {_torch_isa()}"),
+        ("cpu precision 'auto'", bf16),
+        ("cuda", cuda),
+        ("triton", triton),
+    ]
+
+
+def _engines() -> list[tuple[str, str]]:
+    return [("eager", "any model, on any device torch has; what 'auto' uses")]
+
+
+def _ops() -> str:
+    rows = []
+    for op, backends in dispatch.matrix().items():
+        for backend, entry in backends.items():
+            used = [device for device in ("cpu", "cuda") if entry.get(device)]
+            rows.append(
+                (
+                    op,
+                    backend,
+                    "yes" if entry["available"] else "no",
+                    ", ".join(used),
+                    entry["reason"] or "",
+                )
+            )
+            op = ""
+    return tabulate(
+        rows, headers=("op", "backend", "can run", "used on", "why not"), tablefmt="simple"
+    )
+
+
+def _torch_isa() -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def _text(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())
