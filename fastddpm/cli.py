@@ -64,13 +64,13 @@ def _sample(a: argparse.Namespace) -> None:
         images, columns = x0.transpose(0, 1).flatten(0, 1), len(times)
         what = f"one image a row, its x0 predictions at t = {', '.join(map(str, times))}"
     elif a.shared_latent:
-        rows = [round(model.diffusion.T * share) for share in (1, 0.75, 0.5, 0.25)]
-        options.pop("steps")
+        T = model.diffusion.T if a.steps is None else a.steps
+        rows = [max(1, round(T * share)) for share in (1, 0.75, 0.5, 0.25)]
         latents = fastddpm.sample_shared_latent(
             model, n, t=rows, seed=a.seed, first_index=a.first_index, **options
         )
         images, columns = latents.flatten(0, 1), n
-        what = f"a row shares x_t, at t = {', '.join(map(str, rows))}"
+        what = f"a row shares x_t, at t = {', '.join(map(str, rows))} of {T} steps"
     else:
         images = fastddpm.sample(
             model, n, seed=a.seed, first_index=a.first_index, batch_size=a.batch_size, **options
@@ -112,29 +112,31 @@ def _train(a: argparse.Namespace) -> None:
             f"{a.out} holds a run: add --resume to go on with it, or give another --out"
         )
     figures.check_output(a.out, kinds=("",))
-    # A preset's size is what folders are resized to; arrays keep theirs, and the model follows.
-    size = a.image_size or preset.model["image_size"]
-    dataset = open_dataset(a.data, size=size, channels=a.channels)
+    # What folders are resized to; arrays keep their size, and the model of a new run follows.
+    size = preset.model["image_size"]
     if a.resume:
         model = build_model(read_json(Path(a.out) / CONFIG), Path(a.out) / CONFIG)
         own = (model.in_channels, *model.image_size)
+        size = model.image_size
+    dataset = open_dataset(a.data, size=_or(a.image_size, size), channels=a.channels)
+    if a.resume:
         if own != tuple(dataset.shape):
             raise ValueError(
                 f"{a.data} has images of shape {dataset.shape}; the run's model takes {own}"
             )
     else:
-        torch.manual_seed(a.seed)
+        torch.manual_seed(a.seed % 2**63)  # the Trainer names one that is out of range
         diffusion = Diffusion(getattr(Schedule, a.schedule)(), a.prediction, a.variance, a.loss)
         shape = {"in_channels": dataset.shape[0], "image_size": dataset.shape[1:]}
         model = UNet(**{**preset.model, **shape}, diffusion=diffusion)
     trainer = Trainer(
         model.to(a.device),
         precision=a.precision,
-        lr=a.lr or preset.lr,
-        ema_decay=preset.ema_decay if a.ema_decay is None else a.ema_decay,
+        lr=_or(a.lr, preset.lr),
+        ema_decay=_or(a.ema_decay, preset.ema_decay),
         ema_warmup=preset.ema_warmup,
         grad_clip=preset.grad_clip,
-        warmup=preset.warmup if a.warmup is None else a.warmup,
+        warmup=_or(a.warmup, preset.warmup),
         flip=preset.flip,
         seed=a.seed,
     )
@@ -146,8 +148,8 @@ def _train(a: argparse.Namespace) -> None:
         trainer,
         dataset,
         out,
-        steps=a.steps or preset.steps,
-        batch_size=a.batch_size or preset.batch_size,
+        steps=_or(a.steps, preset.steps),
+        batch_size=_or(a.batch_size, preset.batch_size),
         save_every=a.save_every,
         sample_every=a.sample_every,
         resume=a.resume,
@@ -176,6 +178,11 @@ def _report(
         "ran": what_runs(model, a.engine, a.precision),
     }
     print(tabulate(rows.items(), tablefmt="plain"))
+
+
+def _or(value, default):
+    """What was given on the command line, be it 0, or the default."""
+    return default if value is None else value
 
 
 def _sampler_options(a: argparse.Namespace) -> dict:
@@ -312,8 +319,10 @@ def _device(text: str | None) -> torch.device:
     try:
         device = torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a device; give cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; give cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError("no CUDA device can be used here; give cpu")
     return device
 

@@ -53,6 +53,24 @@ class Diffusion:
     def T(self) -> int:
         return self.schedule.T
 
+    @classmethod
+    def of(cls, model: Model, diffusion: Diffusion | None = None) -> Diffusion:
+        """`diffusion`, else the model's own, else the paper's; ValueError names what is neither a
+        model nor a process.
+        """
+        if not callable(model):
+            raise ValueError(
+                f"model must be a callable (x_t, t) -> output; got {type(model).__name__}"
+            )
+        process = getattr(model, "diffusion", None) if diffusion is None else diffusion
+        if process is None:
+            return cls()
+        if not isinstance(process, cls):
+            raise ValueError(
+                f"diffusion must be a fastddpm.Diffusion; got {type(process).__name__}"
+            )
+        return process
+
     def respace(self, steps: int | None) -> Diffusion:
         """The same process over `steps` of its steps (None: all); see Schedule.respace."""
         if steps is None:
@@ -78,9 +96,24 @@ class Diffusion:
 
     def model_t(self, t: torch.Tensor) -> torch.Tensor:
         """The step that the model was trained with for each chain index t."""
-        if self.T == self.schedule.full_steps:
+        if self.schedule.full_steps == self.T:
             return t
         return torch.from_numpy(self.schedule.timesteps).to(t.device)[t]
+
+    def model_output(self, model: Model, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """model(x_t, its own step) at the chain indices t: (N, C, H, W) float32, or 2C channels for
+        a learned variance.
+
+        diffusers' outputs are taken too: their `sample` is the tensor. Raises ValueError for any
+        other shape, which could broadcast unnoticed."""
+        output = model(xt, self.model_t(t))
+        output = getattr(output, "sample", output)
+        channels = xt.shape[1] * (2 if self.variance == "learned" else 1)
+        expected = (xt.shape[0], channels, *xt.shape[2:])
+        if not isinstance(output, torch.Tensor) or output.shape != expected:
+            got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+            raise ValueError(f"the model must return a tensor of shape {expected} here; got {got}")
+        return output.float()
 
     # ---- q: the forward process -----------------------------------------------------------------
 
@@ -189,16 +222,16 @@ class Diffusion:
         """
         table = self.table(x0.device)
         xt, eps = ops.noise(x0, t, table, flip=flip, dtype=torch.float32, **noise)
-        output = model(xt, self.model_t(t))
+        output = self.model_output(model, xt, t)
         if self.objective == "simple" and self.prediction == "eps":
-            return (output.float() - eps).square().mean(dim=(1, 2, 3))
+            return (output - eps).square().mean(dim=(1, 2, 3))
         x0 = reference.to_unit(x0) if x0.dtype == torch.uint8 else x0
         if flip is not None:
             x0 = torch.where(flip[:, None, None, None], x0.flip(-1), x0)
         if self.objective == "vlb":
             return self.vlb_term(x0, xt, output, t, clip=False)
         target = x0 if self.prediction == "x0" else self.q_posterior(x0, xt, t)[0]
-        return (output.float() - target).square().mean(dim=(1, 2, 3))
+        return (output - target).square().mean(dim=(1, 2, 3))
 
     def vlb_term(
         self,
@@ -253,7 +286,7 @@ class Diffusion:
                     sample_index=sample_index,
                     step=self.model_t(t),
                 )
-                output = model(xt, self.model_t(t)).float()
+                output = self.model_output(model, xt, t)
                 terms[:, i] = self.vlb_term(x0, xt, output, t)
                 mse[:, i] = (self.predict_x0(xt, output, t) - x0).square().mean(dim=(1, 2, 3))
                 if on_step is not None:
@@ -294,6 +327,8 @@ class Diffusion:
     def from_config(cls, config: dict[str, Any]) -> Diffusion:
         """The process that `to_config` described."""
         options = dict(config)
+        if not isinstance(options.get("schedule"), dict):
+            raise ValueError("diffusion: the object 'schedule' is missing")
         schedule = Schedule.from_config(options.pop("schedule"))
         try:
             return cls(schedule, **options)

@@ -66,10 +66,11 @@ def save_image(image: Image.Image, path: str | os.PathLike) -> None:
 def check_output(path: str | os.PathLike, *, kinds: Sequence[str] = (".png", ".npz", "")) -> Path:
     """The path, if samples can be written there; ValueError or OSError before anything is computed.
 
-    Nothing is left behind. A path without a suffix, or an existing folder, is a folder.
+    Nothing is left behind. A path without a suffix, or an existing folder, is a folder; where
+    nothing but a folder will do, any path is.
     """
     path = Path(path)
-    suffix = "" if path.is_dir() else path.suffix.lower()
+    suffix = "" if path.is_dir() or tuple(kinds) == ("",) else path.suffix.lower()
     if suffix not in kinds:
         allowed = FORMATS if "" in kinds else " or ".join(kinds)
         raise ValueError(f"output {str(path)!r}: give {allowed}")

@@ -7,8 +7,9 @@ the rest."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -56,10 +57,8 @@ def sample(
     finite."""
     chain = _Chain(model, shape, diffusion, steps, sampler, eta, clip, precision, engine, device)
     batches = _batches(n, batch_size, first_index)
-    images = []
     with _bar(n, len(batches) * chain.T, progress) as tick:
-        for index in batches:
-            images.append(chain.draw(seed, index, on_step=tick))
+        images = [chain.draw(seed, index, on_step=tick) for index in batches]
     return _finite(torch.cat(images))
 
 
@@ -82,7 +81,6 @@ def sample_progressive(
     keep = {round(k) for k in torch.linspace(chain.T - 1, 0, min(frames, chain.T)).tolist()}
     predictions: dict[int, list[torch.Tensor]] = {i: [] for i in sorted(keep, reverse=True)}
     batches = _batches(n, None, first_index)
-    images = []
     with _bar(n, len(batches) * chain.T, progress) as tick:
 
         def on_step(i, x, x0):
@@ -90,8 +88,7 @@ def sample_progressive(
             if i in predictions:
                 predictions[i].append(x0())
 
-        for index in batches:
-            images.append(chain.draw(seed, index, on_step=on_step))
+        images = [chain.draw(seed, index, on_step=on_step) for index in batches]
     times = [int(chain.diffusion.schedule.timesteps[i]) for i in predictions]
     return (
         _finite(torch.cat(images)),
@@ -104,7 +101,7 @@ def sample_shared_latent(
     model: Model,
     n: int = 8,
     *,
-    t: Sequence[int] = (1000, 750, 500, 250),
+    t: int | Sequence[int] = (1000, 750, 500, 250),
     seed: int = 0,
     first_index: int = 0,
     progress: bool = True,
@@ -116,22 +113,20 @@ def sample_shared_latent(
            the way to
     the sample `first_index`, whose own noise the first draw of each row follows.
     """
-    check_count("n", n)
+    index = sample_indices(n, first_index)
     chain = _Chain(model, **options)
-    if not t or any(not 1 <= k <= chain.T for k in t):
-        raise ValueError(f"t must be steps in 1 .. {chain.T}; got {tuple(t)}")
-    index = torch.arange(first_index, first_index + n, device=chain.device)
+    levels, index = _levels(t, 1, chain.T), index.to(chain.device)
     rows: dict[int, torch.Tensor] = {}
     x, at = chain.prior(seed, index[:1]), chain.T
-    total = chain.T - min(t) + sum(set(t))
-    with _bar(n * len(t), total, progress) as tick:
+    total = chain.T - min(levels) + sum(set(levels))
+    with _bar(n * len(levels), total, progress) as tick:
         run = chain.engine.run
-        for level in sorted(set(t), reverse=True):
+        for level in sorted(set(levels), reverse=True):
             x = run(x, seed=seed, sample_index=index[:1], start=at, stop=level, on_step=tick)
             at = level
             shared = x.expand(n, -1, -1, -1)
             rows[level] = run(shared, seed=seed, sample_index=index, start=level, on_step=tick)
-    return _finite(torch.stack([rows[level] for level in t]))
+    return _finite(torch.stack([rows[level] for level in levels]))
 
 
 def interpolate(
@@ -158,10 +153,10 @@ def interpolate(
         raise ValueError(
             f"a and b must be (C, H, W) alike; got {tuple(a.shape)} and {tuple(b.shape)}"
         )
+    if a.dtype != b.dtype or not (a.dtype == torch.uint8 or a.is_floating_point()):
+        raise ValueError(f"a and b must be uint8 or float alike; got {a.dtype} and {b.dtype}")
     chain = _Chain(model, **{"shape": tuple(a.shape), **options})
-    levels = [t] if isinstance(t, int) else list(t)
-    if not levels or any(not 0 <= k <= chain.T for k in levels):
-        raise ValueError(f"t must be steps in 0 .. {chain.T}; got {t}")
+    levels = _levels(t, 0, chain.T)
     x0 = torch.stack((a, b)).to(chain.device)
     x0 = reference.to_unit(x0) if x0.dtype == torch.uint8 else x0.float()
     pair = torch.arange(2, device=chain.device)
@@ -182,7 +177,7 @@ def interpolate(
                 chain.engine.run(mixed, seed=seed, sample_index=shared, start=level, on_step=tick)
             )
     images = _finite(torch.stack(rows))
-    return images[0] if isinstance(t, int) else images
+    return images if isinstance(t, Iterable) else images[0]
 
 
 class _Chain:
@@ -203,10 +198,7 @@ class _Chain:
         engine: str = "auto",
         device: torch.device | str | None = None,
     ):
-        if not callable(model):
-            raise ValueError(
-                f"model must be a callable (x_t, t) -> output; got {type(model).__name__}"
-            )
+        full = Diffusion.of(model, diffusion)
         parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
         own = torch.device("cpu") if parameter is None else parameter.device
         self.device = own if device is None else torch.device(device)
@@ -224,9 +216,6 @@ class _Chain:
                 f"shape must be (C, H, W), three positive integers; got {tuple(shape)}"
             )
         self.shape = tuple(shape)
-        full = diffusion or getattr(model, "diffusion", None) or Diffusion()
-        if not isinstance(full, Diffusion):
-            raise ValueError(f"diffusion must be a fastddpm.Diffusion; got {type(full).__name__}")
         self.diffusion = full.respace(steps)
         self.T = self.diffusion.T
         self.diffusion.table(self.device, sampler=sampler, eta=eta)
@@ -271,8 +260,29 @@ def _finite(images: torch.Tensor) -> torch.Tensor:
 
 
 def _batches(n: int, batch_size: int | None, first_index: int) -> list[torch.Tensor]:
+    index = sample_indices(n, first_index)
+    return list(
+        index.split(check_count("batch_size", MAX_BATCH if batch_size is None else batch_size))
+    )
+
+
+def sample_indices(n: int, first_index: int) -> torch.Tensor:
+    """The numbers of n samples, (n,) int64."""
     check_count("n", n)
-    batch_size = check_count("batch_size", MAX_BATCH if batch_size is None else batch_size)
-    if isinstance(first_index, bool) or not isinstance(first_index, int) or first_index < 0:
-        raise ValueError(f"first_index must be an integer of at least 0; got {first_index!r}")
-    return list(torch.arange(first_index, first_index + n).split(batch_size))
+    integer = isinstance(first_index, (int, np.integer)) and not isinstance(first_index, bool)
+    if not integer or not 0 <= first_index < 2**63 - n:
+        raise ValueError(
+            f"first_index must be an integer in 0 .. 2^63 - 1 - n; got {first_index!r}"
+        )
+    return torch.arange(first_index, first_index + n)
+
+
+def _levels(t: int | Iterable[int], lowest: int, largest: int) -> list[int]:
+    """One step or several as a list, if all lie in lowest .. largest; else the ValueError that says
+    so.
+    """
+    levels = list(t) if isinstance(t, Iterable) else [t]
+    integers = all(isinstance(k, (int, np.integer)) for k in levels)
+    if not levels or not integers or not all(lowest <= k <= largest for k in levels):
+        raise ValueError(f"t must be steps in {lowest} .. {largest}; got {t!r}")
+    return [int(k) for k in levels]

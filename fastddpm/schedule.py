@@ -58,8 +58,8 @@ class Schedule:
     """
 
     betas: np.ndarray
-    timesteps: np.ndarray | None = None
-    full_steps: int | None = None
+    timesteps: np.ndarray = None  # type: ignore[assignment]
+    full_steps: int = None  # type: ignore[assignment]
     recipe: dict | None = None
 
     def __post_init__(self) -> None:
@@ -99,7 +99,9 @@ class Schedule:
         """beta_t = beta (Appendix B). The default's abar_T equals the linear schedule's within 8
         %.
         """
-        return cls(np.full(check_count("T", T), beta), recipe={"kind": "constant", "T": T, "beta": beta})
+        return cls(
+            np.full(check_count("T", T), beta), recipe={"kind": "constant", "T": T, "beta": beta}
+        )
 
     @classmethod
     def cosine(cls, T: int = 1000, s: float = 0.008, beta_max: float = 0.999) -> Schedule:
@@ -231,7 +233,7 @@ class Schedule:
         """JSON-ready, for `from_config`: the named constructor and its arguments, or the betas."""
         if self.recipe is not None:
             return dict(self.recipe)
-        if self.T != self.full_steps:
+        if self.full_steps != self.T:
             raise ValueError(
                 "a respaced schedule is not saved: save the full one and respace it again"
             )

@@ -120,7 +120,7 @@ class Trainer:
             if not ok:
                 raise ValueError(f"{name} must be {allowed}; got {value!r}")
         self.model = model
-        self.diffusion = diffusion or getattr(model, "diffusion", None) or Diffusion()
+        self.diffusion = Diffusion.of(model, diffusion)
         self.device = next(model.parameters()).device
         self.precision = resolve_precision(precision, self.device)
         self.lr, self.warmup, self.ema_decay, self.grad_clip = lr, warmup, ema_decay, grad_clip
@@ -179,16 +179,19 @@ class Trainer:
 
     def ema_model(self) -> torch.nn.Module:
         """A copy of the model with the averaged weights, in eval mode."""
-        model = copy.deepcopy(self.model)
-        model.load_state_dict(self.ema_weights())
-        return model.eval().requires_grad_(False)
+        model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        for p, ema in zip(model.parameters(), self._ema, strict=True):
+            p.copy_(ema)
+        return model
 
     def save(self, folder: str | Path) -> None:
-        """Write the whole state into one file of `folder`, atomically, and the averaged model
-        beside it.
+        """Write the averaged model into `folder`, then the whole state into one file beside it,
+        atomically: where there is a state, there is a model to resume with.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.model, UNet):
+            save_model(self.model, folder, self.ema_weights())
         tensors: dict[str, torch.Tensor] = {f"buffer.{k}": v for k, v in self._buffers.items()}
         for (name, p), ema in zip(self._named.items(), self._ema, strict=True):
             tensors[f"model.{name}"], tensors[f"ema.{name}"] = p, ema
@@ -200,8 +203,6 @@ class Trainer:
             **self._recipe(),
         }
         write_tensors(folder / STATE, tensors, {"trainer": json.dumps(settings)})
-        if isinstance(self.model, UNet):
-            save_model(self.model, folder, self.ema_weights())
 
     def load(self, folder: str | Path) -> None:
         """Take up the state of `save`. ValueError names what differs from this trainer's model or
@@ -220,10 +221,14 @@ class Trainer:
                 raise ValueError(
                     f"{path}: {name} is {settings.get(name)!r} there and {own[name]!r} here"
                 )
-        moments = ("exp_avg", "exp_avg_sq", "step") if step_count else ()
+        # A parameter that never had a gradient has no moments.
+        moments = {
+            name: ("exp_avg", "exp_avg_sq", "step") if f"adam.step.{name}" in tensors else ()
+            for name in self._named
+        }
         expected: dict[str, torch.Size] = {f"buffer.{k}": v.shape for k, v in self._buffers.items()}
         for name, p in self._named.items():
-            for prefix in ("model", "ema", *(f"adam.{m}" for m in moments)):
+            for prefix in ("model", "ema", *(f"adam.{m}" for m in moments[name])):
                 expected[f"{prefix}.{name}"] = torch.Size() if prefix == "adam.step" else p.shape
         got = {name: tensor.shape for name, tensor in tensors.items()}
         if got != expected:
@@ -241,7 +246,7 @@ class Trainer:
                     m: tensors[f"adam.{m}.{name}"].to(
                         p.device, memory_format=_format(tensors[f"adam.{m}.{name}"], p)
                     )
-                    for m in moments
+                    for m in moments[name]
                 }
         self.step_count, self.example_count = step_count, example_count
 
@@ -285,6 +290,8 @@ def fit(
     for name, value in (("steps", steps), ("batch_size", batch_size), ("save_every", save_every)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
+    if sample_every < 0:
+        raise ValueError(f"sample_every must be at least 0; got {sample_every}")
     out = Path(out)
     if resume:
         trainer.load(out)
@@ -312,8 +319,8 @@ def fit(
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
                 losses, started, first = [], time.perf_counter(), done
             if done % save_every == 0 or done == steps:
+                log.write()  # first: rows after the state that is resumed are dropped, not missed
                 trainer.save(out)
-                log.write()
             if (
                 sample_every
                 and isinstance(trainer.model, UNet)

@@ -68,39 +68,30 @@ class Eager:
             takes.
         on_step(i, x, x0): after the step at chain index i, with its result and a function for the
         x0 prediction."""
-        diffusion = self.diffusion
+        diffusion, clip = self.diffusion, bool(self.step_options["clip"])
         with evaluating(self.model):
             for i in reversed(range(stop, diffusion.T if start is None else start)):
                 t = torch.full((xt.shape[0],), i, dtype=torch.int64, device=self.device)
-                output = self._output(xt, diffusion.model_t(t))
+                with self._context():
+                    output = diffusion.model_output(self.model, xt, t)
                 x = diffusion.p_step(
                     xt, output, t, seed=seed, sample_index=sample_index, **self.step_options
                 )
                 if on_step is not None:
-                    on_step(i, x, functools.partial(diffusion.predict_x0, xt, output, t))
+                    on_step(i, x, functools.partial(diffusion.predict_x0, xt, output, t, clip=clip))
                 xt = x
         return xt
-
-    def _output(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        with self._context():
-            output = self.model(x, t)
-        output = getattr(output, "sample", output)
-        channels = x.shape[1] * (2 if self.diffusion.variance == "learned" else 1)
-        expected = (x.shape[0], channels, *x.shape[2:])
-        if not isinstance(output, torch.Tensor) or output.shape != expected:
-            got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-            raise ValueError(f"the model must return a tensor of shape {expected} here; got {got}")
-        return output.float()
 
 
 @contextlib.contextmanager
 def evaluating(model: Model) -> Iterator[None]:
-    """The module in eval mode, and back in the mode it was."""
-    if not isinstance(model, torch.nn.Module) or not model.training:
-        yield
-        return
-    model.eval()
+    """The module in eval mode, then it and each part of it back in the mode it was."""
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    modes = [module.training for module in modules]
+    if modules:
+        model.eval()  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        model.train()
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine.eager import evaluating
+from fastddpm.sampling import sample_indices
 from fastddpm.schedule import check_count
 
 
@@ -43,14 +44,15 @@ def bits_per_dim(
            k, one draw a step, so the number is a function of (model, x0, seed)
     steps: the bound of a chain of so many steps (None: all T)
 
-    Raises ValueError for anything but uint8 images. The prior term is exact, in float64.
+    Raises ValueError for anything but uint8 images, FloatingPointError when the bound is not
+    finite. The prior term is exact, in float64.
     """
     if x0.dtype != torch.uint8 or x0.dim() != 4 or len(x0) == 0:
         raise ValueError(f"x0 must be (N, C, H, W) uint8, N >= 1; got {tuple(x0.shape)} {x0.dtype}")
-    process = (diffusion or getattr(model, "diffusion", None) or Diffusion()).respace(steps)
+    process = Diffusion.of(model, diffusion).respace(steps)
     parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
     x0 = x0.to("cpu" if parameter is None else parameter.device)
-    index = torch.arange(first_index, first_index + len(x0), device=x0.device)
+    index = sample_indices(len(x0), first_index).to(x0.device)
     size = check_count("batch_size", 64 if batch_size is None else batch_size)
     terms, mse = [], []
     batches = list(zip(x0.split(size), index.split(size), strict=True))
@@ -63,4 +65,9 @@ def bits_per_dim(
             terms.append(batch_terms)
             mse.append(batch_mse)
     prior, all_terms = process.prior_kl(x0), torch.cat(terms)
-    return BitsPerDim(prior + all_terms.sum(dim=1), prior, all_terms, torch.cat(mse))
+    total = prior + all_terms.sum(dim=1)
+    if bad := int((~torch.isfinite(total)).sum()):
+        raise FloatingPointError(
+            f"the bound of {bad} of {len(x0)} images is not finite: the model returned NaN or inf"
+        )
+    return BitsPerDim(total, prior, all_terms, torch.cat(mse))

@@ -1,0 +1,24 @@
+#include "isa.h"
+#include "parallel.h"
+#include "view.h"
+
+namespace fastddpm {
+namespace FASTDDPM_ISA {
+
+void discretized_log_likelihood(const DiscretizedLogLikelihood& op, int threads) {
+  const Order order = memory_order(op.out, op.shape);
+  const int64_t size = numel(op.shape), chunks = (size + CHUNK - 1) / CHUNK;
+  parallel_for(op.shape.n * chunks, op.shape.n * size * 16, threads, [&](int64_t job, int) {
+    const int64_t n = job / chunks, first = job % chunks * CHUNK;
+    const int64_t count = size - first < CHUNK ? size - first : CHUNK;
+    float x[CHUNK], mean[CHUNK], log_scale[CHUNK], out[CHUNK];
+    load(view(op.x, op.shape, n, order), first, count, x);
+    load(view(op.mean, op.shape, n, order), first, count, mean);
+    load(view(op.log_scale, op.shape, n, order), first, count, log_scale);
+    for (int64_t i = 0; i < count; ++i) out[i] = float(log_bin_mass(x[i], mean[i], log_scale[i]));
+    store(view(op.out, op.shape, n, order), first, count, out);
+  });
+}
+
+}  // namespace FASTDDPM_ISA
+}  // namespace fastddpm

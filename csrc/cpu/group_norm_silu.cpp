@@ -1,0 +1,443 @@
+// group_norm_silu and its gradient.
+//
+// A sample is a sequence of elements, in memory order where that is NHWC and else in (C, H, W)
+// order, and is cut into blocks: some pixels of it, or one channel. A block is walked in lines of
+// 64 or more elements, with every coefficient spread out to one value per element of a line, so
+// that the same vectorised loops serve every channel count and layout. Sums run in float32 over a
+// block, around the mean, and in float64, in block order, over blocks. The cut depends on the shape
+// alone, so the bits do not depend on the thread count.
+#include "isa.h"
+#include "parallel.h"
+#include "view.h"
+
+namespace fastddpm {
+namespace FASTDDPM_ISA {
+namespace {
+
+constexpr int64_t BLOCK = 16 * 1024;  // elements in a block of pixels, about
+constexpr int64_t PIXEL_LINE = 256;   // elements in a line of pixels, at least
+constexpr int64_t PLANE_LINE = 64;    // elements in a line of one channel
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+struct Cut {
+  int64_t samples, channels, plane;
+  Order order;
+  int64_t line, block, blocks;  // elements in a line and in a block; blocks in a sample
+  int64_t width;                // channels that a block touches: all, or one
+  int64_t step;                 // elements that are loaded at once: whole lines
+
+  Cut(const Shape& shape, const Tensor& x)
+      : samples(shape.n), channels(shape.c), plane(shape.h * shape.w) {
+    order = channels_last(x, shape) ? Order::hwc : Order::chw;
+    if (order == Order::hwc) {
+      line = channels * (channels < PIXEL_LINE ? PIXEL_LINE / channels : 1);
+      block = line < BLOCK ? BLOCK / line * line : line;
+      blocks = (channels * plane + block - 1) / block;
+      width = channels;
+    } else {
+      line = PLANE_LINE;
+      block = plane;
+      blocks = channels;
+      width = 1;
+    }
+    step = line < CHUNK ? CHUNK / line * line : line;
+  }
+
+  int64_t first(int64_t b) const { return b * block; }
+  int64_t count(int64_t b) const { return least(block, channels * plane - b * block); }
+};
+
+// ---- loops over a line -------------------------------------------------------------------------
+
+void add(const float* __restrict x, int64_t lines, int64_t line, float* __restrict sum) {
+  for (; lines >= 4; lines -= 4, x += 4 * line)
+    for (int64_t i = 0; i < line; ++i)
+      sum[i] += (x[i] + x[i + line]) + (x[i + 2 * line] + x[i + 3 * line]);
+  for (; lines > 0; --lines, x += line)
+    for (int64_t i = 0; i < line; ++i) sum[i] += x[i];
+}
+
+void add_centred(const float* __restrict x, int64_t lines, int64_t line,
+                 const float* __restrict centre, float* __restrict sum, float* __restrict squares) {
+  for (; lines >= 2; lines -= 2, x += 2 * line)
+    for (int64_t i = 0; i < line; ++i) {
+      const float d = x[i] - centre[i], e = x[i + line] - centre[i];
+      sum[i] += d + e;
+      squares[i] = madd(d, d, madd(e, e, squares[i]));
+    }
+  for (; lines > 0; --lines, x += line)
+    for (int64_t i = 0; i < line; ++i) {
+      const float d = x[i] - centre[i];
+      sum[i] += d;
+      squares[i] = madd(d, d, squares[i]);
+    }
+}
+
+// v = (x - centre) scale + shift is the argument of silu.
+struct Line {
+  const float *centre, *scale, *shift;
+};
+
+template <bool SILU>
+void apply(const float* __restrict x, int64_t count, Line line, float* __restrict y) {
+  const float* __restrict centre = line.centre, * __restrict scale = line.scale;
+  const float* __restrict shift = line.shift;
+  for (int64_t i = 0; i < count; ++i) {
+    const float v = madd(x[i] - centre[i], scale[i], shift[i]);
+    y[i] = SILU ? silu(v) : v;
+  }
+}
+
+// Sums of g = dL/dv and of g (x - centre).
+template <bool SILU>
+void add_gradient(const float* __restrict x, const float* __restrict grad, int64_t count, Line line,
+                  float* __restrict sum, float* __restrict product) {
+  const float* __restrict centre = line.centre, * __restrict scale = line.scale;
+  const float* __restrict shift = line.shift;
+  for (int64_t i = 0; i < count; ++i) {
+    const float u = x[i] - centre[i];
+    const float g = SILU ? grad[i] * silu_gradient(madd(u, scale[i], shift[i])) : grad[i];
+    sum[i] += g;
+    product[i] = madd(g, u, product[i]);
+  }
+}
+
+// dx = scale g + slope (x - centre) + offset
+template <bool SILU>
+void apply_gradient(const float* __restrict x, const float* __restrict grad, int64_t count,
+                    Line line, const float* __restrict slope, const float* __restrict offset,
+                    float* __restrict dx) {
+  const float* __restrict centre = line.centre, * __restrict scale = line.scale;
+  const float* __restrict shift = line.shift;
+  for (int64_t i = 0; i < count; ++i) {
+    const float u = x[i] - centre[i];
+    const float g = SILU ? grad[i] * silu_gradient(madd(u, scale[i], shift[i])) : grad[i];
+    dx[i] = madd(scale[i], g, madd(slope[i], u, offset[i]));
+  }
+}
+
+// ---- one call ----------------------------------------------------------------------------------
+
+float element(const Matrix& m, int64_t n, int64_t c, float missing) {
+  if (!m.data) return missing;
+  const int64_t at = n * m.stride_n + c * m.stride_c;
+  switch (m.dtype) {
+    case DType::bf16:
+      return to_float(static_cast<const BF16*>(m.data)[at]);
+    case DType::f16:
+      return to_float(static_cast<const F16*>(m.data)[at]);
+    default:
+      return static_cast<const float*>(m.data)[at];
+  }
+}
+
+enum Row { CENTRE, SCALE, SHIFT, SLOPE, OFFSET, SUM, SECOND, ROWS };  // of the scratch of a thread
+
+class Pass {
+ public:
+  Pass(const GroupNormSilu& op, int threads)
+      : op(op),
+        cut(op.shape, op.x),
+        per_group(op.shape.c / op.groups),
+        rest(op.shape.n * op.groups),
+        rstd(op.shape.n * op.groups),
+        coefficients(op.shape.n * (OFFSET + 1) * op.shape.c),
+        partial(op.shape.n * cut.blocks * 2 * cut.width),
+        scratch(threads * (ROWS * cut.line + 3 * cut.step)) {}
+
+  const GroupNormSilu& op;
+  const Cut cut;
+  const int64_t per_group;
+
+  // ---- the phases: a block's work, then what follows from all blocks of a sample ----
+
+  void sum_block(int64_t n, int64_t b, int thread) {
+    float* sum = clear(thread, SUM);
+    walk(n, b, thread, [&](const float* x, int64_t, int64_t count) {
+      add(x, count / cut.line, cut.line, sum);
+      add(x + count / cut.line * cut.line, 1, count % cut.line, sum);
+    });
+    fold(n, b, 0, sum);
+  }
+
+  void sum_finish(int64_t n) {
+    for (int64_t g = 0; g < op.groups; ++g) {
+      double sum = 0.0;
+      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) sum += total(n, 0, c);
+      const float centre = float(sum / elements());
+      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c)
+        coefficient(n, CENTRE)[c] = centre;
+    }
+  }
+
+  void spread_block(int64_t n, int64_t b, int thread) {
+    float *sum = clear(thread, SUM), *squares = clear(thread, SECOND);
+    const float* centre = spread(n, b, thread, CENTRE);
+    walk(n, b, thread, [&](const float* x, int64_t, int64_t count) {
+      add_centred(x, count / cut.line, cut.line, centre, sum, squares);
+      add_centred(x + count / cut.line * cut.line, 1, count % cut.line, centre, sum, squares);
+    });
+    fold(n, b, 0, sum);
+    fold(n, b, 1, squares);
+  }
+
+  void spread_finish(int64_t n) {
+    for (int64_t g = 0; g < op.groups; ++g) {
+      double sum = 0.0, squares = 0.0;
+      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c)
+        sum += total(n, 0, c), squares += total(n, 1, c);
+      // What rounding the mean to float32 left of it, and the variance around the full mean.
+      const double left = sum / elements(), raw = squares / elements() - left * left;
+      const double variance = raw < 0.0 ? 0.0 : raw;
+      const int64_t at = n * op.groups + g;
+      rest.data[at] = float(left);
+      rstd.data[at] = float(1.0 / sqrt(variance + double(op.eps)));
+      if (op.mean) op.mean[at] = float(double(coefficient(n, CENTRE)[g * per_group]) + left);
+      if (op.rstd) op.rstd[at] = rstd.data[at];
+      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
+        const float gain = 1.0f + element(op.scale, n, c, 0.0f);
+        const float scale = rstd.data[at] * element(op.weight, 0, c, 1.0f) * gain;
+        const float shift = madd(gain, element(op.bias, 0, c, 0.0f), element(op.shift, n, c, 0.0f));
+        coefficient(n, SCALE)[c] = scale;
+        coefficient(n, SHIFT)[c] = madd(-rest.data[at], scale, shift);
+      }
+    }
+  }
+
+  void apply_block(int64_t n, int64_t b, int thread) {
+    const Line line = argument(n, b, thread);
+    const View y = view(op.y, op.shape, n, cut.order);
+    walk(n, b, thread, [&](const float* x, int64_t first, int64_t count) {
+      write(y, first, count, thread, [&](float* out) {
+        for (int64_t at = 0; at < count; at += cut.line) {
+          const int64_t length = least(cut.line, count - at);
+          op.silu ? apply<true>(x + at, length, line, out + at)
+                  : apply<false>(x + at, length, line, out + at);
+        }
+      });
+    });
+  }
+
+  void gradient_block(const GroupNormSiluBackward& backward, int64_t n, int64_t b, int thread) {
+    float *sum = clear(thread, SUM), *product = clear(thread, SECOND);
+    const Line line = argument(n, b, thread);
+    const View grads = view(backward.grad, op.shape, n, cut.order);
+    walk(n, b, thread, [&](const float* x, int64_t first, int64_t count) {
+      const float* grad = floats(grads, first, count, buffer(thread, 1));
+      for (int64_t at = 0; at < count; at += cut.line) {
+        const int64_t length = least(cut.line, count - at);
+        op.silu ? add_gradient<true>(x + at, grad + at, length, line, sum, product)
+                : add_gradient<false>(x + at, grad + at, length, line, sum, product);
+      }
+    });
+    fold(n, b, 0, sum);
+    fold(n, b, 1, product);
+  }
+
+  // A = sum of g and B = sum of g xhat per channel. With a = weight (1 + scale), P and Q the means
+  // over the group of a g and of a g xhat: dx = rstd (a g - P - xhat Q).
+  void gradient_finish(const GroupNormSiluBackward& backward, float* dgain, float* doffset,
+                       int64_t n) {
+    for (int64_t g = 0; g < op.groups; ++g) {
+      const int64_t at = n * op.groups + g;
+      const double r = rstd.data[at], left = rest.data[at];
+      double p = 0.0, q = 0.0;
+      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
+        const double sum = total(n, 0, c), product = r * (total(n, 1, c) - left * sum);
+        const double gain = 1.0 + element(op.scale, n, c, 0.0f),
+                     weight = element(op.weight, 0, c, 1.0f);
+        const int64_t nc = n * op.shape.c + c;
+        p += weight * gain * sum;
+        q += weight * gain * product;
+        dgain[nc] = float(gain * product);
+        doffset[nc] = float(gain * sum);
+        if (backward.dshift) backward.dshift[nc] = float(sum);
+        if (backward.dscale)
+          backward.dscale[nc] =
+              float(weight * product + double(element(op.bias, 0, c, 0.0f)) * sum);
+      }
+      const double slope = -r * r * q / elements(), offset = -r * p / elements() - slope * left;
+      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
+        coefficient(n, SLOPE)[c] = float(slope);
+        coefficient(n, OFFSET)[c] = float(offset);
+      }
+    }
+  }
+
+  void apply_gradient_block(const GroupNormSiluBackward& backward, int64_t n, int64_t b,
+                            int thread) {
+    const Line line = argument(n, b, thread);
+    const float *slope = spread(n, b, thread, SLOPE), *offset = spread(n, b, thread, OFFSET);
+    const View grads = view(backward.grad, op.shape, n, cut.order);
+    const View dx = view(backward.dx, op.shape, n, cut.order);
+    walk(n, b, thread, [&](const float* x, int64_t first, int64_t count) {
+      const float* grad = floats(grads, first, count, buffer(thread, 1));
+      write(dx, first, count, thread, [&](float* out) {
+        for (int64_t at = 0; at < count; at += cut.line) {
+          const int64_t length = least(cut.line, count - at);
+          op.silu ? apply_gradient<true>(x + at, grad + at, length, line, slope, offset, out + at)
+                  : apply_gradient<false>(x + at, grad + at, length, line, slope, offset, out + at);
+        }
+      });
+    });
+  }
+
+ private:
+  Scratch<float> rest, rstd;    // (N, G): what float32 left of the mean; 1 / sqrt(var + eps)
+  Scratch<float> coefficients;  // (N, OFFSET + 1, C)
+  Scratch<float> partial;       // (N, blocks, 2, width): the sums over a block
+  Scratch<float> scratch;       // (threads, ROWS lines and 3 buffers of step elements)
+
+  double elements() const { return double(per_group * cut.plane); }
+
+  float* coefficient(int64_t n, Row row) {
+    return coefficients.data + (n * (OFFSET + 1) + row) * op.shape.c;
+  }
+
+  float* row(int thread, Row row) {
+    return scratch.data + thread * (ROWS * cut.line + 3 * cut.step) + row * cut.line;
+  }
+
+  float* buffer(int thread, int which) { return row(thread, ROWS) + which * cut.step; }
+
+  float* clear(int thread, Row which) {
+    float* line = row(thread, which);
+    for (int64_t i = 0; i < cut.line; ++i) line[i] = 0.0f;
+    return line;
+  }
+
+  // The coefficients of the block's channels, repeated along a line.
+  const float* spread(int64_t n, int64_t b, int thread, Row which) {
+    const float* source = coefficient(n, which);
+    float* line = row(thread, which);
+    if (cut.order == Order::chw)
+      for (int64_t i = 0; i < PLANE_LINE; ++i) line[i] = source[b];
+    else
+      for (int64_t at = 0; at < cut.line; at += cut.channels)
+        __builtin_memcpy(line + at, source, size_t(cut.channels) * sizeof(float));
+    return line;
+  }
+
+  Line argument(int64_t n, int64_t b, int thread) {
+    return {spread(n, b, thread, CENTRE), spread(n, b, thread, SCALE), spread(n, b, thread, SHIFT)};
+  }
+
+  // Calls body(x, first, count) for every step of block b.
+  template <class Body>
+  void walk(int64_t n, int64_t b, int thread, const Body& body) {
+    const View x = view(op.x, op.shape, n, cut.order);
+    const int64_t end = cut.first(b) + cut.count(b);
+    for (int64_t first = cut.first(b); first < end; first += cut.step) {
+      const int64_t count = least(cut.step, end - first);
+      body(floats(x, first, count, buffer(thread, 0)), first, count);
+    }
+  }
+
+  // Calls body(out) with the elements themselves where they are contiguous float32, else with a
+  // buffer, then stored.
+  template <class Body>
+  void write(const View& v, int64_t first, int64_t count, int thread, const Body& body) {
+    if (float* elements = direct(v, first)) return body(elements);
+    float* out = buffer(thread, 2);
+    body(out);
+    store(v, first, count, out);
+  }
+
+  void fold(int64_t n, int64_t b, int which, float* line) {
+    float* out = partial.data + ((n * cut.blocks + b) * 2 + which) * cut.width;
+    if (cut.width == 1) {
+      for (int64_t at = 16; at < PLANE_LINE; at += 16)
+        for (int64_t i = 0; i < 16; ++i) line[i] += line[at + i];
+      float sum = 0.0f;
+      for (int64_t i = 0; i < 4; ++i) sum += (line[i] + line[i + 4]) + (line[i + 8] + line[i + 12]);
+      *out = sum;
+    } else {
+      for (int64_t at = cut.width; at < cut.line; at += cut.width)
+        for (int64_t c = 0; c < cut.width; ++c) line[c] += line[at + c];
+      __builtin_memcpy(out, line, size_t(cut.width) * sizeof(float));
+    }
+  }
+
+  // The sum over a channel of sample n.
+  double total(int64_t n, int which, int64_t c) const {
+    const float* sums = partial.data + (n * cut.blocks * 2 + which) * cut.width;
+    if (cut.width == 1) return sums[c * 2];
+    double sum = 0.0;
+    for (int64_t b = 0; b < cut.blocks; ++b) sum += sums[b * 2 * cut.width + c];
+    return sum;
+  }
+};
+
+template <class Block, class Finish>
+struct Phase {
+  Block block;    // block(n, b, thread)
+  Finish finish;  // finish(n)
+};
+
+template <class Block, class Finish>
+Phase<Block, Finish> phase(Block block, Finish finish) {
+  return {block, finish};
+}
+
+// One thread takes a sample through all phases while it is in its cache; where samples are too few
+// for that, all threads share the blocks of one phase after another.
+template <class... Phases>
+void run(const Cut& cut, int threads, const Phases&... phases) {
+  const int64_t elements = cut.samples * cut.channels * cut.plane;
+  if (cut.samples % threads == 0 || cut.samples >= 4 * threads || elements < SERIAL_ELEMENTS) {
+    parallel_for(cut.samples, elements, threads, [&](int64_t n, int thread) {
+      const auto whole = [&](const auto& phase) {
+        for (int64_t b = 0; b < cut.blocks; ++b) phase.block(n, b, thread);
+        phase.finish(n);
+      };
+      (whole(phases), ...);
+    });
+  } else {
+    const auto shared = [&](const auto& phase) {
+      parallel_for(cut.samples * cut.blocks, elements, threads, [&](int64_t job, int thread) {
+        phase.block(job / cut.blocks, job % cut.blocks, thread);
+      });
+      for (int64_t n = 0; n < cut.samples; ++n) phase.finish(n);
+    };
+    (shared(phases), ...);
+  }
+}
+
+}  // namespace
+
+void group_norm_silu(const GroupNormSilu& op, int threads) {
+  Pass pass(op, threads);
+  run(pass.cut, threads,
+      phase([&](int64_t n, int64_t b, int thread) { pass.sum_block(n, b, thread); },
+            [&](int64_t n) { pass.sum_finish(n); }),
+      phase([&](int64_t n, int64_t b, int thread) { pass.spread_block(n, b, thread); },
+            [&](int64_t n) { pass.spread_finish(n); }),
+      phase([&](int64_t n, int64_t b, int thread) { pass.apply_block(n, b, thread); },
+            [](int64_t) {}));
+}
+
+void group_norm_silu_backward(const GroupNormSiluBackward& op, int threads) {
+  Pass pass(op.forward, threads);
+  const int64_t n_samples = op.forward.shape.n, channels = op.forward.shape.c;
+  Scratch<float> dgain(n_samples * channels), doffset(n_samples * channels);
+  run(pass.cut, threads,
+      phase([&](int64_t n, int64_t b, int thread) { pass.sum_block(n, b, thread); },
+            [&](int64_t n) { pass.sum_finish(n); }),
+      phase([&](int64_t n, int64_t b, int thread) { pass.spread_block(n, b, thread); },
+            [&](int64_t n) { pass.spread_finish(n); }),
+      phase([&](int64_t n, int64_t b, int thread) { pass.gradient_block(op, n, b, thread); },
+            [&](int64_t n) { pass.gradient_finish(op, dgain.data, doffset.data, n); }),
+      phase([&](int64_t n, int64_t b, int thread) { pass.apply_gradient_block(op, n, b, thread); },
+            [](int64_t) {}));
+  for (int64_t c = 0; c < channels; ++c) {
+    double weight = 0.0, bias = 0.0;
+    for (int64_t n = 0; n < n_samples; ++n)
+      weight += dgain.data[n * channels + c], bias += doffset.data[n * channels + c];
+    if (op.dweight) op.dweight[c] = float(weight);
+    if (op.dbias) op.dbias[c] = float(bias);
+  }
+}
+
+}  // namespace FASTDDPM_ISA
+}  // namespace fastddpm

@@ -1,0 +1,45 @@
+// Run-time choice of the instruction set. Every kernel file is compiled once per instruction set,
+// into the namespace FASTDDPM_ISA with that set's compiler flags, and offers its entry point there;
+// isa.cpp calls the one in use. Kernel files keep helpers in unnamed namespaces and use no library
+// templates.
+#pragma once
+#include "../ops.h"
+
+// Calls X(namespace) for each compiled instruction set, weakest first.
+#if defined(FASTDDPM_X86)
+#define FASTDDPM_EACH_ISA(X) X(plain) X(avx2) X(avx512)
+#else
+#define FASTDDPM_EACH_ISA(X) X(plain)
+#endif
+
+#define FASTDDPM_DECLARE_OPS(isa)                                                \
+  namespace isa {                                                                \
+  void randn(const Randn&, int threads);                                         \
+  void noise(const Noise&, int threads);                                         \
+  void posterior_step(const PosteriorStep&, int threads);                        \
+  void group_norm_silu(const GroupNormSilu&, int threads);                       \
+  void group_norm_silu_backward(const GroupNormSiluBackward&, int threads);      \
+  void discretized_log_likelihood(const DiscretizedLogLikelihood&, int threads); \
+  }
+
+namespace fastddpm {
+
+FASTDDPM_EACH_ISA(FASTDDPM_DECLARE_OPS)
+
+namespace cpu {
+
+constexpr int MAX_ISAS = 8;
+
+// Names of the instruction sets compiled in, weakest first, null-terminated; `available` on this
+// machine only.
+void isas(bool available, const char* names[MAX_ISAS]);
+
+// The one in use: the strongest that the machine has, or what FASTDDPM_ISA or use_isa asked for.
+const char* isa();
+
+// Throws std::invalid_argument, listing the choices, if the name is unknown or this machine lacks
+// it.
+void use_isa(const char* name);
+
+}  // namespace cpu
+}  // namespace fastddpm

@@ -1,0 +1,193 @@
+// The formulas of every op for one element, written once for the CPU kernels and the CUDA kernels.
+//
+// exp, log and sin/cos are polynomials that vectorise and give the same bits with every libm.
+// `madd` is a fused multiply-add where the target has one: the compiler itself is told not to
+// contract, so that an element's value never depends on whether it fell into a vector or into the
+// loop's tail.
+#pragma once
+#include <cmath>
+
+#include "types.h"
+
+namespace fastddpm {
+
+// Columns of the [T, K] table that Schedule.table() makes (fastddpm/schedule.py: COLUMNS).
+enum Column : int {
+  SQRT_AB,         // sqrt(abar_t)
+  SQRT_1M_AB,      // sqrt(1 - abar_t)
+  INV_SQRT_AB,     // 1 / sqrt(abar_t)
+  SQRT_INV_AB_M1,  // sqrt(1 / abar_t - 1)
+  MEAN_X0,         // sqrt(abar_{t-1}) beta_t / (1 - abar_t)
+  MEAN_XT,         // sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t)
+  SIGMA,           // standard deviation of the sampling noise
+  LOG_VARIANCE,    // log sigma_t^2, finite at t = 0
+  COLUMNS
+};
+
+enum class Prediction : int32_t { eps = 0, x0 = 1, mean = 2 };
+
+namespace {
+
+FASTDDPM_HD float madd(float a, float b, float c) {
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+FASTDDPM_HD float power_of_two(int32_t n) {  // 2^n for -126 <= n <= 127
+  return bit_cast<float>(uint32_t(n + 127) << 23);
+}
+
+// e^x = p 2^k for |x| < 2^21: p to 2 ulp, k an integer.
+FASTDDPM_HD float exponential_parts(float x, int32_t& k) {
+  // x = k ln 2 + r: adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+  const float shifted = madd(x, 1.44269504f, 0x1.8p23f), n = shifted - 0x1.8p23f;
+  k = int32_t(bit_cast<uint32_t>(shifted) - 0x4b400000u);
+  float r = madd(n, -0.693359375f, x);
+  r = madd(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = madd(p, r, 1.3981999507e-3f);
+  p = madd(p, r, 8.3334519073e-3f);
+  p = madd(p, r, 4.1665795894e-2f);
+  p = madd(p, r, 1.6666665459e-1f);
+  p = madd(p, r, 5.0000001201e-1f);
+  return madd(p, r * r, r) + 1.0f;
+}
+
+// e^x to 2 ulp over all of float32, subnormal results, infinity and NaN included.
+FASTDDPM_HD float exponential(float x) {
+  x = x < -104.0f ? -104.0f : x;
+  x = x > 89.0f ? 89.0f : x;  // comparisons that keep a NaN
+  int32_t k;
+  const float p = exponential_parts(x, k);
+  const int32_t half = k >> 1;  // in two factors: 2^128 and 2^-150 are no floats
+  return p * power_of_two(half) * power_of_two(k - half);
+}
+
+// e^x to 2 ulp for -87 <= x <= 88; the value at the nearer end outside. A NaN gives any number.
+FASTDDPM_HD float exponential_clamped(float x) {
+  // As integers floats order by magnitude, so two integer minima clamp; float ones would compile to
+  // masks.
+  const int32_t below = bit_cast<int32_t>(x) < 0x42b00000 ? bit_cast<int32_t>(x) : 0x42b00000;
+  const uint32_t both = uint32_t(below) < 0xc2ae0000u ? uint32_t(below) : 0xc2ae0000u;
+  int32_t k;
+  const float p = exponential_parts(bit_cast<float>(both), k);
+  return p * power_of_two(k);
+}
+
+// log(x) to 2 ulp for a normal positive x.
+FASTDDPM_HD float logarithm(float x) {
+  // x = 2^k m with m in [sqrt(1/2), sqrt(2)), f = m - 1.
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const int32_t k = int32_t(bits - 0x3f3504f3u) >> 23;
+  const float f = bit_cast<float>(bits - (uint32_t(k) << 23)) - 1.0f, f2 = f * f, n = float(k);
+  float p = 7.0376836292e-2f;
+  p = madd(p, f, -1.1514610310e-1f);
+  p = madd(p, f, 1.1676998740e-1f);
+  p = madd(p, f, -1.2420140846e-1f);
+  p = madd(p, f, 1.4249322787e-1f);
+  p = madd(p, f, -1.6668057665e-1f);
+  p = madd(p, f, 2.0000714765e-1f);
+  p = madd(p, f, -2.4999993993e-1f);
+  p = madd(p, f, 3.3333331174e-1f);
+  p = p * f * f2;
+  p = madd(n, -2.12194440e-4f, p);
+  p = madd(-0.5f, f2, p);
+  return madd(n, 0.693359375f, f + p);
+}
+
+// (cos(2 pi u), sin(2 pi u)) for u in [0, 1]. The reduction u = q/4 + r, |r| <= 1/8, is exact.
+FASTDDPM_HD void cos_sin_2pi(float u, float& cos_out, float& sin_out) {
+  const float shifted = madd(u, 4.0f, 0x1.8p23f);
+  const uint32_t q = bit_cast<uint32_t>(shifted);
+  const float r = madd(shifted - 0x1.8p23f, -0.25f, u), r2 = r * r;
+  float s = 42.058693944897654f;
+  s = madd(s, r2, -76.70585975306136f);
+  s = madd(s, r2, 81.60524927607504f);
+  s = madd(s, r2, -41.341702240399755f);
+  s = madd(s, r2, 6.283185307179586f);
+  s = s * r;
+  float c = -26.426256783374397f;
+  c = madd(c, r2, 60.24464137187666f);
+  c = madd(c, r2, -85.45681720669373f);
+  c = madd(c, r2, 64.93939402266829f);
+  c = madd(c, r2, -19.739208802178716f);
+  c = madd(c, r2, 1.0f);
+  const bool swap = q & 1;
+  const uint32_t cos_sign = ((q + 1) & 2) << 30, sin_sign = (q & 2) << 30;
+  cos_out = bit_cast<float>(bit_cast<uint32_t>(swap ? s : c) ^ cos_sign);
+  sin_out = bit_cast<float>(bit_cast<uint32_t>(swap ? c : s) ^ sin_sign);
+}
+
+// Two standard normals of two random words (Box-Muller); see `randn` in ops.h.
+FASTDDPM_HD float unit_interval(uint32_t word) {  // fl32(fl32(word) 2^-32 + 2^-33) in (0, 1]
+  return madd(float(word), 0x1p-32f, 0x1p-33f);
+}
+
+FASTDDPM_HD void box_muller(uint32_t w0, uint32_t w1, float& z0, float& z1) {
+  const float radius = sqrtf(-2.0f * logarithm(unit_interval(w0)));
+  float c, s;
+  cos_sin_2pi(unit_interval(w1), c, s);
+  z0 = radius * c;
+  z1 = radius * s;
+}
+
+// Below -88 silu is v e^-88 instead of v e^v: both are 0 next to any float that matters.
+FASTDDPM_HD float sigmoid(float v) { return 1.0f / (1.0f + exponential_clamped(-v)); }
+
+FASTDDPM_HD float silu(float v) { return v / (1.0f + exponential_clamped(-v)); }
+
+FASTDDPM_HD float silu_gradient(float v) {  // d silu / dv
+  const float s = sigmoid(v);
+  return s * madd(v, 1.0f - s, 1.0f);
+}
+
+FASTDDPM_HD float to_unit(float pixel) {  // 0 .. 255 -> [-1, 1]
+  return pixel / 127.5f - 1.0f;
+}
+
+// x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps   (DDPM Eq. 4); row: the table's row of t.
+FASTDDPM_HD float q_sample(const float* row, float x0, float eps) {
+  return madd(row[SQRT_AB], x0, row[SQRT_1M_AB] * eps);
+}
+
+// Mean of p(x_{t-1} | x_t): x0 by Eq. 15, clip, mean by Eq. 7.
+FASTDDPM_HD float posterior_mean(const float* row, float xt, float out, Prediction prediction,
+                                 bool clip) {
+  if (prediction == Prediction::mean) return out;
+  float x0 =
+      prediction == Prediction::x0 ? out : madd(row[INV_SQRT_AB], xt, -(row[SQRT_INV_AB_M1] * out));
+  const float high = x0 > 1.0f ? 1.0f : x0, clipped = high < -1.0f ? -1.0f : high;
+  x0 = clip ? clipped : x0;
+  return madd(row[MEAN_X0], x0, row[MEAN_XT] * xt);
+}
+
+// log Phi(a) in float64, relative error below 1e-13 for every a.
+FASTDDPM_HD double log_ndtr(double a) {
+  if (a > -1.0) return log1p(-0.5 * erfc(a * 0.7071067811865476));
+  if (a > -20.0) return log(0.5 * erfc(-a * 0.7071067811865476));
+  // Mills' ratio by its asymptotic series; at a = -20 the first term left out is 2e-15.
+  const double y = 1.0 / (a * a);
+  const double series =
+      y *
+      (-1.0 + y * (3.0 + y * (-15.0 + y * (105.0 + y * (-945.0 + y * (10395.0 - y * 135135.0))))));
+  return -0.5 * a * a - log(-a) - 0.9189385332046727 + log1p(series);
+}
+
+// log of the mass that N(mean, sigma^2) puts on the bin [x - 1/255, x + 1/255]   (DDPM Eq. 13). The
+// first bin reaches to -inf and the last to +inf.
+FASTDDPM_HD double log_bin_mass(double x, double mean, double log_sigma) {
+  const double inv_sigma = exp(-log_sigma), half = 1.0 / 255.0;
+  const double lower = (x - half - mean) * inv_sigma, upper = (x + half - mean) * inv_sigma;
+  if (x < -0.999) return log_ndtr(upper);
+  if (x > 0.999) return log_ndtr(-lower);
+  // The mass of (a, b) is that of (-b, -a); on the left of 0 the log-CDFs do not cancel.
+  const bool right = lower > 0.0;
+  const double log_a = log_ndtr(right ? -upper : lower), log_b = log_ndtr(right ? -lower : upper);
+  return log_b + log(-expm1(log_a - log_b));
+}
+
+}  // namespace
+}  // namespace fastddpm

@@ -1,0 +1,132 @@
+// The native ops: what each computes, on which shapes, in which units. No torch, no Python.
+//
+// A tensor is a pointer with a storage type and strides in elements; its shape belongs to the op.
+// Images are (N, C, H, W) in any memory layout. Arithmetic is float32 whatever the storage. `t` is
+// 0-based and indexes the [T, COLUMNS] float32 table of Schedule.table().
+//
+// cpu:: functions check what they can (they throw std::invalid_argument), use up to `threads`
+// threads, and give the same bits for every thread count and batch size. cuda:: functions take
+// pointers of one device, only queue work on `stream`, and throw std::runtime_error if that fails;
+// a t outside the table gives NaN.
+#pragma once
+#include <cstdint>
+
+#include "math.h"
+
+namespace fastddpm {
+
+struct Shape {
+  int64_t n, c, h, w;
+};
+
+struct Tensor {  // (N, C, H, W); not given: data is null
+  void* data;
+  DType dtype;
+  int64_t stride[4];
+};
+
+struct Matrix {  // (N, C), or (C,) with stride_n = 0; not given: data is null
+  void* data;
+  DType dtype;
+  int64_t stride_n, stride_c;
+};
+
+struct PerSample {  // one int64 for each of the N samples; stride 0 repeats one value
+  const int64_t* data;
+  int64_t stride;
+};
+
+struct Table {  // float32, contiguous
+  const float* data;
+  int64_t steps;
+};
+
+struct Random {  // the stream of sample n is (seed, step[n], sample_index[n]); see philox.h
+  uint64_t seed;
+  PerSample step, sample_index;
+};
+
+// Standard normals of the RNG contract: out is (n, numel), contiguous, f32, bf16 or f16.
+// z_0 = sqrt(-2 log u_0) cos(2 pi u_1), z_1 = sqrt(-2 log u_0) sin(2 pi u_1), u = fl32(fl32(word)
+// 2^-32 + 2^-33).
+struct Randn {
+  int64_t n, numel;
+  void* out;
+  DType dtype;
+  Random random;
+};
+
+// x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps   (DDPM Eq. 4).
+// x0: u8 0 .. 255, scaled to [-1, 1] first, or float; mirrored along W where flip[n] is not 0.
+// eps: read, or, if generate_eps, drawn from `random`, rounded to its storage type and written.
+struct Noise {
+  Shape shape;
+  Tensor x0, eps, xt;
+  bool generate_eps;
+  Random random;
+  PerSample t;
+  const uint8_t* flip;  // (N,) or null
+  Table table;
+};
+
+// x_{t-1} = mean + sigma_t z through the x0 prediction (Eq. 15, clip, Eq. 7; Algorithm 2).
+// z: read if given, else drawn in float32 from `random`; neither read nor drawn where sigma_t = 0.
+// log_variance replaces sigma_t where that is not 0. out may be xt itself.
+struct PosteriorStep {
+  Shape shape;
+  Tensor xt, model_output, z, log_variance, out;
+  Random random;
+  PerSample t;
+  Prediction prediction;
+  bool clip;
+  Table table;
+};
+
+// y = silu((1 + scale) (weight (x - mean) / sqrt(var + eps) + bias) + shift), statistics per sample
+// and group; silu is the identity if `silu` is false. Statistics are centred: a mean of 1000 with a
+// spread of 0.1 is fine.
+struct GroupNormSilu {
+  Shape shape;
+  int64_t groups;
+  float eps;
+  bool silu;
+  Tensor x, y;
+  Matrix weight, bias;  // (C,)
+  Matrix scale, shift;  // (N, C)
+  float *mean, *rstd;   // (N, groups) contiguous, or null
+};
+
+// The gradient of group_norm_silu; statistics are computed again from x. Sums have a fixed order.
+struct GroupNormSiluBackward {
+  GroupNormSilu forward;   // y, mean and rstd are not used
+  Tensor grad, dx;         // like x
+  float *dweight, *dbias;  // (C,) or null
+  float *dscale, *dshift;  // (N, C) contiguous, or null
+};
+
+// log of the mass that N(mean, exp(log_scale)^2) puts on the pixel's bin [x - 1/255, x + 1/255], in
+// nats, where x is in [-1, 1] with 256 levels and the outer bins are unbounded   (DDPM Eq. 13).
+// Float64 inside.
+struct DiscretizedLogLikelihood {
+  Shape shape;
+  Tensor x, mean, log_scale, out;
+};
+
+namespace cpu {
+void randn(const Randn& op, int threads);
+void noise(const Noise& op, int threads);
+void posterior_step(const PosteriorStep& op, int threads);
+void group_norm_silu(const GroupNormSilu& op, int threads);
+void group_norm_silu_backward(const GroupNormSiluBackward& op, int threads);
+void discretized_log_likelihood(const DiscretizedLogLikelihood& op, int threads);
+}  // namespace cpu
+
+namespace cuda {
+void randn(const Randn& op, void* stream);
+void noise(const Noise& op, void* stream);
+void posterior_step(const PosteriorStep& op, void* stream);
+void group_norm_silu(const GroupNormSilu& op, void* stream);
+void discretized_log_likelihood(const DiscretizedLogLikelihood& op, void* stream);
+}  // namespace cuda
+
+}  // namespace fastddpm

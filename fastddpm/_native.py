@@ -1,0 +1,100 @@
+"""Finds and loads the native module `fastddpm._C`, or records why there is none.
+
+C:       the module, or None; a missing one is no error here
+reason:  None, or one sentence that says what is wrong and what to do
+
+An impossible FASTDDPM_ISA is a ValueError at import: it was asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.metadata import distributions
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch  # noqa: F401  first: _C then runs on torch's own thread pool
+
+_HERE = Path(__file__).parent
+
+
+def _candidates() -> list[Path]:
+    """Files that may be `_C`: beside this file, then in an installed fastddpm of the same version.
+
+    The second serves a checkout after a plain `pip install .`: there `python -m pytest` and
+    `python -c "import fastddpm"` find the source folder first, and the build is in site-packages.
+    """
+    text = (_HERE / "__init__.py").read_text(encoding="utf-8")
+    version = re.search(r'^__version__ = "(.+)"', text, re.MULTILINE)
+    installed = [
+        Path(str(distribution.locate_file("fastddpm")))
+        for distribution in distributions(name="fastddpm")
+        if version and distribution.version == version[1]
+    ]
+    files = [
+        folder / f"_C{suffix}" for folder in (_HERE, *installed) for suffix in EXTENSION_SUFFIXES
+    ]
+    return [file for file in files if file.is_file()]
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    files = _candidates()
+    if not files:
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        return None, (
+            f"fastddpm's native module _C is not built for this Python ({python}): run "
+            "`pip install .` in the checkout (it needs a C++17 compiler), or `pip install -e .` to "
+            "work on the sources"
+        )
+    spec = importlib.util.spec_from_file_location("fastddpm._C", files[0])
+    try:
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+    except ImportError as error:
+        return None, f"{files[0]} does not load ({error}): build it again with `pip install .`"
+    module.isa()
+    sys.modules["fastddpm._C"] = module
+    return module, None
+
+
+def _map_kernels() -> None:
+    """In a checkout, let `fastddpm.kernels` be the folder kernels/, as it is once installed."""
+    init = _HERE.parent / "kernels" / "__init__.py"
+    if init.is_file() and importlib.util.find_spec("fastddpm.kernels") is None:
+        spec = importlib.util.spec_from_file_location("fastddpm.kernels", init)
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        sys.modules["fastddpm.kernels"] = sys.modules["fastddpm"].kernels = module  # type: ignore[attr-defined]
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+
+
+_map_kernels()
+C, reason = _load()
+
+
+def build_info() -> dict[str, Any]:
+    """Compiler, instruction sets, threading and CUDA of the native module; {} without one."""
+    return {} if C is None else {**C.build_info(), "file": C.__file__}
+
+
+def isa() -> str | None:
+    """The instruction set in use: the best of this machine, or what FASTDDPM_ISA names."""
+    return None if C is None else C.isa()
+
+
+def isas_available() -> list[str]:
+    """The compiled instruction sets that this machine has, weakest first."""
+    return [] if C is None else C.isas_available()
+
+
+def use_isa(name: str) -> None:
+    """Use another instruction set from here on, in all threads.
+
+    Raises ValueError, with the choices, for one that was not compiled or that this machine lacks.
+    """
+    if C is None:
+        raise RuntimeError(reason)
+    C.use_isa(name)

@@ -1,0 +1,61 @@
+"""What every dataset offers, whatever it reads. No file formats."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class Dataset(ABC):
+    """Images of one shape, by index.
+
+    shape:   (C, H, W)
+    skipped: (name, reason) of every file that was found and can't be used
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        n: int,
+        shape: tuple[int, int, int],
+        skipped: Sequence[tuple[str, str]] = (),
+    ):
+        self.path, self.kind, self.shape = path, kind, shape
+        self.skipped = list(skipped)
+        self._n = n
+
+    def __len__(self) -> int:
+        return self._n
+
+    def images(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
+        """The images `indices`, (n, C, H, W) uint8, contiguous, a copy.
+
+        Raises TypeError unless the indices are whole numbers in one dimension, IndexError out of
+        0 .. len - 1.
+        """
+        if isinstance(indices, torch.Tensor):
+            indices = indices.cpu().numpy()
+        index = np.asarray(indices)
+        if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
+            raise TypeError(
+                f"indices must be integers in one dimension; got {index.dtype} of {index.shape}"
+            )
+        index = index.astype(np.int64)
+        if index.size and not 0 <= index.min() <= index.max() < len(self):
+            wrong = index[(index < 0) | (index >= len(self))][0]
+            raise IndexError(f"index {wrong} is not in 0 .. {len(self) - 1}, {self.path}")
+        return torch.from_numpy(np.ascontiguousarray(self._read(index)))
+
+    @abstractmethod
+    def _read(self, index: np.ndarray) -> np.ndarray:
+        """The images of checked int64 indices, a fresh (n, C, H, W) uint8 array."""
+
+    def describe(self) -> str:
+        """One line for people: "60,000 images 1x28x28, idx"."""
+        skipped = f", {len(self.skipped):,} skipped" if self.skipped else ""
+        return f"{len(self):,} images {'x'.join(map(str, self.shape))}, {self.kind}{skipped}"

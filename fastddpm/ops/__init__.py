@@ -1,0 +1,269 @@
+"""The public ops: check the arguments, choose a backend, one gradient for all backends.
+
+Images are (N, C, H, W) in any memory format; results have that of the first image. float32,
+bfloat16 and float16 are storage types: they may be mixed, and arithmetic is float32. float64
+runs in float64, on the reference. `t` is 0-based. Every op raises TypeError or ValueError, in one
+line that names the argument, for what it can't take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastddpm import reference
+from fastddpm.ops import checks, dispatch, library
+from fastddpm.ops.dispatch import use_backend
+from fastddpm.schedule import check_choice
+
+__all__ = [
+    "attention_block",
+    "discretized_log_likelihood",
+    "group_norm_silu",
+    "noise",
+    "posterior_step",
+    "randn",
+    "use_backend",
+]
+
+Prediction = Literal["eps", "x0", "mean"]
+_PREDICTIONS = get_args(Prediction)
+
+
+def randn(
+    shape: Sequence[int],
+    *,
+    seed: int,
+    step: int | Tensor,
+    first_index: int = 0,
+    sample_index: Tensor | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normals of the RNG contract: sample n is a function of (seed, step, its index).
+
+    shape:  (N, ...); a sample's elements come in the order of a contiguous tensor
+    seed:   in [0, 2^64);  step: in [0, 2^32), an int or (N,) int64
+    sample_index: (N,) int64, not negative; by default first_index, first_index + 1, ...
+    returns shape, `dtype`, contiguous, on `device` (by default that of sample_index, or the CPU)
+
+    Philox4x32-10 and Box-Muller. The integers are the same on every backend and device; the
+    normals agree to a few float32 ulp, and to the bit for any batch size and thread count.
+    """
+    shape = tuple(shape)
+    if not shape or any(not isinstance(s, (int, torch.SymInt)) or s < 0 for s in shape):
+        raise ValueError(f"shape must be (N, ...), integers of at least 0; got {shape}")
+    if dtype not in checks.FLOATS:
+        raise TypeError(f"dtype must be a float dtype; got {dtype}")
+    n = shape[0]
+    if sample_index is None:
+        first = checks.integer("first_index", first_index, checks.INDEX_END - n, "2^63 - N")
+        sample_index = torch.arange(first, first + n, device=device)
+    elif first_index != 0 or device is not None:
+        raise ValueError("sample_index takes the place of first_index and device; got both")
+    checks.tensor("sample_index", sample_index)
+    checks.per_sample("sample_index", sample_index, n, sample_index.device)
+    step = checks.step_word(step, n, sample_index.device)
+    return library.randn(shape, checks.seed_word(seed), step, sample_index, dtype)
+
+
+def noise(
+    x0: Tensor,
+    t: Tensor,
+    table: Tensor,
+    *,
+    eps: Tensor | None = None,
+    seed: int | None = None,
+    sample_index: Tensor | None = None,
+    step: int | Tensor | None = None,
+    flip: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw x_t ~ q(x_t | x_0): x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps   (DDPM Eq. 4).
+
+    x0:    (N, C, H, W) uint8 0 .. 255, scaled to [-1, 1] first, or float
+    t:     (N,) int64 in 0 .. T-1;  table: (T, 8) float32 from Schedule.table()
+    eps:   (N, C, H, W) float, or instead the stream to draw it from:
+           seed in [0, 2^64), sample_index (N,) int64, step (t unless given)
+    flip:  (N,) bool: mirror this image along W, before the noise
+    dtype: of x_t and of a drawn eps; by default that of x0, or of eps, or float32 for uint8
+    returns (x_t, eps), the eps that was used
+
+    Gradients for float x0 and eps. A drawn eps is rounded to its dtype before it is used.
+    """
+    checks.images("x0", x0, bytes_too=True)
+    n, device = x0.shape[0], x0.device
+    checks.per_sample("t", t, n, device)
+    checks.schedule_table(table, device)
+    if eps is not None:
+        checks.operand("eps", eps, "x0", x0)
+    stream = checks.draw("eps", eps, seed, sample_index, step, t)
+    if flip is not None:
+        checks.per_sample("flip", flip, n, device, torch.bool)
+        flip = flip.contiguous()
+    if dtype is None:
+        floating = eps if x0.dtype == torch.uint8 else x0
+        dtype = torch.float32 if floating is None else floating.dtype
+    elif dtype not in checks.FLOATS:
+        raise TypeError(f"dtype must be a float dtype; got {dtype}")
+    table = table.contiguous()
+    if stream is not None:
+        return library.drawn_noise(x0, t, table, *stream, flip, dtype)
+    assert eps is not None
+    return library.noise(x0, t, table, eps, flip, dtype), eps
+
+
+def posterior_step(
+    xt: Tensor,
+    model_output: Tensor,
+    t: Tensor,
+    table: Tensor,
+    *,
+    z: Tensor | None = None,
+    seed: int | None = None,
+    sample_index: Tensor | None = None,
+    step: int | Tensor | None = None,
+    clip: bool = True,
+    prediction: Prediction = "eps",
+    log_variance: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Draw x_{t-1} ~ p(x_{t-1} | x_t): x0 by Eq. 15, clipped, mean by Eq. 7, plus sigma_t z.
+
+    That is line 4 of DDPM Algorithm 2, or of DDIM if the table is.
+
+    xt, model_output: (N, C, H, W) float;  prediction: what the model's output is. "mean" is the
+                  mean of p itself, which clip does not touch
+    t:            (N,) int64 in 0 .. T-1;  table: (T, 8) float32 from Schedule.table()
+    z:            (N, C, H, W) float, or instead the stream to draw it from:
+                  seed in [0, 2^64), sample_index (N,) int64, step (t unless given)
+    log_variance: (N, C, H, W) float, log sigma^2 where the model gives it; the table's sigma still
+                  says at which steps there is noise at all
+    out:          where to write the result; may be xt itself. No gradients then
+
+    Gradients for xt, model_output, z and log_variance. A drawn z is float32 whatever xt is.
+    """
+    checks.images("xt", xt)
+    n, device = xt.shape[0], xt.device
+    checks.operand("model_output", model_output, "xt", xt)
+    checks.per_sample("t", t, n, device)
+    checks.schedule_table(table, device)
+    if z is not None:
+        checks.operand("z", z, "xt", xt)
+    stream = checks.draw("z", z, seed, sample_index, step, t)
+    if prediction not in _PREDICTIONS:
+        check_choice("prediction", prediction, _PREDICTIONS)
+    if log_variance is not None:
+        checks.operand("log_variance", log_variance, "xt", xt)
+    arguments = (
+        *(xt, model_output, t, table.contiguous(), z, *(stream or (None, None, None))),
+        *(bool(clip), prediction, log_variance),
+    )
+    if out is None:
+        return library.posterior_step(*arguments)
+    checks.output(out, "xt", xt)
+    checks.no_gradient(xt=xt, model_output=model_output, z=z, log_variance=log_variance, out=out)
+    library.posterior_step_out(*arguments, out)
+    return out
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-6,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """silu((1 + scale) (weight (x - mean) / sqrt(var + eps) + bias) + shift)   (DDPM App. B).
+
+    Mean and variance are those of a sample's group of channels; silu=False leaves the SiLU out.
+
+    x:            (N, C, ...) float; num_groups divides C
+    weight, bias: (C,) float or None;  scale, shift: (N, C) float or None
+    returns the shape, dtype and memory format of x
+
+    Gradients for all five tensors, and theirs. Statistics are float32 and centred: a mean of 1000
+    with a spread of 0.1 is fine. Parameters may have another dtype than x, as under autocast.
+    """
+    checks.floating("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x must be (N, C, ...); got {tuple(x.shape)}")
+    checks.groups(num_groups, x, eps)
+    device, (n, c) = x.device, x.shape[:2]
+    checks.parameter("weight", weight, (c,), device)
+    checks.parameter("bias", bias, (c,), device)
+    checks.parameter("scale", scale, (n, c), device)
+    checks.parameter("shift", shift, (n, c), device)
+    return library.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, bool(silu))
+
+
+def attention_block(
+    x: Tensor,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    num_heads: int = 1,
+    eps: float = 1e-6,
+) -> Tensor:
+    """x + proj(softmax(q k^T / sqrt(d)) v), q, k, v = split(qkv(GroupNorm(x)))   (DDPM App. B).
+
+    x:           (N, C, H, W) float; num_groups and num_heads divide C
+    norm_weight, norm_bias: (C,) or None
+    qkv_weight:  (3C, C), the rows of q, then k, then v, each head by head;  qkv_bias: (3C,) or None
+    proj_weight: (C, C);  proj_bias: (C,) or None
+    returns the shape and dtype of x
+
+    Gradients for all tensors. The norm and the softmax are float32, the products run in the dtype
+    of x (under autocast, in autocast's).
+    """
+    checks.images("x", x)
+    checks.groups(num_groups, x, eps)
+    c, device = x.shape[1], x.device
+    if not isinstance(num_heads, int) or num_heads < 1 or c % num_heads:
+        raise ValueError(f"num_heads must divide the {c} channels; got {num_heads!r}")
+    checks.tensor("qkv_weight", qkv_weight)
+    checks.tensor("proj_weight", proj_weight)
+    checks.parameter("norm_weight", norm_weight, (c,), device)
+    checks.parameter("norm_bias", norm_bias, (c,), device)
+    checks.parameter("qkv_weight", qkv_weight, (3 * c, c), device)
+    checks.parameter("qkv_bias", qkv_bias, (3 * c,), device)
+    checks.parameter("proj_weight", proj_weight, (c, c), device)
+    checks.parameter("proj_bias", proj_bias, (c,), device)
+    if dispatch.forced() not in ("auto", "reference"):
+        dispatch.choose("attention_block", x)  # raises: no other backend has it
+    # Made of differentiable ops, so that it needs no gradient of its own and compiles as it is.
+    y = group_norm_silu(x, num_groups, norm_weight, norm_bias, eps, silu=False)
+    return x + reference.attention(
+        y, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads=num_heads
+    )
+
+
+def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """log of the mass that N(mean, exp(log_scale)^2) puts on the pixel's bin   (DDPM Eq. 13).
+
+    x:    float in [-1, 1] with 256 levels; its bin is [x - 1/255, x + 1/255], and the first and
+          the last one have no outer end
+    mean, log_scale: float; the three are broadcast and their dtypes promoted, as torch does
+    returns nats, elementwise
+
+    Gradients for mean and log_scale; x is data and gets none. float64 inside, without cancellation
+    for any distance or scale.
+    """
+    for name, value in (("x", x), ("mean", mean), ("log_scale", log_scale)):
+        checks.floating(name, value)
+        checks.on_device(name, value, x.device)
+    if not x.shape == mean.shape == log_scale.shape:
+        checks.broadcastable(x=x, mean=mean, log_scale=log_scale)
+    return library.discretized_log_likelihood(x, mean, log_scale)

@@ -1,0 +1,198 @@
+"""Refuses what an op can't take, before any backend sees it: one line that names the argument,
+what it was and what is allowed.
+
+Shapes, dtypes and devices are checked on every call, traced ones too; values (`values_in`) where
+reading them costs no synchronisation: on the host.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddpm.schedule import K
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDEX_END = 1 << 63  # of sample indices
+STEP_END = 1 << 32  # of the step word of the RNG contract
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+
+
+def floating(name: str, x: Any, dims: tuple[int, ...] = (), layout: str = "") -> None:
+    """A tensor of a float dtype, with one of the numbers of dimensions in `dims` if given."""
+    tensor(name, x)
+    if x.dtype not in FLOATS:
+        allowed = ", ".join(map(_name, FLOATS))
+        raise TypeError(f"{name} must be one of {allowed}; got {_name(x.dtype)}")
+    if dims and x.dim() not in dims:
+        raise ValueError(f"{name} must be {layout}; got {_shape(x)}")
+
+
+def images(name: str, x: Any, *, bytes_too: bool = False) -> None:
+    """(N, C, H, W) of a float dtype, or uint8."""
+    if not (bytes_too and isinstance(x, Tensor) and x.dtype == torch.uint8):
+        floating(name, x)
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be (N, C, H, W); got {_shape(x)}")
+
+
+def on_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} like the other tensors; got {x.device}")
+
+
+def operand(name: str, x: Any, like_name: str, like: Tensor) -> None:
+    """A float tensor of the shape and device of `like`, float64 exactly where that is.
+
+    Other float dtypes mix: they are storage types, arithmetic is float32.
+    """
+    floating(name, x)
+    if x.shape != like.shape:
+        raise ValueError(
+            f"{name} must have the shape of {like_name}, {_shape(like)}; got {_shape(x)}"
+        )
+    on_device(name, x, like.device)
+    if x.dtype != like.dtype and torch.float64 in (x.dtype, like.dtype) and like.dtype in FLOATS:
+        raise TypeError(
+            f"{name} and {like_name} must both be float64 or neither; "
+            f"got {_name(x.dtype)} and {_name(like.dtype)}"
+        )
+
+
+def output(out: Any, like_name: str, like: Tensor) -> None:
+    """A tensor to write the result into: like `like`, each element in its own place."""
+    operand("out", out, like_name, like)
+    if out.dtype != like.dtype:
+        raise TypeError(f"out must be {_name(like.dtype)} like {like_name}; got {_name(out.dtype)}")
+    if any(size > 1 and step == 0 for size, step in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError("out must not be an expanded tensor: its elements share memory")
+
+
+def no_gradient(**tensors: Any) -> None:
+    """out= overwrites what a gradient would need."""
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"out can't be given where {name} requires grad, as in torch's own ops"
+            )
+
+
+def per_sample(
+    name: str, x: Any, n: int, device: torch.device, dtype: torch.dtype = torch.int64
+) -> None:
+    """(N,) of `dtype` on `device`."""
+    tensor(name, x)
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must be {_name(dtype)}; got {_name(x.dtype)}")
+    if x.dim() != 1 or x.shape[0] != n:
+        raise ValueError(f"{name} must have shape ({n},); got {_shape(x)}")
+    on_device(name, x, device)
+
+
+def schedule_table(table: Any, device: torch.device) -> None:
+    """[T, K] float32 or float64, as Schedule.table() makes it."""
+    tensor("table", table)
+    if table.dtype != torch.float32 and table.dtype != torch.float64:
+        raise TypeError(f"table must be float32 or float64; got {_name(table.dtype)}")
+    if table.dim() != 2 or table.shape[1] != K or table.shape[0] == 0:
+        raise ValueError(
+            f"table must be (T, {K}) with T >= 1, as Schedule.table() is; got {_shape(table)}"
+        )
+    on_device("table", table, device)
+
+
+def parameter(name: str, x: Any, shape: tuple[int, ...], device: torch.device) -> None:
+    """None, or a float tensor of this shape on `device`."""
+    if x is None:
+        return
+    floating(name, x)
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}; got {_shape(x)}")
+    on_device(name, x, device)
+
+
+def broadcastable(**tensors: Tensor) -> None:
+    try:
+        torch.broadcast_shapes(*(x.shape for x in tensors.values()))
+    except RuntimeError:
+        shapes = ", ".join(map(_shape, tensors.values()))
+        raise ValueError(
+            f"{', '.join(tensors)} must have shapes that broadcast; got {shapes}"
+        ) from None
+
+
+def groups(num_groups: Any, x: Tensor, eps: Any) -> None:
+    """num_groups divides the channels of x; eps is a number of at least 0."""
+    channels = x.shape[1]
+    if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups must divide the {channels} channels; got {num_groups!r}")
+    if not isinstance(eps, (float, int)) or not eps >= 0:
+        raise ValueError(f"eps must be a number of at least 0; got {eps!r}")
+
+
+def integer(name: str, value: Any, end: int, text: str) -> int:
+    """An integer in 0 .. end - 1; `text` says what `end` is."""
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an integer; got {value!r}")
+        value = operator.index(value)
+    if not 0 <= value < end:
+        raise ValueError(f"{name} must be in 0 .. {text} - 1; got {value}")
+    return value
+
+
+def seed_word(seed: Any) -> int:
+    """A seed in [0, 2^64) as the int64 of the same bits, which is what an op's schema can hold."""
+    seed = integer("seed", seed, 1 << 64, "2^64")
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
+
+
+def step_word(step: Any, n: int, device: torch.device) -> Tensor:
+    """The step word of the RNG contract for N samples, (N,) int64, from such a tensor or an int."""
+    if isinstance(step, Tensor):
+        per_sample("step", step, n, device)
+        return step
+    step = integer("step", step, STEP_END, "2^32")
+    return torch.full((n,), step, dtype=torch.int64, device=device)
+
+
+def draw(
+    name: str, given: Any, seed: Any, sample_index: Any, step: Any, t: Tensor
+) -> tuple[int, Tensor, Tensor] | None:
+    """(seed, step, sample_index) to draw the noise `name` from; None if it is given itself."""
+    if given is not None:
+        if seed is not None or sample_index is not None or step is not None:
+            raise ValueError(f"give {name}, or seed, sample_index and step; got both")
+        return None
+    if seed is None or sample_index is None:
+        missing = "seed" if seed is None else "sample_index"
+        raise ValueError(f"give {name}, or both seed and sample_index; got no {missing}")
+    n, device = t.shape[0], t.device
+    per_sample("sample_index", sample_index, n, device)
+    step = t if step is None else step_word(step, n, device)
+    return seed_word(seed), step, sample_index
+
+
+def values_in(name: str, x: Tensor, end: int, text: str) -> None:
+    """All values of a host tensor are in 0 .. end - 1; `text` says what `end` is."""
+    if x.device.type != "cpu" or x.numel() == 0:
+        return
+    low, high = torch.aminmax(x)
+    if low.item() < 0 or high.item() >= end:
+        value = low.item() if low.item() < 0 else high.item()
+        raise ValueError(f"{name} must be in 0 .. {text}; got {value}")

@@ -1,0 +1,38 @@
+"""The CUDA backend: forward ops on torch's current stream. No CUDA call happens at import."""
+
+from __future__ import annotations
+
+import torch
+
+from fastddpm import _native
+from fastddpm.ops.native import Native, unbuilt
+
+
+class _Cuda(Native):
+    def call(self, name, x, *args):
+        with torch.cuda.device(x.device):
+            getattr(self.module, name)(*args, torch.cuda.current_stream(x.device).cuda_stream)
+
+    def unsupported(self, op, *tensors, **options):
+        reason = super().unsupported(op, *tensors, **options)
+        if reason is None and len({x.device for x in tensors if x is not None}) > 1:
+            return "the tensors are on different devices"
+        return reason
+
+
+if _native.C is None:
+    _module, _missing = None, unbuilt()
+else:
+    _module = getattr(_native.C, "cuda", None)
+    _missing = (
+        "this build of fastddpm has no CUDA kernels: install it again where nvcc is on the PATH, "
+        "with FASTDDPM_CUDA=ON to see what is missing"
+    )
+_cuda = _Cuda(_module, "cuda", _missing)
+
+randn = _cuda.randn
+noise = _cuda.noise
+posterior_step = _cuda.posterior_step
+group_norm_silu = _cuda.group_norm_silu
+discretized_log_likelihood = _cuda.discretized_log_likelihood
+unsupported = _cuda.unsupported

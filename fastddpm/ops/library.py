@@ -1,0 +1,391 @@
+"""The ops as torch.library knows them: schema, what runs, shape without data, gradient.
+
+An op is called here with checked arguments. Where nothing but its value is asked for it goes
+straight to the backend, or for a gradient through an autograd.Function; torch.compile and all else
+that traces take the registered op, whose kernel is the same function (`run`). Values that only a
+host tensor can show are checked in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastddpm import reference
+from fastddpm.ops import dispatch
+from fastddpm.ops.checks import INDEX_END, STEP_END, values_in
+from fastddpm.ops.dispatch import choose
+
+_library = torch.library.Library("fastddpm", "DEF")
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Op:
+    """fastddpm::name. `run` is its kernel on every device, `fake` makes outputs without data.
+
+    setup(ctx, inputs, output) and backward(ctx, *grads) are those of torch.autograd.Function.
+    `run` takes beside the op's arguments what chooses the backend.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        run: Callable,
+        fake: Callable,
+        setup: Callable | None = None,
+        backward: Callable | None = None,
+    ):
+        tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+        _library.define(name + schema, tags=tags)
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastddpm::{name}", fake, lib=_library)
+        self.registered = getattr(torch.ops.fastddpm, name).default
+        self.name, self.run = name, run
+        self.differentiable = run
+        if backward is not None:
+            torch.library.register_autograd(
+                f"fastddpm::{name}", backward, setup_context=setup, lib=_library
+            )
+            self.differentiable = _function(name, run, setup, backward)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._get_tracing_state()
+        ):
+            return self.registered(*arguments)
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return self.run(*arguments, choose=self._choose_reference)
+        gradient = False
+        for x in arguments:
+            if isinstance(x, Tensor):
+                if type(x) not in _PLAIN or x.is_meta:
+                    return self.registered(*arguments)
+                gradient = gradient or x.requires_grad
+        return (self.differentiable if gradient and torch.is_grad_enabled() else self.run)(
+            *arguments
+        )
+
+    def _choose_reference(self, *_: Any, **__: Any) -> Any:
+        """Plain torch, which torch.func and forward-mode AD can transform; a kernel they can't."""
+        if dispatch.forced() not in ("auto", "reference"):
+            raise ValueError(
+                f"{self.name} under torch.func or forward-mode AD runs on the backend 'reference' "
+                f"only; {dispatch.forced()!r} was forced"
+            )
+        return reference
+
+
+def _function(name: str, run: Callable, setup: Callable | None, backward: Callable) -> Callable:
+    """`run` with the gradient of the registered op, at a third of its cost per call."""
+
+    def forward(ctx, *arguments):
+        output = run(*arguments)
+        if setup is not None:
+            setup(ctx, arguments, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
+
+
+def _check_draw(t: Tensor, step: Tensor, sample_index: Tensor) -> None:
+    if step is not t:
+        values_in("step", step, STEP_END, "2^32 - 1")
+    values_in("sample_index", sample_index, INDEX_END, "2^63 - 1")
+
+
+def _check_t(t: Tensor, table: Tensor) -> None:
+    values_in("t", t, table.shape[0], str(table.shape[0] - 1))
+
+
+# ---- randn ---------------------------------------------------------------------------------------
+
+
+def _randn(shape, seed, step, sample_index, dtype, choose=choose):
+    values_in("step", step, STEP_END, "2^32 - 1")
+    values_in("sample_index", sample_index, INDEX_END, "2^63 - 1")
+    backend = choose("randn", sample_index, dtype=dtype)
+    return backend.randn(shape, seed=seed, step=step, sample_index=sample_index, dtype=dtype)
+
+
+def _randn_fake(shape, seed, step, sample_index, dtype):
+    return torch.empty(shape, dtype=dtype, device=sample_index.device)
+
+
+randn = Op(
+    "randn",
+    "(SymInt[] shape, int seed, Tensor step, Tensor sample_index, ScalarType dtype) -> Tensor",
+    _randn,
+    _randn_fake,
+)
+
+
+# ---- noise ---------------------------------------------------------------------------------------
+
+
+def _noise(x0, t, table, eps, flip, dtype, choose=choose):
+    _check_t(t, table)
+    backend = choose("noise", x0, t, table, eps, flip, dtype=dtype)
+    return backend.noise(x0, t, table, eps=eps, flip=flip, dtype=dtype)[0]
+
+
+def _noise_fake(x0, t, table, eps, flip, dtype):
+    return torch.empty_like(x0, dtype=dtype)
+
+
+def _noise_setup(ctx, inputs, output):
+    x0, t, table, eps, flip, _ = inputs
+    ctx.save_for_backward(t, table, flip)
+    ctx.dtypes = x0.dtype, eps.dtype
+
+
+def _noise_backward(ctx, grad):
+    dx0, deps = reference.noise_backward(grad, *ctx.saved_tensors)
+    x0_dtype, eps_dtype = ctx.dtypes
+    # Bytes have no gradient.
+    dx0 = dx0.to(x0_dtype) if x0_dtype.is_floating_point else None
+    return dx0, None, None, deps.to(eps_dtype), None, None
+
+
+noise = Op(
+    "noise",
+    "(Tensor x0, Tensor t, Tensor table, Tensor eps, Tensor? flip, ScalarType dtype) -> Tensor",
+    _noise,
+    _noise_fake,
+    _noise_setup,
+    _noise_backward,
+)
+
+
+def _drawn_noise(x0, t, table, seed, step, sample_index, flip, dtype, choose=choose):
+    _check_t(t, table)
+    _check_draw(t, step, sample_index)
+    backend = choose("noise", x0, t, table, step, sample_index, flip, dtype=dtype)
+    return backend.noise(
+        x0, t, table, seed=seed, step=step, sample_index=sample_index, flip=flip, dtype=dtype
+    )
+
+
+def _drawn_noise_fake(x0, t, table, seed, step, sample_index, flip, dtype):
+    return torch.empty_like(x0, dtype=dtype), torch.empty_like(x0, dtype=dtype)
+
+
+def _drawn_noise_setup(ctx, inputs, output):
+    x0, t, table, *_, flip, _ = inputs
+    ctx.save_for_backward(t, table, flip)
+    ctx.dtype = x0.dtype
+    ctx.mark_non_differentiable(output[1])
+
+
+def _drawn_noise_backward(ctx, grad, _):
+    dx0, _ = reference.noise_backward(grad, *ctx.saved_tensors)
+    return dx0.to(ctx.dtype), None, None, None, None, None, None, None
+
+
+drawn_noise = Op(
+    "drawn_noise",
+    "(Tensor x0, Tensor t, Tensor table, int seed, Tensor step, Tensor sample_index, "
+    "Tensor? flip, ScalarType dtype) -> (Tensor, Tensor)",
+    _drawn_noise,
+    _drawn_noise_fake,
+    _drawn_noise_setup,
+    _drawn_noise_backward,
+)
+
+
+# ---- posterior_step ------------------------------------------------------------------------------
+
+
+def _posterior_step(
+    xt, model_output, t, table, z, seed, step, sample_index, clip, prediction, log_variance,
+    out=None, *, choose=choose,
+):  # fmt: skip
+    _check_t(t, table)
+    if z is None:
+        _check_draw(t, step, sample_index)
+    backend = choose(
+        "posterior_step", xt, model_output, t, table, z, step, sample_index, log_variance
+    )
+    return backend.posterior_step(
+        xt, model_output, t, table, z=z, seed=seed, step=step, sample_index=sample_index,
+        clip=clip, prediction=prediction, log_variance=log_variance, out=out,
+    )  # fmt: skip
+
+
+def _posterior_step_fake(xt, *_):
+    return torch.empty_like(xt)
+
+
+def _posterior_step_setup(ctx, inputs, output):
+    xt, model_output, t, table, z, seed, step, sample_index, clip, prediction, log_variance = inputs
+    ctx.save_for_backward(xt, model_output, t, table, z, step, sample_index, log_variance)
+    ctx.seed, ctx.clip, ctx.prediction = seed, clip, prediction
+
+
+def _posterior_step_backward(ctx, grad):
+    xt, model_output, t, table, z, step, sample_index, log_variance = ctx.saved_tensors
+    given = z is not None
+    if log_variance is not None and not given:
+        shape = list(xt.shape)
+        z = torch.ops.fastddpm.randn(shape, ctx.seed, step, sample_index, torch.float32)
+    dxt, dout, dz, dlog_variance = reference.posterior_step_backward(
+        grad, xt, model_output, t, table,
+        z=z, clip=ctx.clip, prediction=ctx.prediction, log_variance=log_variance,
+    )  # fmt: skip
+    return (
+        dxt.to(xt.dtype),
+        dout.to(model_output.dtype),
+        None,
+        None,
+        dz.to(z.dtype) if given else None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None if dlog_variance is None else dlog_variance.to(log_variance.dtype),
+    )
+
+
+_POSTERIOR_STEP = (
+    "(Tensor xt, Tensor model_output, Tensor t, Tensor table, Tensor? z, int? seed, Tensor? step, "
+    "Tensor? sample_index, bool clip, str prediction, Tensor? log_variance"
+)
+posterior_step = Op(
+    "posterior_step",
+    _POSTERIOR_STEP + ") -> Tensor",
+    _posterior_step,
+    _posterior_step_fake,
+    _posterior_step_setup,
+    _posterior_step_backward,
+)
+
+
+def _posterior_step_out(*arguments, choose=choose):
+    _posterior_step(*arguments, choose=choose)
+
+
+posterior_step_out = Op(
+    "posterior_step_out",
+    _POSTERIOR_STEP + ", Tensor(a!) out) -> ()",
+    _posterior_step_out,
+    lambda *_: None,
+)
+
+
+# ---- group_norm_silu -----------------------------------------------------------------------------
+
+
+def _group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu, choose=choose):
+    backend = choose("group_norm_silu", x, weight, bias, scale, shift)
+    return backend.group_norm_silu(
+        x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu
+    )
+
+
+def _group_norm_silu_fake(x, num_groups, weight, bias, eps, scale, shift, silu):
+    return torch.empty_like(x)
+
+
+def _group_norm_silu_setup(ctx, inputs, output):
+    x, num_groups, weight, bias, eps, scale, shift, silu = inputs
+    ctx.save_for_backward(x, weight, bias, scale, shift)
+    ctx.options = num_groups, eps, silu
+
+
+def _group_norm_silu_backward(ctx, grad):
+    x, weight, bias, scale, shift = ctx.saved_tensors
+    num_groups, eps, silu = ctx.options
+    arguments = (grad, x, num_groups, weight, bias, eps, scale, shift, silu)
+    if torch.is_grad_enabled():  # create_graph=True: the formula itself can be differentiated
+        grads = reference.group_norm_silu_backward(*arguments)
+    else:
+        grads = group_norm_silu_backward(*arguments)
+    dx, dweight, dbias, dscale, dshift = (
+        None if y is None else g
+        for g, y in zip(grads, (x, weight, bias, scale, shift), strict=True)
+    )
+    return dx, None, dweight, dbias, None, dscale, dshift, None
+
+
+group_norm_silu = Op(
+    "group_norm_silu",
+    "(Tensor x, SymInt num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, "
+    "Tensor? shift, bool silu) -> Tensor",
+    _group_norm_silu,
+    _group_norm_silu_fake,
+    _group_norm_silu_setup,
+    _group_norm_silu_backward,
+)
+
+
+def _group_norm_silu_gradients(
+    grad, x, num_groups, weight, bias, eps, scale, shift, silu, choose=choose
+):
+    backend = choose("group_norm_silu_backward", x, grad, weight, bias, scale, shift)
+    dx, *others = backend.group_norm_silu_backward(
+        grad, x, num_groups, weight, bias, eps, scale, shift, silu
+    )
+    given = zip(others, (weight, bias, scale, shift), strict=True)
+    return dx, *(x.new_empty(0) if y is None else g.to(y.dtype) for g, y in given)
+
+
+def _group_norm_silu_gradients_fake(grad, x, num_groups, weight, bias, eps, scale, shift, silu):
+    parameters = (weight, bias, scale, shift)
+    return torch.empty_like(x), *(
+        x.new_empty(0) if y is None else y.new_empty(y.shape) for y in parameters
+    )
+
+
+group_norm_silu_backward = Op(
+    "group_norm_silu_backward",  # what was not given gets an empty gradient: ops return no None
+    "(Tensor grad, Tensor x, SymInt num_groups, Tensor? weight, Tensor? bias, float eps, "
+    "Tensor? scale, Tensor? shift, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _group_norm_silu_gradients,
+    _group_norm_silu_gradients_fake,
+)
+
+
+# ---- discretized_log_likelihood ------------------------------------------------------------------
+
+
+def _discretized_log_likelihood(x, mean, log_scale, choose=choose):
+    backend = choose("discretized_log_likelihood", x, mean, log_scale)
+    return backend.discretized_log_likelihood(x, mean, log_scale)
+
+
+def _discretized_log_likelihood_fake(x, mean, log_scale):
+    dtype = torch.promote_types(torch.promote_types(x.dtype, mean.dtype), log_scale.dtype)
+    like, _, _ = torch.broadcast_tensors(x, mean, log_scale)
+    return torch.empty_like(like, dtype=dtype)
+
+
+def _discretized_log_likelihood_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _discretized_log_likelihood_backward(ctx, grad):
+    x, mean, log_scale = ctx.saved_tensors
+    dmean, dlog_scale = reference.discretized_log_likelihood_backward(grad, x, mean, log_scale)
+    return (
+        None,
+        dmean.sum_to_size(mean.shape).to(mean.dtype),
+        dlog_scale.sum_to_size(log_scale.shape).to(log_scale.dtype),
+    )
+
+
+discretized_log_likelihood = Op(
+    "discretized_log_likelihood",
+    "(Tensor x, Tensor mean, Tensor log_scale) -> Tensor",
+    _discretized_log_likelihood,
+    _discretized_log_likelihood_fake,
+    _discretized_log_likelihood_setup,
+    _discretized_log_likelihood_backward,
+)

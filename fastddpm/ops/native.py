@@ -1,0 +1,152 @@
+"""What the C++ and the CUDA backend share: the functions of `reference` over `fastddpm._C`.
+
+Thin adapters: they allocate the outputs, which keep the memory format, and call. The public ops
+check what the user passed; `_C` checks again what protects memory (device, dtype and shape) and
+raises ValueError.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from fastddpm import _native
+
+STORAGE = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool)
+
+
+class Native:
+    """The ops of one device type. `module` is _C.cpu or _C.cuda, None if it was not built."""
+
+    def __init__(self, module: ModuleType | None, device_type: str, missing: str):
+        self.module = module
+        self.device_type = device_type
+        self.missing = missing
+
+    def call(self, name: str, x: torch.Tensor, *args) -> None:
+        """Run op `name` on the device of x. Raises what the native code throws."""
+        raise NotImplementedError
+
+    def unsupported(self, op: str, *tensors: torch.Tensor | None, **options) -> str | None:
+        """Why this backend can't run `op` on these tensors, or None if it can."""
+        if self.module is None:
+            return self.missing
+        if not hasattr(self.module, op):
+            return f"{op} has no such version"
+        for x in tensors:
+            if x is None:
+                continue
+            if x.device.type != self.device_type:
+                return f"a tensor is on {x.device.type}"
+            if x.dtype not in STORAGE:
+                return f"{str(x.dtype).removeprefix('torch.')} is not supported"
+            if x.dim() > 4:
+                return f"{x.dim()} dimensions are more than 4"
+        return None
+
+    def randn(self, shape, *, seed, step, sample_index, dtype=torch.float32):
+        out = torch.empty(shape, dtype=dtype, device=sample_index.device)
+        self.call("randn", out, out, seed, _step(step, sample_index), sample_index)
+        return out
+
+    def noise(
+        self, x0, t, table, *,
+        eps=None, seed=None, step=None, sample_index=None, flip=None, dtype=None,
+    ):  # fmt: skip
+        """(x_t, eps). An eps that is not given is drawn, rounded to the dtype of x_t, then used."""
+        if dtype is None:
+            floating = eps if x0.dtype == torch.uint8 else x0
+            dtype = torch.float32 if floating is None else floating.dtype
+        if eps is None:
+            step = t if step is None else _step(step, sample_index)
+            eps = torch.empty_like(x0, dtype=dtype)
+        else:
+            seed = None
+        xt = torch.empty_like(x0, dtype=dtype)
+        self.call("noise", x0, x0, eps, xt, seed, step, sample_index, t, flip, table)
+        return xt, eps
+
+    def posterior_step(
+        self, xt, model_output, t, table, *,
+        z=None, seed=None, step=None, sample_index=None,
+        clip=True, prediction="eps", log_variance=None, out=None,
+    ):  # fmt: skip
+        """x_{t-1}. A z that is not given is drawn in float32, step t by default. out may be xt."""
+        if z is None:
+            step = t if step is None else _step(step, sample_index)
+        else:
+            seed = None
+        if out is None:
+            out = torch.empty_like(xt)
+        self.call(
+            "posterior_step", xt,
+            xt, model_output, z, log_variance, out, seed, step, sample_index, t, table,
+            prediction, clip,
+        )  # fmt: skip
+        return out
+
+    def group_norm_silu(
+        self, x, num_groups, weight, bias, eps=1e-6, *, scale=None, shift=None, silu=True
+    ):
+        y = torch.empty_like(x)
+        self.call(
+            "group_norm_silu",
+            x,
+            x,
+            y,
+            num_groups,
+            weight,
+            bias,
+            eps,
+            scale,
+            shift,
+            silu,
+            None,
+            None,
+        )
+        return y
+
+    def group_norm_silu_backward(self, grad, x, num_groups, weight, bias, eps, scale, shift, silu):
+        """(dx, dweight, dbias, dscale, dshift); None for what was not given.
+
+        dweight and dbias are float32, the others have the dtype of what they are the gradient of.
+        """
+        dx = torch.empty_like(x)
+        dweight, dbias, dscale, dshift = (
+            None if y is None else torch.empty(y.shape, dtype=torch.float32, device=x.device)
+            for y in (weight, bias, scale, shift)
+        )
+        self.call(
+            "group_norm_silu_backward", x,
+            grad, x, num_groups, weight, bias, eps, scale, shift, silu,
+            dx, dweight, dbias, dscale, dshift,
+        )  # fmt: skip
+        return (
+            dx,
+            dweight,
+            dbias,
+            None if dscale is None else dscale.to(scale.dtype),
+            None if dshift is None else dshift.to(shift.dtype),
+        )
+
+    def discretized_log_likelihood(self, x, mean, log_scale):
+        dtype = torch.promote_types(torch.promote_types(x.dtype, mean.dtype), log_scale.dtype)
+        x, mean, log_scale = torch.broadcast_tensors(x, mean, log_scale)
+        out = torch.empty_like(x, dtype=dtype)
+        self.call("discretized_log_likelihood", x, x, mean, log_scale, out)
+        return out
+
+
+def unbuilt() -> str:
+    """The reason to give where _C is missing."""
+    return f"requires _C: {_native.reason}"
+
+
+def _step(step, sample_index):
+    """(N,) int64 of an int or a tensor."""
+    if isinstance(step, torch.Tensor):
+        return step
+    return torch.full((1,), step, dtype=torch.int64, device=sample_index.device).expand_as(
+        sample_index
+    )

@@ -1,0 +1,354 @@
+"""Every op in plain PyTorch: the oracle of all tests, and the backend that always works.
+
+No dispatch, no checks. Each function takes any float dtype (float64 gives the ground truth), any
+memory format and any device, computes in float32 or better, and returns what the native backends
+return: dtype and memory format of its first floating argument. `t` is 0-based.
+
+The gradients stand here too, as formulas: the one derivative of each op for all its backends.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---- random numbers --------------------------------------------------------------------------
+
+PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+MASK32 = 0xFFFFFFFF
+
+
+def philox4x32(counter: Tensor, key: int) -> Tensor:
+    """Philox4x32-10 (Salmon et al. 2011) of (..., 4) int64 words in [0, 2^32); returns the like."""
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key & MASK32, (key >> 32) & MASK32
+    for _ in range(10):
+        hi0, lo0 = _mulhilo(PHILOX_M0, c0)
+        hi1, lo1 = _mulhilo(PHILOX_M1, c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + PHILOX_W0) & MASK32, (k1 + PHILOX_W1) & MASK32
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def _mulhilo(m: int, c: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of m * c, by 16-bit halves: the full product overflows int64."""
+    low, high = m * (c & 0xFFFF), m * (c >> 16)
+    total = low + ((high & 0xFFFF) << 16)
+    return (high >> 16) + (total >> 32), total & MASK32
+
+
+def random_words(numel: int, *, seed: int, step: Tensor | int, sample_index: Tensor) -> Tensor:
+    """(N, numel rounded up to a multiple of 4) words of the RNG contract, int64.
+
+    step, an int or (N,), and sample_index (N,) are int64.
+    """
+    index = sample_index[:, None]
+    step = torch.as_tensor(step, dtype=torch.int64, device=index.device).reshape(-1, 1)
+    blocks = torch.arange((numel + 3) // 4, dtype=torch.int64, device=index.device)
+    words = (blocks & MASK32, step & MASK32, index & MASK32, (index >> 32) & MASK32)
+    return philox4x32(torch.stack(torch.broadcast_tensors(*words), dim=-1), seed).flatten(1)
+
+
+def randn(shape, *, seed, step, sample_index, dtype=torch.float32):
+    """Standard normals of the RNG contract; (N, ...) in the order of a contiguous sample.
+
+    Box-Muller on word pairs: z_0 = sqrt(-2 log u_0) cos(2 pi u_1), z_1 = sqrt(-2 log u_0)
+    sin(2 pi u_1) with u = fl32(fl32(word) 2^-32 + 2^-33) in (0, 1].
+    """
+    numel = math.prod(shape[1:])
+    words = random_words(numel, seed=seed, step=step, sample_index=sample_index)
+    # Rounding the word and then the sum to float32 is part of the contract: near u = 1 it shows.
+    u = (words.float().double() * 2.0**-32 + 2.0**-33).float().double()
+    radius, angle = torch.sqrt(-2 * torch.log(u[:, 0::2])), 2 * math.pi * u[:, 1::2]
+    z = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
+    return z.flatten(1)[:, :numel].reshape(shape).to(dtype)
+
+
+# ---- noise: q(x_t | x_0) -------------------------------------------------------------------------
+
+
+def noise(
+    x0, t, table, *,
+    eps=None, seed=None, step=None, sample_index=None, flip=None, dtype=None,
+):  # fmt: skip
+    """(x_t, eps), x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps   (DDPM Eq. 4).
+
+    uint8 x0 is scaled to [-1, 1] first. An eps that is not given is drawn, rounded to the dtype of
+    x_t, then used.
+    """
+    if dtype is None:
+        floating = eps if x0.dtype == torch.uint8 else x0
+        dtype = torch.float32 if floating is None else floating.dtype
+    if eps is None:
+        step = t if step is None else step
+        eps = randn(x0.shape, seed=seed, step=step, sample_index=sample_index, dtype=dtype)
+        eps = _as(x0, eps, dtype)
+    compute = _compute(x0, eps)
+    images = to_unit(x0, compute) if x0.dtype == torch.uint8 else x0.to(compute)
+    if flip is not None:
+        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+    sqrt_ab, sqrt_1m_ab, *_ = _coefficients(table, t, images)
+    return _as(x0, sqrt_ab * images + sqrt_1m_ab * eps.to(compute), dtype), eps
+
+
+def noise_backward(grad, t, table, flip):
+    """(dx0, deps) of `noise` for float x0."""
+    grad = grad.to(_compute(grad))
+    sqrt_ab, sqrt_1m_ab, *_ = _coefficients(table, t, grad)
+    dx0 = sqrt_ab * grad
+    if flip is not None:
+        dx0 = torch.where(flip[:, None, None, None], dx0.flip(-1), dx0)
+    return dx0, sqrt_1m_ab * grad
+
+
+def to_unit(x0: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 0 .. 255 -> [-1, 1]: x / 127.5 - 1."""
+    return x0.to(dtype) / 127.5 - 1
+
+
+# ---- posterior_step: p(x_{t-1} | x_t) ------------------------------------------------------------
+
+
+def predict_x0(xt, model_output, t, table, *, prediction, clip):
+    """x0 from the model's output: eps by Eq. 15, x0 as it is, mean by Eq. 7 solved for x0."""
+    compute = _compute(xt)
+    xt, out = xt.to(compute), model_output.to(compute)
+    _, _, inv_sqrt_ab, sqrt_inv_ab_m1, mean_x0, mean_xt, *_ = _coefficients(table, t, xt)
+    if prediction == "eps":
+        x0 = inv_sqrt_ab * xt - sqrt_inv_ab_m1 * out
+    elif prediction == "x0":
+        x0 = out
+    else:
+        x0 = (out - mean_xt * xt) / mean_x0
+    return x0.clamp(-1, 1) if clip else x0
+
+
+def posterior_step(
+    xt, model_output, t, table, *,
+    z=None, seed=None, step=None, sample_index=None,
+    clip=True, prediction="eps", log_variance=None, out=None,
+):  # fmt: skip
+    """x_{t-1} = mean + sigma_t z: Algorithm 2 through the x0 prediction (Eq. 15, clip, Eq. 7).
+
+    prediction="mean": the mean is the model's output itself. log_variance: the learned diagonal,
+    which replaces sigma_t wherever the table's sigma is not 0.
+    """
+    compute = _compute(xt)
+    if z is None:
+        step = t if step is None else step
+        z = randn(xt.shape, seed=seed, step=step, sample_index=sample_index, dtype=compute)
+    *_, mean_x0, mean_xt, sigma, _ = _coefficients(table, t, xt)
+    if prediction == "mean":
+        mean = model_output.to(compute)
+    else:
+        x0 = predict_x0(xt, model_output, t, table, prediction=prediction, clip=clip)
+        mean = mean_x0 * x0 + mean_xt * xt.to(compute)
+    noisy = sigma > 0
+    if log_variance is not None:
+        sigma = torch.exp(0.5 * log_variance.to(compute))
+    # Not sigma z with sigma = 0: at the last step nothing of z may pass, be it inf or NaN.
+    x = torch.where(noisy, mean + sigma * z.to(compute), mean)
+    return _as(xt, x) if out is None else out.copy_(x)
+
+
+def posterior_step_backward(
+    grad, xt, model_output, t, table, *, z, clip, prediction, log_variance=None
+):
+    """(dxt, dmodel_output, dz, dlog_variance) of `posterior_step`."""
+    compute = _compute(xt)
+    grad = grad.to(compute)
+    coefficients = _coefficients(table, t, xt)
+    _, _, inv_sqrt_ab, sqrt_inv_ab_m1, mean_x0, mean_xt, sigma, _ = coefficients
+    if prediction == "mean":
+        dxt, dout = torch.zeros_like(grad), grad
+    else:
+        dx0 = mean_x0 * grad
+        if clip:
+            x0 = predict_x0(xt, model_output, t, table, prediction=prediction, clip=False)
+            dx0 = dx0 * (x0.abs() <= 1)
+        dxt, dout = mean_xt * grad, dx0
+        if prediction == "eps":
+            dxt, dout = dxt + inv_sqrt_ab * dx0, -sqrt_inv_ab_m1 * dx0
+    if log_variance is None:
+        return dxt, dout, sigma * grad, None
+    dz = torch.where(sigma > 0, torch.exp(0.5 * log_variance.to(compute)) * grad, 0)
+    return dxt, dout, dz, torch.where(sigma > 0, 0.5 * z.to(compute) * dz, 0)
+
+
+# ---- group_norm_silu -----------------------------------------------------------------------------
+
+
+def group_norm_silu(x, num_groups, weight, bias, eps=1e-6, *, scale=None, shift=None, silu=True):
+    """silu((1 + scale) (weight (x - mean) / sqrt(var + eps) + bias) + shift).
+
+    Mean and variance per sample and group; without `silu` the outer function is the identity.
+    """
+    y, _ = _normalise(x.to(_compute(x)), num_groups, eps)
+    y = _modulate(_modulate(y, weight, bias), None if scale is None else 1 + scale, shift)
+    return _as(x, F.silu(y) if silu else y)
+
+
+def group_norm_silu_backward(grad, x, num_groups, weight, bias, eps, scale, shift, silu):
+    """(dx, dweight, dbias, dscale, dshift) of `group_norm_silu`; None for what was not given."""
+    xhat, rstd = _normalise(x.to(_compute(x)), num_groups, eps)
+    u = _modulate(xhat, weight, bias)
+    gain = None if scale is None else 1 + scale
+    dv = grad.to(u.dtype)
+    if silu:
+        v = _modulate(u, gain, shift)
+        sigmoid = torch.sigmoid(v)
+        dv = dv * sigmoid * (1 + v * (1 - sigmoid))
+    du = _modulate(dv, gain, None)
+    dxhat = _modulate(du, weight, None)
+    groups = (x.shape[0], num_groups, math.prod(x.shape[1:]) // num_groups)
+    d, h = dxhat.reshape(groups), xhat.reshape(groups)
+    dx = d - d.mean(-1, keepdim=True) - h * (d * h).mean(-1, keepdim=True)
+
+    pixels = tuple(range(2, x.dim()))
+    batch = (0, *pixels)
+    return (
+        _as(x, (rstd * dx).reshape(x.shape)),
+        None if weight is None else (du * xhat).sum(batch).to(weight.dtype),
+        None if bias is None else du.sum(batch).to(bias.dtype),
+        None if scale is None else _sum(dv * u, pixels).to(scale.dtype),
+        None if shift is None else _sum(dv, pixels).to(shift.dtype),
+    )
+
+
+def _normalise(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """(x - mean) / sqrt(var + eps), and 1 / sqrt(var + eps) as (N, groups, 1)."""
+    n, *sizes = x.shape
+    centred = x.reshape(n, num_groups, math.prod(sizes) // num_groups)
+    # Twice: the first mean is rounded to a float that lies up to half an ulp of x beside it.
+    centred = centred - centred.mean(-1, keepdim=True)
+    centred = centred - centred.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return (centred * rstd).reshape(x.shape), rstd
+
+
+def _modulate(y: Tensor, gain: Tensor | None, offset: Tensor | None) -> Tensor:
+    """gain y + offset, each (C,) or (N, C) over the channels of y."""
+    axes = (1,) * (y.dim() - 2)
+    if gain is not None:
+        y = y * gain.to(y.dtype).reshape(*gain.shape, *axes)
+    if offset is not None:
+        y = y + offset.to(y.dtype).reshape(*offset.shape, *axes)
+    return y
+
+
+def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x.sum(dims) if dims else x  # no dims would mean all of them
+
+
+# ---- attention_block -----------------------------------------------------------------------------
+
+
+def attention_block(
+    x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, *,
+    num_heads=1, eps=1e-6,
+):  # fmt: skip
+    """x + proj(softmax(q k^T / sqrt(d)) v) with q, k, v = split(qkv(GroupNorm(x))).
+
+    qkv_weight (3C, C): rows q, then k, then v, each head by head; proj_weight (C, C). The norm and
+    the softmax are float32 or better, the products run in the dtype of x.
+    """
+    y = group_norm_silu(x, num_groups, norm_weight, norm_bias, eps, silu=False)
+    return x + attention(y, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads=num_heads)
+
+
+def attention(y, qkv_weight, qkv_bias, proj_weight, proj_bias, *, num_heads):
+    """proj(softmax(q k^T / sqrt(d)) v) over the pixels of y (N, C, H, W)."""
+    tokens = y.permute(0, 2, 3, 1).flatten(1, 2)
+    qkv = _linear(tokens, qkv_weight, qkv_bias).unflatten(2, (3, num_heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    tokens = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    tokens = _linear(tokens, proj_weight, proj_bias)
+    return tokens.transpose(1, 2).unflatten(2, y.shape[2:])
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+# ---- discretized_log_likelihood ------------------------------------------------------------------
+
+
+def discretized_log_likelihood(x, mean, log_scale):
+    """log of the mass that N(mean, exp(log_scale)^2) puts on the pixel's bin   (DDPM Eq. 13).
+
+    The bin is [x - 1/255, x + 1/255]; the first reaches to -inf and the last to +inf. Nats,
+    elementwise, always float64 inside.
+    """
+    dtype = torch.promote_types(torch.promote_types(x.dtype, mean.dtype), log_scale.dtype)
+    like, _, _ = torch.broadcast_tensors(x, mean, log_scale)
+    log_scale = log_scale.double()
+    a, b, c, w, outer, narrow, _ = _bin(x.double(), mean.double(), log_scale)
+    log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
+    difference = torch.where(outer, -math.inf, log_a - log_b)
+    wide = log_b + torch.where(
+        difference > -1, torch.log(-torch.expm1(difference)), torch.log1p(-torch.exp(difference))
+    )
+    density = -0.5 * (c.square() + math.log(2 * math.pi)) + math.log(2 / 255) - log_scale
+    return _as(like, torch.where(narrow, density + (c.square() - 1) * w.square() / 24, wide), dtype)
+
+
+def discretized_log_likelihood_backward(grad, x, mean, log_scale):
+    """(dmean, dlog_scale) of `discretized_log_likelihood`, in the shape of grad and float64."""
+    a, b, c, w, outer, narrow, slope = _bin(x.double(), mean.double(), log_scale.double())
+    # mass = exp(-low^2 / 2) m, where low is b on the left of the mean and 0 elsewhere: m and the
+    # densities at a and b in units of the mass neither underflow nor cancel.
+    low, root = b.clamp(max=0), math.sqrt(2)
+    at_a = torch.where(b > 0, torch.exp(-0.5 * a.square()), torch.exp(w * c))
+    at_a = torch.where(outer, 0, at_a)
+    at_b = torch.exp(-0.5 * b.clamp(min=0).square())
+    right = torch.erf(b / root) + torch.where(outer, 1, torch.erf(-a / root))
+    left = torch.special.erfcx(-low / root) - at_a * torch.special.erfcx(-a / root)
+    m = 0.5 * math.sqrt(2 * math.pi) * torch.where(b > 0, right, left)
+    by_c = torch.where(narrow, -c * (1 - w.square() / 12), (at_b - at_a) / m)
+    by_log_scale = torch.where(
+        narrow, c.square() - 1 - (2 * c.square() - 1) * w.square() / 12, (a * at_a - b * at_b) / m
+    )
+    return grad * by_c * slope, grad * by_log_scale
+
+
+def _bin(x, mean, log_scale):
+    """(a, b, c, w, outer, narrow, dc/dmean): the bin [a, b], its centre c and its width w, in
+    units of sigma around the mean.
+
+    It is mirrored so that c <= 0 (the mass of (a, b) is that of (-b, -a)): on the left of the mean
+    the log-CDFs do not cancel. The first and the last bin (`outer`) reach to -inf instead of a.
+    `narrow`: the density is all but constant, and its series about c serves.
+    """
+    inverse = torch.exp(-log_scale.clamp(min=-300))  # smaller sigmas would give inf - inf
+    c, w = (x - mean) * inverse, 2 / 255 * inverse
+    first, last = x < -0.999, x > 0.999
+    outer = first | last
+    mirrored = torch.where(outer, last, c > 0)
+    c = torch.where(mirrored, -c, c)
+    narrow = (w * (1 + c.abs()) < 1e-3) & ~outer
+    slope = torch.where(mirrored, inverse, -inverse)
+    return c - 0.5 * w, c + 0.5 * w, c, w, outer, narrow, slope
+
+
+# ---- helpers -------------------------------------------------------------------------------------
+
+
+def _compute(*tensors: Tensor) -> torch.dtype:
+    double = any(x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def _coefficients(table: Tensor, t: Tensor, x: Tensor) -> list[Tensor]:
+    """One (N, 1, 1, 1) tensor per column of `table` at t, in the dtype to compute with x in."""
+    rows = table[t].to(_compute(x))
+    return [column.reshape(-1, *[1] * (x.dim() - 1)) for column in rows.unbind(1)]
+
+
+def _as(x: Tensor, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """y with the memory format that torch.empty_like(x) has, in `dtype` (None: that of x)."""
+    out = torch.empty_like(x, dtype=dtype)
+    return y.to(out.dtype) if y.stride() == out.stride() else out.copy_(y)

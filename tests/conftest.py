@@ -1,0 +1,56 @@
+"""Fixtures of every test: one backend after the other, and the device its tensors live on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `compare`: importlib mode adds no folder
+
+from fastddpm.ops import dispatch
+
+torch.set_num_threads(1)  # the tensors are small; tests of threads set their own number
+hypothesis.settings.register_profile(
+    "fastddpm", deadline=None, derandomize=True, database=None, max_examples=40
+)
+hypothesis.settings.load_profile("fastddpm")
+
+REQUIRED = [name for name in os.environ.get("FASTDDPM_REQUIRE_BACKENDS", "").split(",") if name]
+
+
+@pytest.fixture(params=dispatch.BACKENDS)
+def backend(request) -> str:
+    """The name of a backend, forced while the test runs.
+
+    One that can't run here skips the test with its reason, or fails it if
+    FASTDDPM_REQUIRE_BACKENDS names it.
+    """
+    reason = dispatch.load(request.param).missing
+    if reason is not None:
+        (pytest.fail if request.param in REQUIRED else pytest.skip)(f"{request.param}: {reason}")
+    with dispatch.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(backend) -> torch.device:
+    """Where the tensors of a test go for its backend to take them."""
+    return torch.device("cuda" if backend in ("cuda", "triton") else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_configure():
+    unknown = set(REQUIRED) - set(dispatch.BACKENDS)
+    if unknown:
+        raise pytest.UsageError(
+            f"FASTDDPM_REQUIRE_BACKENDS: {sorted(unknown)} are not among {dispatch.BACKENDS}"
+        )

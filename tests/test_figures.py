@@ -1,0 +1,185 @@
+"""Pictures to the pixel, and where samples may be written."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy import images
+
+from fastddpm import reference
+from fastddpm.figures import (
+    check_output,
+    grid,
+    loss_plot,
+    read_image,
+    save_samples,
+    to_pil,
+    to_uint8,
+)
+
+
+def test_to_uint8_is_the_inverse_of_the_training_datas_scaling():
+    x = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(reference.to_unit(x)), x)
+    assert to_uint8(x) is x
+
+
+def test_to_uint8_rounds_to_the_nearest_and_clips():
+    x = torch.tensor([10.4, 10.6, 0.4, 254.6, -7, 300, -0.6, 255.6]) / 127.5 - 1
+    assert to_uint8(x).tolist() == [10, 11, 0, 255, 0, 255, 0, 255]
+    assert to_uint8(x.double()).tolist() == to_uint8(x).tolist()
+    infinite = torch.tensor([-torch.inf, torch.inf])
+    assert to_uint8(infinite).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "L"), (3, "RGB"), (4, "L")])
+def test_to_pil(channels, mode):
+    x = images(channels, 3, 5)
+    picture = to_pil(x)
+    assert (picture.mode, picture.size) == (mode, (5, 3))
+    expected = x.permute(1, 2, 0).numpy() if channels == 3 else x[0].numpy()
+    assert np.array_equal(np.asarray(picture), expected)
+    assert to_pil(reference.to_unit(x)).tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_grid_layout(channels):
+    x = images(5, channels, 3, 4)
+    picture = np.asarray(grid(x, 3, padding=2, min_width=0))
+    shown = 3 if channels == 3 else 1
+    picture = picture.reshape(*picture.shape[:2], shown)
+    expected = np.full((2 * (3 + 2) + 2, 3 * (4 + 2) + 2, shown), 255, np.uint8)
+    for k in range(5):
+        row, column = divmod(k, 3)
+        top, left = 2 + 5 * row, 2 + 6 * column
+        expected[top : top + 3, left : left + 4] = x[k, :shown].permute(1, 2, 0)
+    assert np.array_equal(picture, expected)
+
+
+@pytest.mark.parametrize(
+    ("n", "columns", "size"),
+    [(1, None, (1, 1)), (5, None, (3, 2)), (64, None, (8, 8)), (3, 9, (3, 1)), (4, 1, (1, 4))],
+)
+def test_grid_is_as_square_as_can_be_unless_told(n, columns, size):
+    picture = grid(images(n, 1, 4, 4), columns, padding=0, min_width=0)
+    assert picture.size == (4 * size[0], 4 * size[1])
+
+
+def test_small_grids_are_enlarged_by_a_whole_factor():
+    x = images(4, 1, 28, 28)
+    small, large = (np.asarray(grid(x, 2, min_width=w)) for w in (0, 240))
+    assert small.shape == (62, 62)
+    assert np.array_equal(large, small.repeat(4, 0).repeat(4, 1))
+    assert grid(images(1, 1, 4, 4)).width == 8 * 8  # by 8 at most
+
+
+def test_png_of_samples(tmp_path):
+    x = images(6, 3, 8, 8)
+    path = save_samples(x, tmp_path / "new" / "x.PNG", columns=2)
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert np.array_equal(np.asarray(picture), np.asarray(grid(x, 2)))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_npz_of_samples(tmp_path, channels):
+    x = images(3, channels, 4, 5)
+    path = save_samples(reference.to_unit(x), tmp_path / "x.npz")
+    with np.load(path) as file:
+        assert file.files == ["images"]
+        assert file["images"].dtype == np.uint8
+        assert np.array_equal(file["images"], x.permute(0, 2, 3, 1).numpy())
+
+
+def test_folder_of_samples(tmp_path):
+    x = images(3, 1, 4, 5)
+    path = save_samples(x, tmp_path / "new" / "folder", first_index=98)
+    assert sorted(p.name for p in path.iterdir()) == ["000098.png", "000099.png", "000100.png"]
+    for k in range(3):
+        with Image.open(path / f"{98 + k:06d}.png") as picture:
+            assert np.array_equal(np.asarray(picture), x[k, 0].numpy())
+    # An existing folder is one whatever its name.
+    (tmp_path / "old.png").mkdir()
+    assert (save_samples(x, tmp_path / "old.png") / "000002.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.npz"])
+def test_a_failed_write_leaves_the_old_file(tmp_path, name, monkeypatch):
+    path = tmp_path / name
+    path.write_bytes(b"old")
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("fastddpm.checkpoint.os.fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_samples(images(2, 1, 4, 4), path)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.npz", "a", "new/folders/a.png", "new/folders/a"])
+def test_outputs_that_can_be_written(tmp_path, name):
+    assert check_output(tmp_path / name) == tmp_path / name
+    assert list(tmp_path.iterdir()) == []  # nothing is left behind
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("a.jpg", ValueError, r"a\.jpg': give a \.png file .*\.npz file .*folder"),
+        ("a.pt", ValueError, "give a .png"),
+        ("file/a.png", NotADirectoryError, "file is not a folder"),
+        ("file/new/a.npz", NotADirectoryError, "file is not a folder"),
+        ("file", NotADirectoryError, "file is not a folder"),
+    ],
+)
+def test_outputs_that_cannot(tmp_path, name, error, message):
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(error, match=message):
+        check_output(tmp_path / name)
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_outputs_of_one_kind(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.npz': give \.png$"):
+        check_output(tmp_path / "x.npz", kinds=(".png",))
+    with pytest.raises(ValueError, match=r"x': give \.png$"):
+        check_output(tmp_path / "x", kinds=(".png",))
+    # Where it has to be a folder, a dot in its name is no suffix.
+    assert check_output(tmp_path / "run.v1", kinds=("",)) == tmp_path / "run.v1"
+
+
+def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastddpm.figures.os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(PermissionError, match="can't be written to"):
+        check_output(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("losses", [[0.5, 0.2, 0.1], [0.3], [1.0, 0.0], [-1.0, 2.0]])
+def test_loss_plot_is_a_picture_of_the_losses(tmp_path, losses):
+    path = tmp_path / "loss.png"
+    loss_plot(path, range(50, 50 + len(losses)), losses, "bits/dim")
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.shape[:2] == (540, 960)
+    if len(losses) > 1:
+        blue = (pixels[..., 2].astype(int) - pixels[..., 0]) > 100
+        assert blue.sum() > 200  # the line is there
+    assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_read_image_takes_size_and_channels(tmp_path):
+    x = images(3, 6, 6)
+    save_samples(x[None], tmp_path)
+    path = tmp_path / "000000.png"
+    assert torch.equal(read_image(path, (6, 6), 3), x)
+    assert read_image(path, (3, 2), 1).shape == (1, 3, 2)
+    with pytest.raises(ValueError, match=r"no\.png can't be read"):
+        read_image(tmp_path / "no.png", (6, 6), 3)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"text\.png"):
+        read_image(tmp_path / "text.png", (6, 6), 3)

@@ -1,0 +1,308 @@
+"""The tables, against the paper's identities and arithmetic of 50 digits."""
+
+from __future__ import annotations
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastddpm import Schedule
+from fastddpm.schedule import COLUMNS, K
+
+SCHEDULES = {
+    "linear": Schedule.linear(),
+    "quadratic": Schedule.quadratic(),
+    "constant": Schedule.constant(),
+    "cosine": Schedule.cosine(),
+    "respaced": Schedule.linear().respace(37),
+    "two steps": Schedule.linear().respace(2),
+    "one step": Schedule(np.array([0.3])),
+}
+VARIANCES = ("fixed_large", "fixed_small", "learned")
+
+some_betas = st.lists(st.floats(1e-6, 0.3), min_size=1, max_size=40).map(np.array)
+
+
+@pytest.fixture(params=SCHEDULES, ids=str)
+def schedule(request) -> Schedule:
+    return SCHEDULES[request.param]
+
+
+def close(actual, expected, rtol=1e-12):
+    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=0)
+
+
+# ---- the forward process -------------------------------------------------------------------------
+
+
+def test_the_papers_schedule():
+    linear = Schedule.linear()
+    assert linear.T == 1000
+    assert linear.betas[0] == 1e-4
+    assert linear.betas[-1] == 0.02
+    close(np.diff(linear.betas), (0.02 - 1e-4) / 999, rtol=1e-9)
+    quadratic = Schedule.quadratic()
+    close(np.diff(np.sqrt(quadratic.betas)), (0.02**0.5 - 0.01) / 999, rtol=1e-9)
+    constant = Schedule.constant()
+    assert np.ptp(constant.betas) == 0
+    close(constant.alphas_cumprod[-1], linear.alphas_cumprod[-1], rtol=0.08)
+
+
+def test_cosine_is_its_formula():
+    cosine = Schedule.cosine(100)
+    f = np.cos((np.arange(101) / 100 + 0.008) / 1.008 * np.pi / 2) ** 2
+    close(cosine.alphas_cumprod[:-1], f[1:-1] / f[0], rtol=1e-9)
+    assert cosine.betas[-1] == 0.999
+
+
+def test_composing_eq_2_gives_eq_4(schedule):
+    """x_t = sqrt(1 - beta) x_{t-1} + sqrt(beta) noise, from x_0: mean factor and variance."""
+    factor, variance = 1.0, 0.0
+    for t, beta in enumerate(schedule.betas):
+        factor, variance = factor * np.sqrt(1 - beta), variance * (1 - beta) + beta
+        close(factor, np.sqrt(schedule.alphas_cumprod[t]))
+        close(variance, 1 - schedule.alphas_cumprod[t], rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["linear", "quadratic", "constant"])
+def test_nothing_of_the_image_is_left_at_the_end(name):
+    """L_T of an image with all pixels at +-1, in bits/dim (DDPM Eq. 5); 0.00002 for linear."""
+    ab = SCHEDULES[name].alphas_cumprod[-1]
+    prior = 0.5 * (ab - ab - np.log1p(-ab)) / np.log(2)
+    assert 0 <= prior < {"linear": 5e-5, "constant": 5e-5, "quadratic": 2e-3}[name]
+
+
+# ---- the posterior -------------------------------------------------------------------------------
+
+
+def test_eq_7_is_bayes_rule(schedule):
+    """q(x_{t-1} | x_t, x_0) from the product of the two Gaussians that it is proportional to."""
+    ab_prev, beta, alpha = schedule.alphas_cumprod_prev[1:], schedule.betas[1:], schedule.alphas[1:]
+    precision = alpha / beta + 1 / (1 - ab_prev)
+    columns = schedule.columns("fixed_small")
+    close(schedule.posterior_variance[1:], 1 / precision, rtol=1e-9)
+    close(columns["mean_xt"][1:], np.sqrt(alpha) / beta / precision, rtol=1e-9)
+    close(columns["mean_x0"][1:], np.sqrt(ab_prev) / (1 - ab_prev) / precision, rtol=1e-9)
+
+
+def test_the_last_step_returns_the_prediction(schedule):
+    columns = schedule.columns()
+    assert schedule.posterior_variance[0] == 0
+    assert columns["mean_x0"][0] == pytest.approx(1, abs=1e-12)
+    assert columns["mean_xt"][0] == 0
+    assert columns["sigma"][0] == 0
+
+
+def test_eq_11_is_eq_15_then_eq_7(schedule):
+    """mu(x_t, eps) = (x_t - beta / sqrt(1 - abar) eps) / sqrt(alpha), for any x_t and eps."""
+    c = schedule.columns()
+    of_xt = c["mean_x0"] * c["inv_sqrt_ab"] + c["mean_xt"]
+    of_eps = -c["mean_x0"] * c["sqrt_inv_ab_m1"]
+    close(of_xt, 1 / np.sqrt(schedule.alphas), rtol=1e-11)
+    expected = -schedule.betas / np.sqrt(1 - schedule.alphas_cumprod) / np.sqrt(schedule.alphas)
+    close(of_eps, expected, rtol=1e-10)
+
+
+def test_variances(schedule):
+    large, small, learned = (schedule.log_variance(v) for v in VARIANCES)
+    close(np.exp(large[1:]), schedule.betas[1:])
+    close(np.exp(small[1:]), schedule.posterior_variance[1:])
+    assert np.array_equal(small, learned)
+    assert large[0] == small[0]
+    if schedule.T > 1:
+        assert small[0] == small[1]
+    assert np.all(large >= small - 1e-12)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_the_table_is_finite(schedule, variance):
+    table = schedule.table(variance)
+    assert table.shape == (schedule.T, K) == (schedule.T, len(COLUMNS))
+    assert table.dtype == torch.float32
+    assert table.is_contiguous()
+    assert table.isfinite().all()
+    assert np.isfinite(schedule.log_variance(variance)).all()
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "respaced"])
+def test_the_table_to_fifty_digits(name):
+    """Each column from the betas, independently; the float32 table is that, rounded once."""
+    schedule = SCHEDULES[name]
+    with mpmath.workdps(50):
+        rows, ab_prev = [], mpmath.mpf(1)
+        for t, beta in enumerate(map(mpmath.mpf, schedule.betas.tolist())):
+            ab = ab_prev * (1 - beta)
+            variance = (
+                beta
+                if t
+                else mpmath.mpf(schedule.betas[1])
+                * beta
+                / (1 - (1 - beta) * (1 - mpmath.mpf(schedule.betas[1])))
+            )
+            rows.append(
+                (
+                    mpmath.sqrt(ab),
+                    mpmath.sqrt(1 - ab),
+                    1 / mpmath.sqrt(ab),
+                    mpmath.sqrt(1 / ab - 1),
+                    mpmath.sqrt(ab_prev) * beta / (1 - ab),
+                    mpmath.sqrt(1 - beta) * (1 - ab_prev) / (1 - ab),
+                    mpmath.sqrt(beta) if t else mpmath.mpf(0),
+                    mpmath.log(variance),
+                )
+            )
+            ab_prev = ab
+        expected = np.array([[float(value) for value in row] for row in rows])
+    actual = np.stack(list(schedule.columns("fixed_large").values()), axis=1)
+    # abar of the cosine falls to 1e-9 by factors 1 - beta that lose digits where beta is near 1.
+    np.testing.assert_allclose(actual, expected, rtol=2e-11, atol=1e-15)
+    assert np.array_equal(schedule.table("fixed_large").numpy(), actual.astype(np.float32))
+    double = schedule.table("fixed_large", dtype=torch.float64)
+    assert np.array_equal(double.numpy(), actual)
+
+
+# ---- DDIM ----------------------------------------------------------------------------------------
+
+
+def test_ddim_with_eta_1_is_ddpm_fixed_small(schedule):
+    ddim = schedule.columns("fixed_small", sampler="ddim", eta=1.0)
+    ddpm = schedule.columns("fixed_small")
+    for name in ("mean_x0", "mean_xt", "sigma"):
+        np.testing.assert_allclose(ddim[name][1:], ddpm[name][1:], rtol=1e-9, atol=1e-12)
+    assert ddim["sigma"][0] == 0
+
+
+def test_ddim_with_eta_0_is_deterministic(schedule):
+    """x_{t-1} = sqrt(abar_{t-1}) x0 + sqrt(1 - abar_{t-1}) eps, x_0 at the last step."""
+    c = schedule.columns(sampler="ddim", eta=0.0)
+    assert np.all(c["sigma"] == 0)
+    ab, ab_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+    x0, eps = 0.3, -1.7
+    xt = np.sqrt(ab) * x0 + np.sqrt(1 - ab) * eps
+    np.testing.assert_allclose(
+        c["mean_x0"] * x0 + c["mean_xt"] * xt,
+        np.sqrt(ab_prev) * x0 + np.sqrt(1 - ab_prev) * eps,
+        rtol=1e-10,
+        atol=1e-10,
+    )
+    assert c["mean_x0"][0] == 1
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_ddim_keeps_the_marginals(schedule, eta):
+    """If x_t is distributed as q(x_t | x_0), then x_{t-1} is as q(x_{t-1} | x_0)."""
+    c = schedule.columns(sampler="ddim", eta=eta)
+    ab, ab_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+    mean = c["mean_x0"] + c["mean_xt"] * np.sqrt(ab)
+    variance = c["mean_xt"] ** 2 * (1 - ab) + c["sigma"] ** 2
+    np.testing.assert_allclose(mean, np.sqrt(ab_prev), rtol=1e-10)
+    np.testing.assert_allclose(variance[1:], 1 - ab_prev[1:], rtol=1e-9, atol=1e-15)
+
+
+# ---- respacing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50, 333, 999])
+def test_respacing_keeps_what_it_visits(steps):
+    full = Schedule.linear()
+    short = full.respace(steps)
+    assert short.T == len(short.timesteps) == steps
+    assert short.full_steps == 1000
+    assert short.timesteps[-1] == 999
+    assert np.all(np.diff(short.timesteps) > 0)
+    if steps > 1:
+        assert short.timesteps[0] == 0
+    close(short.alphas_cumprod, full.alphas_cumprod[short.timesteps], rtol=1e-11)
+
+
+def test_respacing_to_all_steps_is_the_schedule_itself():
+    full = Schedule.linear()
+    assert full.respace(1000) is full
+    assert np.array_equal(full.timesteps, np.arange(1000))
+
+
+def test_respacing_twice_goes_back_to_the_first_model():
+    full = Schedule.linear()
+    twice = full.respace(100).respace(10)
+    assert twice.full_steps == 1000
+    close(twice.alphas_cumprod, full.alphas_cumprod[twice.timesteps], rtol=1e-10)
+
+
+@given(some_betas, st.data())
+def test_any_schedule(betas, data):
+    schedule = Schedule(betas)
+    assert np.all(np.diff(np.append(1.0, schedule.alphas_cumprod)) < 0)
+    steps = data.draw(st.integers(1, schedule.T))
+    short = schedule.respace(steps)
+    np.testing.assert_allclose(
+        short.alphas_cumprod, schedule.alphas_cumprod[short.timesteps], rtol=1e-9
+    )
+    for chain in (schedule, short):
+        for variance in VARIANCES:
+            columns = chain.columns(variance)
+            assert all(np.isfinite(column).all() for column in columns.values())
+            assert columns["sigma"][0] == 0
+        of_xt = columns["mean_x0"] * columns["inv_sqrt_ab"] + columns["mean_xt"]
+        np.testing.assert_allclose(of_xt, 1 / np.sqrt(chain.alphas), rtol=1e-6)
+        assert np.all(chain.posterior_variance <= chain.betas * (1 + 1e-9))
+        eta = data.draw(st.floats(0, 1))
+        assert chain.table(sampler="ddim", eta=eta).isfinite().all()
+
+
+# ---- files and bad input -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule.linear(),
+        Schedule.linear(50, 1e-3, 0.1),
+        Schedule.quadratic(10),
+        Schedule.constant(7, 0.2),
+        Schedule.cosine(20, s=0.01),
+        Schedule(np.array([0.1, 0.25])),
+    ],
+    ids=lambda schedule: str(schedule.to_config()["kind"]),
+)
+def test_config_round_trip(schedule):
+    again = Schedule.from_config(schedule.to_config())
+    assert np.array_equal(again.betas, schedule.betas)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Schedule(np.array([])), r"betas must be a 1-D array .*; got shape \(0,\)"),
+        (lambda: Schedule(np.full((2, 2), 0.1)), r"got shape \(2, 2\)"),
+        (lambda: Schedule(np.array([0.1, 0.0])), r"every beta must lie inside \(0, 1\); got 0.0"),
+        (lambda: Schedule(np.array([0.1, 1.0])), r"every beta must lie inside"),
+        (lambda: Schedule(np.array([0.1, np.nan])), r"every beta must lie inside"),
+        (lambda: Schedule.linear(0), "T must be an integer of at least 1; got 0"),
+        (lambda: Schedule.cosine(True), "T must be an integer of at least 1; got True"),
+        (lambda: Schedule.linear().respace(0), r"steps must be an integer in 1 .. 1000; got 0"),
+        (lambda: Schedule.linear().respace(1001), "steps must be an integer in 1 .. 1000; got"),
+        (lambda: Schedule.linear().respace(2.5), "steps must be an integer in 1 .. 1000; got 2.5"),
+        (lambda: Schedule.linear().table("large"), "variance must be one of 'fixed_large'"),
+        (lambda: Schedule.linear().table(sampler="x"), "sampler must be one of 'ddpm', 'ddim'"),
+        (lambda: Schedule.linear().table(sampler="ddim", eta=-1), "eta must be at least 0; got -1"),
+        (lambda: Schedule.linear().table(sampler="ddim", eta=9), "eta = 9 asks for more noise"),
+        (lambda: Schedule.from_config({"kind": "exponential"}), "schedule kind must be one of"),
+        (lambda: Schedule.from_config({"kind": "linear", "beta": 1}), "schedule 'linear': .*beta"),
+        (lambda: Schedule.linear().respace(10).to_config(), "a respaced schedule is not saved"),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_schedule_does_not_change():
+    betas = np.array([0.1, 0.2])
+    schedule = Schedule(betas)
+    betas[0] = 0.9
+    assert schedule.betas[0] == 0.1
+    with pytest.raises(ValueError, match="read-only"):
+        schedule.betas[0] = 0.5
