@@ -62,7 +62,7 @@ PRESETS = {
             "image_size": 28,
             "in_channels": 1,
             "channels": 16,
-            "channel_mult": (1, 3, 4),
+            "channel_mult": (1, 2, 3),
             "num_res_blocks": 1,
             "attention_levels": (2,),
             "num_groups": 8,
