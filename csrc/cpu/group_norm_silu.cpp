@@ -418,8 +418,19 @@ void group_norm_silu(const GroupNormSilu& op, int threads) {
 }
 
 void group_norm_silu_backward(const GroupNormSiluBackward& op, int threads) {
-  Pass pass(op.forward, threads);
   const int64_t n_samples = op.forward.shape.n, channels = op.forward.shape.c;
+  if (op.forward.shape.h * op.forward.shape.w == 0) {  // sums of nothing; a mean of nothing is NaN
+    for (int64_t nc = 0; nc < n_samples * channels; ++nc) {
+      if (op.dscale) op.dscale[nc] = 0.0f;
+      if (op.dshift) op.dshift[nc] = 0.0f;
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      if (op.dweight) op.dweight[c] = 0.0f;
+      if (op.dbias) op.dbias[c] = 0.0f;
+    }
+    return;
+  }
+  Pass pass(op.forward, threads);
   Scratch<float> dgain(n_samples * channels), doffset(n_samples * channels);
   run(pass.cut, threads,
       phase([&](int64_t n, int64_t b, int thread) { pass.sum_block(n, b, thread); },
