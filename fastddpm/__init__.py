@@ -6,20 +6,26 @@ __version__ = "0.1.0"
 
 from fastddpm import ops, reference
 from fastddpm.diffusion import Diffusion
+from fastddpm.doctor import doctor
 from fastddpm.evaluation import bits_per_dim
+from fastddpm.ops import use_backend
 from fastddpm.sampling import interpolate, sample, sample_progressive, sample_shared_latent
 from fastddpm.schedule import Schedule
+from fastddpm.training import Trainer
 from fastddpm.unet import UNet
 
 __all__ = [
     "Diffusion",
     "Schedule",
+    "Trainer",
     "UNet",
     "bits_per_dim",
+    "doctor",
     "interpolate",
     "ops",
     "reference",
     "sample",
     "sample_progressive",
     "sample_shared_latent",
+    "use_backend",
 ]

@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,43 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
+def read_weights(path: str | os.PathLike, *, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file, or with allow_pickle=True of a pickled state dict.
+
+    Pickles are read by torch's weights-only unpickler, which makes nothing but tensors and plain
+    containers. A training checkpoint of several state dicts gives the last one, the EMA's where it
+    has one. Raises ValueError naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    if not allow_pickle:
+        raise ValueError(
+            f"{path} is a pickle, which is not loaded unasked: pass allow_pickle=True if you trust "
+            "it, or give a .safetensors file"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises nearly anything on damaged files
+        why = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} can't be read as a state dict: {why}") from None
+    states = content if isinstance(content, (list, tuple)) else [content]
+    states = [state for state in states if _is_state_dict(state)]
+    if not states:
+        raise ValueError(f"{path} holds no state dict of tensors")
+    return dict(states[-1])
+
+
+def _is_state_dict(content: object) -> bool:
+    return (
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items())
+    )
+
+
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """A JSON object; ValueError names the file."""
     try:
@@ -149,26 +186,34 @@ def bundled_models() -> list[str]:
 
 
 def load_model(source: str | os.PathLike, **options: Any) -> UNet:
-    """A UNet in eval mode from a bundled name, a folder of `save_model` or a diffusers folder.
+    """A UNet in eval mode from a bundled name, a folder of `save_model`, a diffusers folder, or a
+    weights file of the PyTorch port of the paper's code.
 
-    options go to the diffusers loader. Raises FileNotFoundError or ValueError, naming what is
-    wrong."""
+    options go to the loaders of `fastddpm.integrations`; our own folders take none. Raises
+    FileNotFoundError or ValueError, naming what is wrong.
+    """
     if str(source) in bundled_models():
         source = BUNDLED / source
-    folder = Path(source)
-    if not (folder / CONFIG).is_file():
-        what = "no such folder" if not folder.is_dir() else f"no {CONFIG} in it"
+    path = Path(source)
+    if path.is_file():
+        from fastddpm.integrations.port import load_file
+
+        return load_file(path, **options).eval()
+    if (path / "model_index.json").is_file() and (path / "unet" / CONFIG).is_file():
+        path = path / "unet"  # a pipeline of diffusers
+    if not (path / CONFIG).is_file():
+        what = f"no {CONFIG} in it" if path.is_dir() else "no such file or folder"
         raise FileNotFoundError(
             f"model {str(source)!r}: {what}; give a folder with {CONFIG} and {WEIGHTS}, or one of "
             f"the bundled names: {', '.join(bundled_models()) or 'none'}"
         )
-    config = read_json(folder / CONFIG)
-    loader: Callable[..., UNet]
-    if config.get("format") == "fastddpm":
-        model = build_model(config, folder / CONFIG)
-        load_weights(model, read_tensors(folder / WEIGHTS)[0], folder / WEIGHTS)
-    else:
-        from fastddpm.integrations.diffusers import load_folder as loader
+    config = read_json(path / CONFIG)
+    if config.get("format") != "fastddpm":
+        from fastddpm.integrations.diffusers import load_folder
 
-        model = loader(folder, config, **options)
+        return load_folder(path, config, **options).eval()
+    if options:
+        raise ValueError(f"a fastddpm folder takes no options; got {', '.join(sorted(options))}")
+    model = build_model(config, path / CONFIG)
+    load_weights(model, read_tensors(path / WEIGHTS)[0], path / WEIGHTS)
     return model.eval()

@@ -46,7 +46,9 @@ class Diffusion:
                 "variance='learned' needs loss='vlb': the simple loss has no gradient for it"
             )
         self.schedule = Schedule.linear() if schedule is None else schedule
-        self.prediction, self.variance, self.objective = prediction, variance, loss
+        self.prediction: Prediction = prediction
+        self.variance: Variance = variance
+        self.objective: Loss = loss
         self._tables: dict[tuple, torch.Tensor] = {}
 
     @property
@@ -189,13 +191,13 @@ class Diffusion:
         sample_index=...
         """
         prediction, log_variance = self.split(output)
-        if sampler == "ddim" and self.prediction == "mean":
+        kind = self.prediction
+        if sampler == "ddim" and kind == "mean":
             # DDIM mixes x0 and x_t with other weights than the posterior mean's: go through x0.
             x0 = self.predict_x0(xt, output, t, clip=clip)
-            prediction, kind, log_variance = x0, "x0", None
-        else:
-            kind = self.prediction
-            log_variance = None if sampler == "ddim" else log_variance
+            prediction, kind = x0, "x0"
+        if sampler == "ddim":
+            log_variance = None
         table = self.table(xt.device, sampler=sampler, eta=eta)
         if "z" not in noise:
             noise.setdefault("step", self.model_t(t))

@@ -210,7 +210,7 @@ class _Chain:
             size = getattr(model, "image_size", None)
             if size is None:
                 raise ValueError("shape=(C, H, W) is needed for a model that has no image_size")
-            shape = (model.in_channels, *size)
+            shape = (model.in_channels, *size)  # type: ignore[attr-defined]
         if len(shape) != 3 or any(not isinstance(s, int) or s < 1 for s in shape):
             raise ValueError(
                 f"shape must be (C, H, W), three positive integers; got {tuple(shape)}"

@@ -344,11 +344,11 @@ def _batches(
         return dataset.images(batch_indices(len(dataset), batch_size, step, seed=seed))
 
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(load, start) if start < stop else None
+        ahead = [reader.submit(load, step) for step in range(start, min(start + 1, stop))]
         for step in range(start, stop):
-            images = ahead.result()
+            images = ahead.pop().result()
             if step + 1 < stop:
-                ahead = reader.submit(load, step + 1)
+                ahead.append(reader.submit(load, step + 1))
             yield images
 
 

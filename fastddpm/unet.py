@@ -7,8 +7,9 @@ mid.attn_1, ...), except that q, k and v are one `qkv`."""
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ def timestep_embedding(
     return F.pad(torch.cat(parts, dim=1), (0, dim % 2))
 
 
-def _init(layer: nn.Module, scale: float = 1.0) -> Any:
+def _init(layer: Any, scale: float = 1.0) -> Any:
     """The paper's initialiser: uniform, variance scaling by fan average; biases 0. scale = 0 means
     1e-10.
     """
@@ -131,6 +132,49 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+class Level(nn.Module):
+    """The blocks of one resolution, an attention after each or none, and the way to the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.attn = nn.ModuleList(), nn.ModuleList()
+        self.downsample: Downsample | None = None
+        self.upsample: Upsample | None = None
+
+    def append(self, block: ResnetBlock, attention: AttentionBlock | None) -> None:
+        self.block.append(block)
+        if attention is not None:
+            self.attn.append(attention)
+
+    def run(self, j: int, x: torch.Tensor, silu_temb: torch.Tensor) -> torch.Tensor:
+        """Block j and the attention after it."""
+        x = self.block[j](x, silu_temb)
+        return self.attn[j](x) if self.attn else x
+
+
+class Middle(nn.Module):
+    """Between the two ways: block, attention, block."""
+
+    def __init__(self, block_1: ResnetBlock, attn_1: AttentionBlock, block_2: ResnetBlock):
+        super().__init__()
+        self.block_1, self.attn_1, self.block_2 = block_1, attn_1, block_2
+
+    def forward(self, x: torch.Tensor, silu_temb: torch.Tensor) -> torch.Tensor:
+        return self.block_2(self.attn_1(self.block_1(x, silu_temb)), silu_temb)
+
+
+class TimeEmbedding(nn.Module):
+    """Two dense layers with SiLU between and after, as all that reads it wants silu(temb)."""
+
+    def __init__(self, channels: int, temb_channels: int):
+        super().__init__()
+        layers = (nn.Linear(channels, temb_channels), nn.Linear(temb_channels, temb_channels))
+        self.dense = nn.ModuleList([_init(layer) for layer in layers])
+
+    def forward(self, sinusoids: torch.Tensor) -> torch.Tensor:
+        return F.silu(self.dense[1](F.silu(self.dense[0](sinusoids))))
+
+
 class UNet(nn.Module):
     """The U-Net of DDPM, Appendix B: eps(x_t, t) for (N, in_channels, H, W) x and (N,) integer t.
 
@@ -144,7 +188,7 @@ class UNet(nn.Module):
         *,
         image_size: int | Sequence[int] = 32,         # H = W, or (H, W): what `sample` draws
         in_channels: int = 3,                         # channels of x
-        out_channels: int | None = None,              # None: in_channels, twice it for variance="learned"
+        out_channels: int | None = None,              # None: in_channels; twice that if "learned"
         channels: int = 128,                          # channels of the first level
         channel_mult: Sequence[int] = (1, 2, 2, 2),   # channels of each level, times `channels`
         num_res_blocks: int = 2,                      # residual blocks a level
@@ -153,7 +197,7 @@ class UNet(nn.Module):
         num_groups: int = 32,                         # groups of every GroupNorm
         norm_eps: float = 1e-6,                       # epsilon of every GroupNorm
         dropout: float = 0.0,                         # before each block's second convolution
-        downsample_padding: int = 0,                  # 0: after the end only (the paper); 1: both ends
+        downsample_padding: int = 0,                  # 0: at the end only (the paper); 1: both
         freq_shift: float = 1,                        # of the time embedding: 1 (the paper) or 0
         flip_sin_to_cos: bool = False,                # its order: [cos | sin], not [sin | cos]
         diffusion: Diffusion | None = None,           # what it is trained for; None: Diffusion()
@@ -182,7 +226,6 @@ class UNet(nn.Module):
         self.in_channels, self.image_size = in_channels, size
         widths = [channels * m for m in channel_mult]
         temb = 4 * channels
-        levels = len(widths)
 
         def resnet(c_in: int, c_out: int) -> ResnetBlock:
             return ResnetBlock(c_in, c_out, temb, num_groups, norm_eps, dropout)
@@ -190,87 +233,66 @@ class UNet(nn.Module):
         def attention(c: int) -> AttentionBlock:
             return AttentionBlock(c, num_groups, norm_eps, c // (head_dim or c))
 
-        self.temb = nn.Module()
-        self.temb.dense = nn.ModuleList(
-            [_init(nn.Linear(channels, temb)), _init(nn.Linear(temb, temb))]
-        )
+        self.temb = TimeEmbedding(channels, temb)
         self.conv_in = _conv(in_channels, channels)
 
         skips, c = [channels], channels
-        self.down = nn.ModuleList()
-        for i, width in enumerate(widths):
-            level = nn.Module()
-            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+        down = [Level() for _ in widths]
+        for i, (level, width) in enumerate(zip(down, widths, strict=True)):
             for _ in range(num_res_blocks):
-                level.block.append(resnet(c, width))
+                level.append(resnet(c, width), attention(width) if i in attention_levels else None)
                 c = width
-                if i in attention_levels:
-                    level.attn.append(attention(c))
                 skips.append(c)
-            if i < levels - 1:
+            if i < len(widths) - 1:
                 level.downsample = Downsample(c, downsample_padding)
                 skips.append(c)
-            self.down.append(level)
 
-        self.mid = nn.Module()
-        self.mid.block_1, self.mid.attn_1, self.mid.block_2 = (
-            resnet(c, c),
-            attention(c),
-            resnet(c, c),
-        )
+        mid = Middle(resnet(c, c), attention(c), resnet(c, c))
 
-        up: list[nn.Module] = []
+        up = [Level() for _ in widths]
         for i, width in reversed(list(enumerate(widths))):
-            level = nn.Module()
-            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
             for _ in range(num_res_blocks + 1):
-                level.block.append(resnet(c + skips.pop(), width))
+                block = resnet(c + skips.pop(), width)
+                up[i].append(block, attention(width) if i in attention_levels else None)
                 c = width
-                if i in attention_levels:
-                    level.attn.append(attention(c))
             if i > 0:
-                level.upsample = Upsample(c)
-            up.insert(0, level)
-        self.up = nn.ModuleList(up)
+                up[i].upsample = Upsample(c)
 
+        self.down = cast(Sequence[Level], nn.ModuleList(down))
+        self.mid = mid
+        self.up = cast(Sequence[Level], nn.ModuleList(up))
         self.norm_out = GroupNorm(num_groups, c, norm_eps)
         self.conv_out = _conv(c, self.config["out_channels"], scale=0.0)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The model's output for x_t (N, C, H, W) at the 0-based steps t (N,)."""
         self._check_input(x, t)
         dtype = self.conv_in.weight.dtype
-        config = self.config
-        temb = timestep_embedding(
+        sinusoids = timestep_embedding(
             t,
-            config["channels"],
-            freq_shift=config["freq_shift"],
-            flip_sin_to_cos=config["flip_sin_to_cos"],
+            self.config["channels"],
+            freq_shift=self.config["freq_shift"],
+            flip_sin_to_cos=self.config["flip_sin_to_cos"],
         )
-        dense = self.temb.dense
-        temb = F.silu(dense[1](F.silu(dense[0](temb.to(dtype)))))
+        temb = self.temb(sinusoids.to(dtype))
 
         h = self.conv_in(x.to(dtype, memory_format=torch.channels_last))
         skips = [h]
         for level in self.down:
-            for j, block in enumerate(level.block):
-                h = block(h, temb)
-                if level.attn:
-                    h = level.attn[j](h)
+            for j in range(len(level.block)):
+                h = level.run(j, h, temb)
                 skips.append(h)
-            if hasattr(level, "downsample"):
+            if level.downsample is not None:
                 h = level.downsample(h)
                 skips.append(h)
 
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h, temb)), temb)
+        h = self.mid(h, temb)
 
         for level in reversed(self.up):
-            for j, block in enumerate(level.block):
-                h = block(torch.cat((h, skips.pop()), dim=1), temb)
-                if level.attn:
-                    h = level.attn[j](h)
-            if hasattr(level, "upsample"):
+            for j in range(len(level.block)):
+                h = level.run(j, torch.cat((h, skips.pop()), dim=1), temb)
+            if level.upsample is not None:
                 h = level.upsample(h)
         return self.conv_out(self.norm_out(h)).to(x.dtype)
 
@@ -314,17 +336,19 @@ class UNet(nn.Module):
     # ---- files ----------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, source: str, **options: Any) -> UNet:
-        """A model by name ("fashion-mnist", bundled), from a folder of `save_pretrained`, or from a
-        diffusers folder.
+    def from_pretrained(cls, source: str | os.PathLike, **options: Any) -> UNet:
+        """A model by name ("fashion-mnist", bundled), from a folder of `save_pretrained`, a
+        diffusers folder of the google/ddpm-* family, or a weights file of the PyTorch port of the
+        paper's code.
 
-        Returned in eval mode, float32, channels_last, on the CPU. See
-        `fastddpm.checkpoint.load_model`."""
+        Returned in eval mode, float32, channels_last, on the CPU. options (allow_pickle, ...): see
+        `fastddpm.integrations`. Raises FileNotFoundError or ValueError, naming what is wrong.
+        """
         from fastddpm.checkpoint import load_model
 
         return load_model(source, **options)
 
-    def save_pretrained(self, folder: str) -> None:
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write config.json and model.safetensors into `folder`, each atomically."""
         from fastddpm.checkpoint import save_model
 

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -43,8 +44,9 @@ class Eager:
             precision = "fp32"
         self.precision = resolve_precision(precision, device)
         self.diffusion, self.device = diffusion, device
-        self.step_options = {"sampler": sampler, "eta": eta, "clip": clip}
-        self.model, self._context = model, contextlib.nullcontext
+        self.step_options: dict[str, Any] = {"sampler": sampler, "eta": eta, "clip": clip}
+        self.model = model
+        self._context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         if isinstance(model, UNet) and self.precision == "bf16":
             self.model = copy.deepcopy(model).to(device, torch.bfloat16).eval()
         elif self.precision == "bf16":

@@ -1,0 +1,3 @@
+"""Models and files of other projects, read into this one. A file a project; none is imported here,
+so that no peer has to be installed.
+"""

@@ -1,0 +1,229 @@
+"""Models on disk: what is written comes back, and whatever is wrong with a file is named."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy import SCHEDULE, tiny_unet
+
+from fastddpm import Diffusion, Schedule, UNet, checkpoint
+from fastddpm.checkpoint import atomic_write, read_weights, write_json, write_tensors
+
+
+def output(model: UNet) -> torch.Tensor:
+    x = torch.linspace(-1, 1, 2 * model.in_channels * 64).view(2, -1, 8, 8)
+    with torch.no_grad():
+        return model(x, torch.tensor([1, 9]))
+
+
+def damage(folder, change) -> None:
+    """Rewrite model.safetensors with `change` made to its tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_unet().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# ---- there and back ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"image_size": (8, 16), "in_channels": 3, "dropout": 0.1, "head_dim": 4},
+        {"diffusion": Diffusion(Schedule.cosine(50), "x0", "fixed_small", "vlb")},
+        {"diffusion": Diffusion(Schedule.quadratic(20), "mean", "learned", "vlb")},
+        {"diffusion": Diffusion(Schedule([0.1, 0.2, 0.5]))},
+    ],
+    ids=str,
+)
+def test_a_saved_model_comes_back(tmp_path, options):
+    model = tiny_unet(**options)
+    model.train().save_pretrained(tmp_path / "deep" / "folder")
+    loaded = UNet.from_pretrained(tmp_path / "deep" / "folder")
+    assert not loaded.training
+    assert loaded.config == model.config
+    assert loaded.diffusion.to_config() == model.diffusion.to_config()
+    assert loaded.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(output(loaded), output(model.eval()))
+
+
+def test_a_path_may_be_a_string(folder):
+    assert torch.equal(output(UNet.from_pretrained(str(folder))), output(tiny_unet()))
+
+
+def test_the_files_are_json_and_safetensors(folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["format"] == "fastddpm"
+    assert config["diffusion"]["schedule"]["kind"] == "custom" or SCHEDULE.recipe is not None
+    assert load_file(folder / "model.safetensors").keys() == tiny_unet().state_dict().keys()
+
+
+def test_saving_again_replaces(folder):
+    tiny_unet(seed=1).save_pretrained(folder)
+    assert torch.equal(output(UNet.from_pretrained(folder)), output(tiny_unet(seed=1)))
+
+
+# ---- what is wrong is named ----------------------------------------------------------------------
+
+
+def test_a_missing_key(folder):
+    damage(folder, lambda tensors: tensors.pop("mid.attn_1.qkv.bias"))
+    with pytest.raises(ValueError, match=r"lacks 1 of \d+ keys, the first: mid\.attn_1\.qkv\.bias"):
+        UNet.from_pretrained(folder)
+
+
+def test_an_unknown_key(folder):
+    damage(folder, lambda tensors: tensors.update(extra=torch.zeros(1)))
+    with pytest.raises(ValueError, match="has 1 unknown keys, the first: extra"):
+        UNet.from_pretrained(folder)
+
+
+def test_another_shape(folder):
+    damage(folder, lambda tensors: tensors.update({"conv_in.bias": torch.zeros(3)}))
+    with pytest.raises(ValueError, match=r"conv_in\.bias has shape \(3,\); this model's is \(8,\)"):
+        UNet.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_a_truncated_file(folder, size):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:size])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+        UNet.from_pretrained(folder)
+
+
+def test_missing_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*model\.safetensors"):
+        UNet.from_pretrained(folder)
+
+
+def config(unet: str) -> str:
+    process = '"diffusion": {"schedule": {"kind": "linear"}}'
+    return f'{{"format": "fastddpm", "unet": {unet}, {process}}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not a readable JSON file"),
+        ("[1]", "must hold a JSON object; got list"),
+        ('{"format": "fastddpm"}', "the object 'unet' is missing"),
+        ('{"format": "fastddpm", "unet": {}}', "the object 'diffusion' is missing"),
+        ('{"format": "fastddpm", "unet": {}, "diffusion": {}}', "'schedule' is missing"),
+        (config('{"width": 3}'), "unexpected keyword argument 'width'"),
+        (config('{"channels": 7}'), "num_groups must divide every width"),
+        (
+            '{"format": "fastddpm", "unet": {}, "diffusion": {"schedule": {"kind": "line"}}}',
+            "schedule kind must be one of 'linear'",
+        ),
+    ],
+)
+def test_a_bad_config(folder, text, message):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        UNet.from_pretrained(folder)
+    assert "config.json" in str(caught.value)
+
+
+def test_no_model_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder; give a folder with"):
+        UNet.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=r"no config\.json in it"):
+        UNet.from_pretrained(tmp_path)
+
+
+def test_our_folders_take_no_options(folder):
+    with pytest.raises(ValueError, match="takes no options; got allow_pickle"):
+        UNet.from_pretrained(folder, allow_pickle=True)
+
+
+# ---- pickles -------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def test_pickles_are_loaded_when_asked_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": torch.ones(2)}, "good.pt")
+    torch.save({"a": Evil()}, "evil.pt")
+    with pytest.raises(ValueError, match="is a pickle, which is not loaded unasked"):
+        read_weights("good.pt")
+    assert read_weights("good.pt", allow_pickle=True)["a"].tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"evil\.pt can't be read as a state dict"):
+        read_weights("evil.pt", allow_pickle=True)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_the_last_state_dict_of_a_training_checkpoint_is_taken(tmp_path):
+    states = [{"a": torch.zeros(1)}, {"state": {}, "param_groups": []}, 7, {"a": torch.ones(1)}]
+    torch.save(states, tmp_path / "x.ckpt")
+    assert read_weights(tmp_path / "x.ckpt", allow_pickle=True)["a"].item() == 1
+
+
+@pytest.mark.parametrize("content", [7, [], {}, {"a": 1}, [{"b": "c"}]], ids=str)
+def test_no_state_dict(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="holds no state dict of tensors"):
+        read_weights(tmp_path / "x.pt", allow_pickle=True)
+
+
+def test_a_damaged_pickle(tmp_path):
+    (tmp_path / "x.pt").write_bytes(b"not a pickle")
+    with pytest.raises(ValueError, match=r"x\.pt can't be read as a state dict"):
+        read_weights(tmp_path / "x.pt", allow_pickle=True)
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
+        file.write(b"half of the new" * (1 // 0))
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_write_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    events = []
+    real_fsync, real_replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), real_fsync(fd))[1])
+    monkeypatch.setattr(
+        checkpoint.os, "replace", lambda a, b: (events.append("replace"), real_replace(a, b))[1]
+    )
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert events == ["fsync", "replace", "fsync"]  # the file, its name, the folder
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def test_files_have_the_usual_permissions(tmp_path):
+    old = os.umask(0o022)
+    try:
+        write_json(tmp_path / "x.json", {})
+        assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(old)
+
+
+def test_channels_last_tensors_are_written_in_their_order(tmp_path):
+    x = torch.arange(24.0).view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)
+    write_tensors(tmp_path / "x.safetensors", {"x": x})
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["x"], x)

@@ -1,0 +1,301 @@
+"""Other projects' models, read and run: outputs equal theirs, and what we can't be is named."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy import generator, tiny_unet
+
+import fastddpm
+from fastddpm import UNet
+from fastddpm.integrations.diffusers import unet_options
+
+diffusers = pytest.importorskip("diffusers")
+
+# The options of google/ddpm-cifar10-32 and its family, at a size that a test can run.
+FAMILY = {
+    "sample_size": 16,
+    "block_out_channels": (32, 64, 64),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+    "norm_num_groups": 32,
+    "attention_head_dim": None,
+    "act_fn": "silu",
+}
+
+
+def peer(**options) -> torch.nn.Module:
+    """A UNet2DModel whose every parameter is random, norms and biases too."""
+    model = diffusers.UNet2DModel(**{**FAMILY, **options})
+    random = generator(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            scale = 0.2 if p.dim() == 1 else p[0].numel() ** -0.5
+            p.copy_(torch.randn(p.shape, generator=random) * scale + float("norm" in name) * 0.7)
+    return model.eval()
+
+
+def assert_equal_outputs(model: UNet, theirs: torch.nn.Module) -> None:
+    """To 1e-5 of the largest output, in float32, at several steps."""
+    x = torch.randn(3, model.in_channels, *model.image_size, generator=generator(5))
+    t = torch.tensor([0, 371, 999])
+    with torch.no_grad():
+        expected = theirs(x, t).sample
+        assert (model(x, t) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"in_channels": 1, "out_channels": 1, "sample_size": (8, 20)},
+        # UNet2DModel's own defaults, as its users have them.
+        {"downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5},
+        {"attention_head_dim": 8, "norm_num_groups": 16},
+        {"layers_per_block": 1, "dropout": 0.1},
+    ],
+    ids=str,
+)
+def test_a_diffusers_folder_computes_what_diffusers_computes(tmp_path, options):
+    theirs = peer(**options)
+    theirs.save_pretrained(tmp_path)
+    model = UNet.from_pretrained(tmp_path)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in theirs.parameters())
+    assert_equal_outputs(model, theirs)
+    # And from a folder of ours once it was saved as one.
+    model.save_pretrained(tmp_path / "ours")
+    assert_equal_outputs(UNet.from_pretrained(tmp_path / "ours"), theirs)
+
+
+def test_defaults_that_a_config_leaves_out_are_diffusers_own(tmp_path):
+    theirs = diffusers.UNet2DModel()
+    config = {k: v for k, v in theirs.config.items() if v is not None and not k.startswith("_")}
+    assert unet_options({}, "") == unet_options({**config, "sample_size": None}, "")
+
+
+def test_attention_names_of_the_hubs_files_are_read(tmp_path):
+    """The google/ddpm-* files say query, key, value and proj_attn."""
+    theirs = peer()
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, tensor in load_file(path).items():
+        for new, former in old.items():
+            name = name.replace(f".{new}.", f".{former}.")
+        tensors[name] = tensor
+    save_file(tensors, path)
+    assert_equal_outputs(UNet.from_pretrained(tmp_path), theirs)
+
+
+def test_a_pipelines_folder_is_read_with_its_process(tmp_path):
+    theirs = peer()
+    scheduler = diffusers.DDPMScheduler(
+        num_train_timesteps=50, beta_schedule="scaled_linear", variance_type="fixed_large"
+    )
+    diffusers.DDPMPipeline(unet=theirs, scheduler=scheduler).save_pretrained(tmp_path)
+    model = UNet.from_pretrained(tmp_path)
+    assert_equal_outputs(model, theirs)
+    assert model.diffusion.variance == "fixed_large"
+    betas = torch.tensor(model.diffusion.schedule.betas)
+    torch.testing.assert_close(betas.float(), scheduler.betas, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_schedules_are_diffusers(tmp_path, kind):
+    peer().save_pretrained(tmp_path)
+    scheduler = diffusers.DDPMScheduler(beta_schedule=kind, prediction_type="sample")
+    scheduler.save_pretrained(tmp_path)
+    diffusion = UNet.from_pretrained(tmp_path).diffusion
+    assert (diffusion.prediction, diffusion.variance) == ("x0", "fixed_small")
+    betas = torch.tensor(diffusion.schedule.betas).float()
+    torch.testing.assert_close(betas, scheduler.betas, rtol=1e-5, atol=1e-7)
+
+
+def test_trained_betas_and_what_is_given_take_precedence(tmp_path):
+    peer().save_pretrained(tmp_path)
+    diffusers.DDPMScheduler(trained_betas=[0.1, 0.2]).save_pretrained(tmp_path)
+    assert UNet.from_pretrained(tmp_path).diffusion.schedule.betas.tolist() == [0.1, 0.2]
+    own = fastddpm.Diffusion(fastddpm.Schedule.cosine(7))
+    assert UNet.from_pretrained(tmp_path, diffusion=own).diffusion is own
+
+
+def test_a_diffusers_model_is_sampled_as_it_is():
+    """UNet2DModel returns an object with .sample; Algorithm 2 takes it."""
+    theirs = peer(block_out_channels=(32,), down_block_types=("DownBlock2D",),
+                  up_block_types=("UpBlock2D",), layers_per_block=1)  # fmt: skip
+    x = fastddpm.sample(theirs, 2, shape=(3, 16, 16), steps=3, progress=False)
+    assert x.shape == (2, 3, 16, 16)
+    assert x.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"act_fn": "gelu"}, "act_fn must be 'silu' or 'swish' here; got 'gelu'"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift must be 'default'"),
+        ({"class_embed_type": "timestep"}, "class_embed_type must be None here"),
+        ({"down_block_types": ["SkipDownBlock2D"]}, "got 'SkipDownBlock2D'"),
+        ({"up_block_types": ["UpBlock2D"] * 3}, "up_block_types must mirror down_block_types"),
+        ({"block_out_channels": [32, 48, 64]}, "must be multiples of the first; got 48 of 32"),
+        ({"_class_name": "UNet2DConditionModel"}, "only UNet2DModel is read"),
+        ({"norm_num_groups": 5}, "num_groups must divide every width"),
+    ],
+    ids=str,
+)
+def test_another_network_is_refused_by_name(tmp_path, options, message):
+    peer().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+    with pytest.raises(ValueError, match=message):
+        UNet.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta_schedule": "sigmoid"}, "beta_schedule must be one of 'linear', 'scaled_linear'"),
+        ({"prediction_type": "v_prediction"}, "prediction_type must be one of 'epsilon', 'sample'"),
+        ({"variance_type": "learned_range"}, "variance_type must be one of"),
+    ],
+    ids=str,
+)
+def test_another_process_is_refused_by_name(tmp_path, options, message):
+    peer().save_pretrained(tmp_path)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(options))
+    with pytest.raises(ValueError, match=message):
+        UNet.from_pretrained(tmp_path)
+
+
+def test_damaged_diffusers_folders(tmp_path):
+    peer().save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    name = "mid_block.attentions.0.to_k.weight"
+    key = tensors.pop(name)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"lacks the key mid\.attn_1\.k\.weight"):
+        UNet.from_pretrained(tmp_path)
+    save_file({**tensors, name: key, "alien": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="unknown keys, the first: "):
+        UNet.from_pretrained(tmp_path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        UNet.from_pretrained(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds neither diffusion_pytorch_model\.safet"):
+        UNet.from_pretrained(tmp_path)
+    torch.save({**tensors, name: key}, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="is a pickle, which is not loaded unasked"):
+        UNet.from_pretrained(tmp_path)
+    assert UNet.from_pretrained(tmp_path, allow_pickle=True).in_channels == 3
+
+
+# ---- the PyTorch port of the paper's code --------------------------------------------------------
+
+
+def as_port(model: UNet) -> dict[str, torch.Tensor]:
+    """The model's weights under the port's names: q, k, v and proj_out are 1x1 convolutions."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        block, _, kind = name.rpartition(".")
+        if block.endswith(".qkv"):
+            for part, value in zip("qkv", tensor.chunk(3), strict=True):
+                value = value[:, :, None, None] if kind == "weight" else value
+                weights[f"{block.removesuffix('qkv')}{part}.{kind}"] = value.clone()
+        elif block.endswith(".proj_out") and kind == "weight":
+            weights[name] = tensor[:, :, None, None]
+        else:
+            weights[name] = tensor
+    return weights
+
+
+PORT = {"image_size": 32, "in_channels": 3, "channels": 32, "num_groups": 32}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"channel_mult": (1, 2, 2, 2), "num_res_blocks": 2, "attention_levels": (1,)},
+        {"image_size": 64, "channel_mult": (1, 1, 2), "attention_levels": (2,)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_ports_files_are_read_and_their_architecture_inferred(tmp_path, options, prefix):
+    model = tiny_unet(**{**PORT, **options, "diffusion": None})
+    save_file({prefix + k: v for k, v in as_port(model).items()}, tmp_path / "x.safetensors")
+    loaded = UNet.from_pretrained(tmp_path / "x.safetensors")
+    assert loaded.config == model.config
+    assert not loaded.training
+    x, t = torch.randn(2, 3, *model.image_size), torch.tensor([0, 999])
+    with torch.no_grad():
+        assert torch.equal(loaded(x, t), model(x, t))
+
+
+def test_the_ports_key_names_are_those_of_its_checkpoints():
+    """Some of the names in its CIFAR-10 file, written down from the port's own code."""
+    with torch.device("meta"):
+        names = as_port(UNet.cifar10()).keys()
+    for name in (
+        "temb.dense.0.weight", "temb.dense.1.bias", "conv_in.weight",
+        "down.0.block.0.norm1.weight", "down.0.block.1.conv2.bias", "down.0.downsample.conv.weight",
+        "down.1.block.0.nin_shortcut.weight", "down.1.block.0.temb_proj.bias",
+        "down.1.attn.0.norm.weight", "down.1.attn.1.q.weight", "down.1.attn.1.proj_out.bias",
+        "mid.block_1.norm1.weight", "mid.attn_1.k.bias", "mid.block_2.conv1.weight",
+        "up.0.block.2.conv1.weight", "up.1.attn.2.v.weight", "up.3.upsample.conv.bias",
+        "norm_out.weight", "conv_out.bias",
+    ):  # fmt: skip
+        assert name in names, name
+
+
+def test_options_of_the_port_take_precedence(tmp_path):
+    model = tiny_unet(num_groups=8, image_size=16, in_channels=3, num_res_blocks=2)
+    torch.save([{}, as_port(model)], tmp_path / "x.ckpt")
+    own = fastddpm.Diffusion(fastddpm.Schedule.cosine(9))
+    loaded = UNet.from_pretrained(
+        tmp_path / "x.ckpt", allow_pickle=True, num_groups=8, image_size=16, diffusion=own
+    )
+    assert (loaded.image_size, loaded.diffusion) == ((16, 16), own)
+
+
+def test_damaged_port_files(tmp_path):
+    path = tmp_path / "x.safetensors"
+    weights = as_port(tiny_unet(**PORT))
+
+    def refused(message: str, **change) -> None:
+        save_file({k: v for k, v in {**weights, **change}.items() if v is not None}, path)
+        with pytest.raises(ValueError, match=message):
+            UNet.from_pretrained(path)
+
+    refused(r"lacks the key mid\.attn_1\.v\.weight", **{"mid.attn_1.v.weight": None})
+    refused(r"lacks the key mid\.attn_1\.q\.bias", **{"mid.attn_1.q.bias": None})
+    refused(r"lacks 1 of \d+ keys, the first: norm_out\.bias", **{"norm_out.bias": None})
+    refused(r"unknown keys, the first: alien", alien=torch.zeros(1))
+    refused(r"lacks the key conv_in\.weight", **{"conv_in.weight": None})
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"no model of the PyTorch port of DDPM.*down\.\*"):
+        UNet.from_pretrained(path)
+
+
+def test_no_peer_is_imported():
+    """Reading their files needs no package of theirs."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, fastddpm, fastddpm.integrations.diffusers, fastddpm.integrations.port; "
+        "assert 'diffusers' not in sys.modules"
+    )
+    with warnings.catch_warnings():
+        subprocess.run([sys.executable, "-c", code], check=True)
