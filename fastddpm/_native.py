@@ -64,7 +64,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 def _map_kernels() -> None:
     """In a checkout, let `fastddpm.kernels` be the folder kernels/, as it is once installed."""
     init = _HERE.parent / "kernels" / "__init__.py"
-    if init.is_file() and importlib.util.find_spec("fastddpm.kernels") is None:
+    if init.is_file() and not (_HERE / "kernels").is_dir():
         spec = importlib.util.spec_from_file_location("fastddpm.kernels", init)
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
         sys.modules["fastddpm.kernels"] = sys.modules["fastddpm"].kernels = module  # type: ignore[attr-defined]

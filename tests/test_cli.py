@@ -282,7 +282,7 @@ def test_the_seed_of_train_sets_the_first_weights(call, data, tmp_path):
         (["--out=file/x.png"], "file is not a folder"),
         (["--out=file"], "file is not a folder"),
         (["--progressive", "--out=x.npz"], "'x.npz': give .png"),
-        (["--model=nowhere"], "model 'nowhere': no such folder; give a folder with config.json"),
+        (["--model=nowhere"], "model 'nowhere': no such file or folder; give a folder with"),
         (["--model=."], "model '.': no config.json in it"),
     ],
 )

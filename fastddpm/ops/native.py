@@ -34,13 +34,15 @@ class Native:
             return self.missing
         if not hasattr(self.module, op):
             return f"{op} has no such version"
+        dtypes = [x.dtype for x in tensors if x is not None]
+        for dtype in (*dtypes, options.get("dtype", torch.float32)):
+            if dtype not in STORAGE:
+                return f"{str(dtype).removeprefix('torch.')} is not supported"
         for x in tensors:
             if x is None:
                 continue
             if x.device.type != self.device_type:
                 return f"a tensor is on {x.device.type}"
-            if x.dtype not in STORAGE:
-                return f"{str(x.dtype).removeprefix('torch.')} is not supported"
             if x.dim() > 4:
                 return f"{x.dim()} dimensions are more than 4"
         return None
