@@ -126,6 +126,14 @@ class Reader {
             strides.value[per_sample ? 1 : 0]};
   }
 
+  // (rows, columns), or without columns (rows,) as a single row.
+  Matrix weight(py::handle x, const char* name, int64_t rows, int64_t columns = -1) {
+    if (x.is_none()) return {nullptr, DType::f32, 0, 0};
+    const Numbers strides = vector(x, name, rows, columns);
+    return {address(x, name), dtype(x, name, false), columns < 0 ? 0 : strides.value[0],
+            strides.value[columns < 0 ? 0 : 1]};
+  }
+
   // (N,) int64, any stride.
   PerSample per_sample(py::handle x, const char* name) {
     const Numbers strides = vector(x, name, shape.n, -1);
@@ -351,6 +359,28 @@ void def_group_norm_silu_backward(py::module_& m) {
 }
 
 template <auto run>
+void def_attention_block(py::module_& m) {
+  m.def("attention_block", [](py::handle x, py::handle y, int64_t groups, py::handle norm_weight,
+                              py::handle norm_bias, py::handle qkv_weight, py::handle qkv_bias,
+                              py::handle proj_weight, py::handle proj_bias, int64_t heads,
+                              double eps, int64_t where) {
+    if (qkv_weight.is_none() || proj_weight.is_none())
+      throw py::value_error("attention_block needs qkv_weight and proj_weight");
+    Reader read(is_cuda(run));
+    const Shape shape = read.set_shape(x, "x");
+    launch(run,
+           AttentionBlock{shape, groups, heads, float(eps), read.tensor(x, "x"),
+                          read.tensor(y, "y"), read.weight(norm_weight, "norm_weight", shape.c),
+                          read.weight(norm_bias, "norm_bias", shape.c),
+                          read.weight(qkv_weight, "qkv_weight", 3 * shape.c, shape.c),
+                          read.weight(qkv_bias, "qkv_bias", 3 * shape.c),
+                          read.weight(proj_weight, "proj_weight", shape.c, shape.c),
+                          read.weight(proj_bias, "proj_bias", shape.c)},
+           where);
+  });
+}
+
+template <auto run>
 void def_discretized_log_likelihood(py::module_& m) {
   m.def("discretized_log_likelihood", [](py::handle x, py::handle mean, py::handle log_scale,
                                          py::handle out, int64_t where) {
@@ -401,6 +431,7 @@ PYBIND11_MODULE(_C, m) {
   def_posterior_step<cpu::posterior_step>(on_cpu);
   def_group_norm_silu<cpu::group_norm_silu>(on_cpu);
   def_group_norm_silu_backward<cpu::group_norm_silu_backward>(on_cpu);
+  def_attention_block<cpu::attention_block>(on_cpu);
   def_discretized_log_likelihood<cpu::discretized_log_likelihood>(on_cpu);
 #if defined(FASTDDPM_CUDA)
   py::module_ on_cuda = m.def_submodule("cuda");

@@ -25,7 +25,7 @@ struct Tensor {  // (N, C, H, W); not given: data is null
   int64_t stride[4];
 };
 
-struct Matrix {  // (N, C), or (C,) with stride_n = 0; not given: data is null
+struct Matrix {  // (N, C), or (C,) with stride_n = 0, or a weight's (rows, columns); or null
   void* data;
   DType dtype;
   int64_t stride_n, stride_c;
@@ -104,6 +104,18 @@ struct GroupNormSiluBackward {
   float *dscale, *dshift;  // (N, C) contiguous, or null
 };
 
+// y = x + proj(softmax(q k^T / sqrt(d)) v), with q, k, v = split(qkv(GroupNorm(x))) over the pixels
+// of each sample; qkv_weight's rows are q, then k, then v, each head by head, d = C / heads.
+struct AttentionBlock {
+  Shape shape;
+  int64_t groups, heads;
+  float eps;
+  Tensor x, y;
+  Matrix norm_weight, norm_bias;  // (C,)
+  Matrix qkv_weight, qkv_bias;    // (3C, C), (3C,)
+  Matrix proj_weight, proj_bias;  // (C, C), (C,)
+};
+
 // log of the mass that N(mean, exp(log_scale)^2) puts on the pixel's bin [x - 1/255, x + 1/255], in
 // nats, where x is in [-1, 1] with 256 levels and the outer bins are unbounded   (DDPM Eq. 13).
 // Float64 inside.
@@ -118,6 +130,7 @@ void noise(const Noise& op, int threads);
 void posterior_step(const PosteriorStep& op, int threads);
 void group_norm_silu(const GroupNormSilu& op, int threads);
 void group_norm_silu_backward(const GroupNormSiluBackward& op, int threads);
+void attention_block(const AttentionBlock& op, int threads);
 void discretized_log_likelihood(const DiscretizedLogLikelihood& op, int threads);
 }  // namespace cpu
 

@@ -10,6 +10,7 @@ The gradients stand here too, as formulas: the one derivative of each op for all
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -254,24 +255,94 @@ def attention_block(
     """x + proj(softmax(q k^T / sqrt(d)) v) with q, k, v = split(qkv(GroupNorm(x))).
 
     qkv_weight (3C, C): rows q, then k, then v, each head by head; proj_weight (C, C). The norm and
-    the softmax are float32 or better, the products run in the dtype of x.
+    the softmax are float32 or better, the products run in the dtype of x, or in that of qkv_weight
+    where this is a half precision: so autocast asks for its own.
     """
     y = group_norm_silu(x, num_groups, norm_weight, norm_bias, eps, silu=False)
-    return x + attention(y, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads=num_heads)
+    tokens = _tokens(y).to(_product_dtype(x, qkv_weight))
+    q, k, v = _heads(_linear(tokens, qkv_weight, qkv_bias).chunk(3, -1), num_heads)
+    mixed = _merge(F.scaled_dot_product_attention(q, k, v))
+    return _as(x, x + _image(_linear(mixed, proj_weight, proj_bias), x))
 
 
-def attention(y, qkv_weight, qkv_bias, proj_weight, proj_bias, *, num_heads):
-    """proj(softmax(q k^T / sqrt(d)) v) over the pixels of y (N, C, H, W)."""
-    tokens = y.permute(0, 2, 3, 1).flatten(1, 2)
-    qkv = _linear(tokens, qkv_weight, qkv_bias).unflatten(2, (3, num_heads, -1))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    tokens = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    tokens = _linear(tokens, proj_weight, proj_bias)
-    return tokens.transpose(1, 2).unflatten(2, y.shape[2:])
+def attention_block_backward(
+    grad, x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,
+    num_heads, eps,
+):  # fmt: skip
+    """(dx, dnorm_weight, dnorm_bias, dqkv_weight, dqkv_bias, dproj_weight, dproj_bias) of
+    `attention_block`; None for what was not given.
+    """
+    y = group_norm_silu(x, num_groups, norm_weight, norm_bias, eps, silu=False)
+    dy, *dparameters = attention_backward(
+        grad, y, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads
+    )
+    dx, dnorm_weight, dnorm_bias, _, _ = group_norm_silu_backward(
+        dy, x, num_groups, norm_weight, norm_bias, eps, None, None, False
+    )
+    return _as(x, grad + dx), dnorm_weight, dnorm_bias, *dparameters
+
+
+def attention_backward(grad, y, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads):
+    """(dy, dqkv_weight, dqkv_bias, dproj_weight, dproj_bias) of proj(softmax(q k^T / sqrt(d)) v)
+    with q, k, v = split(qkv(y)).
+
+    The scores S are computed again: with P = softmax(S) and dP = dO v^T,
+    dS = P (dP - sum_j P dP).
+    """
+    compute, dtype = _compute(y), _product_dtype(y, qkv_weight)
+    tokens, dout = _tokens(y).to(dtype), _tokens(grad).to(dtype)
+    q, k, v = _heads(_linear(tokens, qkv_weight, qkv_bias).chunk(3, -1), num_heads)
+    scale = q.shape[-1] ** -0.5
+    p = torch.softmax((q @ k.mT).to(compute) * scale, -1)
+    low_p = p.to(dtype)
+    mixed = low_p @ v
+
+    (dmixed,) = _heads((dout @ proj_weight.to(dtype),), num_heads)
+    dp = (dmixed @ v.mT).to(compute)
+    ds = (p * (dp - (p * dp).sum(-1, keepdim=True)) * scale).to(dtype)
+    dqkv = torch.cat([_merge(d) for d in (ds @ k, ds.mT @ q, low_p.mT @ dmixed)], -1)
+    dy = _image(dqkv @ qkv_weight.to(dtype), y)
+    return (
+        _as(y, dy),
+        *_linear_backward(dqkv, tokens, qkv_weight, qkv_bias),
+        *_linear_backward(dout, _merge(mixed), proj_weight, proj_bias),
+    )
+
+
+def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    return weight.dtype if half and x.dtype != torch.float64 else x.dtype
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, HW, C)."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _image(tokens: Tensor, like: Tensor) -> Tensor:
+    """(N, HW, C) -> (N, C, H, W)."""
+    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+
+
+def _heads(tokens: Sequence[Tensor], num_heads: int) -> list[Tensor]:
+    """Each (N, L, C) -> (N, heads, L, d)."""
+    return [x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in tokens]
+
+
+def _merge(heads: Tensor) -> Tensor:
+    """(N, heads, L, d) -> (N, L, C)."""
+    return heads.transpose(1, 2).flatten(2)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _linear_backward(grad, x, weight, bias) -> tuple[Tensor, Tensor | None]:
+    """(dweight, dbias) of `_linear`."""
+    grad, x = grad.flatten(0, 1), x.flatten(0, 1)
+    dbias = None if bias is None else grad.sum(0, dtype=_compute(grad)).to(bias.dtype)
+    return (grad.mT @ x).to(weight.dtype), dbias
 
 
 # ---- discretized_log_likelihood ------------------------------------------------------------------

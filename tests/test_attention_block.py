@@ -1,12 +1,21 @@
-"""attention_block: the whole block, on every backend that has one."""
+"""attention_block: the whole block and its gradient, on every backend that has one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from compare import DTYPES, LAYOUTS, assert_exact, double, gradients, in_layout
+from compare import (
+    DTYPES,
+    LAYOUTS,
+    assert_exact,
+    assert_same_for_any_thread_count,
+    double,
+    gradients,
+    in_layout,
+)
+from torch.library import opcheck
 
-from fastddpm import ops, reference
+from fastddpm import _native, ops, reference
 from fastddpm.ops import dispatch
 
 # (N, C, H, W), groups, heads
@@ -19,11 +28,13 @@ CASES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _has_the_op(backend):
+@pytest.fixture
+def device(backend, device):
+    """As in every test, but skips where the backend leaves this op to others."""
     reason = dispatch.load(backend).unsupported("attention_block")
     if reason is not None:
         pytest.skip(reason)
+    return device
 
 
 def eager(x, num_groups, norm_w, norm_b, qkv_w, qkv_b, proj_w, proj_b, num_heads=1):
@@ -73,6 +84,94 @@ def test_values_and_gradients(device, case, layout, dtype):
         assert a.dtype == dtype
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_pixels_than_a_tile(device, layout, dtype):
+    x, parameters = inputs((2, 24, 11, 13), dtype, device, layout)
+    y = ops.attention_block(x, 3, *parameters, num_heads=2)
+    truth = reference.attention_block(double(x), 3, *map(double, parameters), num_heads=2)
+    assert y.stride() == torch.empty_like(x).stride()
+    assert_exact(y, truth, eager(x, 3, *parameters, num_heads=2), ulps=16)
+
+
+@pytest.mark.skipif(_native.C is None, reason=str(_native.reason))
+@pytest.mark.parametrize("isa", _native.isas_available())
+def test_every_instruction_set(isa):
+    x, parameters = inputs((2, 36, 7, 9), torch.float32, "cpu", "nhwc")
+    truth = reference.attention_block(double(x), 3, *map(double, parameters), num_heads=2)
+    before = _native.isa()
+    try:
+        _native.use_isa(isa)
+        with ops.use_backend("cpu"):
+            y = ops.attention_block(x, 3, *parameters, num_heads=2)
+    finally:
+        _native.use_isa(before)
+    assert_exact(y, truth, eager(x, 3, *parameters, num_heads=2), ulps=16)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_same_bits_for_any_threads_and_batch(backend, device, layout):
+    x, parameters = inputs((5, 24, 11, 13), torch.float32, device, layout)
+    if backend != "cpu":
+        pytest.skip("a promise of the native CPU kernels alone")
+
+    def function(x=x):
+        return ops.attention_block(x, 3, *parameters, num_heads=2)
+
+    assert_same_for_any_thread_count(function)
+    assert torch.equal(function()[3:4], function(x[3:4]))
+
+
+def test_large_scores(device):
+    """A softmax that picks one key; and what is not finite stays in its own sample."""
+    x, parameters = inputs((2, 8, 4, 5), torch.float32, device)
+    parameters[2] = parameters[2] * 100
+    y = ops.attention_block(x, 2, *parameters)
+    truth = reference.attention_block(double(x), 2, *map(double, parameters))
+    assert_exact(y, truth, eager(x, 2, *parameters), ulps=64)
+    x[1, 3, 2, 2] = torch.nan
+    broken = ops.attention_block(x, 2, *parameters)
+    assert torch.equal(broken[0], y[0])
+    assert broken[1].isnan().all()
+
+
+@pytest.mark.parametrize("expand", [(1, 1, 1, 1), (1, 12, 1, 1), (2, 1, 5, 3)], ids=str)
+def test_expanded_gradients(device, expand):
+    x, parameters = inputs((2, 12, 5, 3), torch.float32, device, "nhwc")
+    grad = torch.randn(expand).to(device).expand(x.shape)
+    got, plain, true = (
+        gradients(
+            lambda x, *p, f=function: f(x, 3, *p),
+            [cast(p) for p in (x, *parameters)],
+            cast(grad),
+        )
+        for function, cast in (
+            (ops.attention_block, lambda y: y),
+            (eager, lambda y: y),
+            (reference.attention_block, double),
+        )
+    )
+    for a, b, c in zip(got, true, plain, strict=True):
+        assert_exact(a, b, c, ulps=16)
+
+
+def test_the_same_tensor_twice(device):
+    """One matrix as both weights of a single channel: the gradients add up."""
+    x = torch.randn(2, 1, 3, 4).to(device)
+    shared = torch.randn(1).to(device)
+
+    def function(x, shared, f=ops.attention_block):
+        weight = shared.reshape(1, 1)
+        return f(x, 1, shared, shared, weight.expand(3, 1), None, weight, shared)
+
+    got = gradients(function, (x, shared), x)
+    true = gradients(
+        lambda *a: function(*a, f=reference.attention_block), (double(x), double(shared)), double(x)
+    )
+    for a, b in zip(got, true, strict=True):
+        assert_exact(a, b, ulps=32)
+
+
 def test_half_precision_with_float32_parameters(device):
     x, parameters = inputs((2, 12, 5, 3), torch.float32, device, "nhwc")
     low = x.bfloat16()
@@ -94,18 +193,71 @@ def test_under_autocast(device):
     assert_exact(y, truth, plain)
 
 
-def test_without_biases(device):
-    x, (_, _, qkv_w, _, proj_w, _) = inputs((2, 12, 5, 3), torch.float32, device)
-    y = ops.attention_block(x, 3, None, None, qkv_w, None, proj_w, None)
-    truth = reference.attention_block(
-        double(x), 3, None, None, double(qkv_w), None, double(proj_w), None
+def test_the_products_run_in_the_dtype_of_autocast():
+    x, parameters = inputs((2, 12, 5, 3), torch.float32, "cpu")
+    leaves = [p.requires_grad_() for p in parameters]
+    with ops.use_backend("reference"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = ops.attention_block(x, 3, *leaves)
+        low = [p.bfloat16() if p.dim() == 2 else p for p in parameters]
+        assert torch.equal(y, ops.attention_block(x, 3, *low))
+        exact = ops.attention_block(x, 3, *leaves)
+    assert 1e-4 < (y - exact).abs().max() < 0.3
+    assert all(
+        g.dtype == torch.float32 for g in torch.autograd.grad(y, leaves, torch.randn_like(y))
     )
-    assert_exact(y, truth, ulps=32)
 
 
-def test_empty(device):
-    x, parameters = inputs((0, 12, 5, 3), torch.float32, device)
-    assert ops.attention_block(x, 3, *parameters).shape == x.shape
+@pytest.mark.parametrize("given", [(), (0,), (1,), (3,), (5,)], ids=str)
+def test_without_some_parameters(device, given):
+    x, parameters = inputs((2, 12, 5, 3), torch.float32, device)
+    parameters = [p if k in (2, 4, *given) else None for k, p in enumerate(parameters)]
+    grad = torch.randn_like(x)
+    got = gradients(lambda x, *p: ops.attention_block(x, 3, *p), (x, *parameters), grad)
+    true = gradients(
+        lambda x, *p: reference.attention_block(x, 3, *p),
+        list(map(double, (x, *parameters))),
+        double(grad),
+    )
+    for a, b in zip(got, true, strict=True):
+        assert_exact(a, b, ulps=64)
+
+
+@pytest.mark.parametrize("shape", [(0, 12, 5, 3), (2, 12, 0, 3)], ids=str)
+def test_empty(device, shape):
+    x, parameters = inputs(shape, torch.float32, device)
+    y, dx, *others = gradients(lambda x, *p: ops.attention_block(x, 3, *p), (x, *parameters), x)
+    assert y.shape == dx.shape == x.shape
+    assert all(torch.equal(g, torch.zeros_like(p)) for g, p in zip(others, parameters, strict=True))
+
+
+def test_the_formula_is_the_derivative():
+    """Of all seven arguments, and it can be differentiated again."""
+    x, parameters = inputs((2, 4, 2, 3), torch.float64, "cpu")
+    leaves = [p.requires_grad_() for p in (x, *parameters)]
+
+    def function(x, *p):
+        return ops.attention_block(x, 2, *p, num_heads=2)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+    grad = torch.randn_like(x)
+    expected = torch.autograd.grad(
+        reference.attention_block(x, 2, *parameters, num_heads=2), leaves, grad
+    )
+    got = reference.attention_block_backward(grad, x, 2, *parameters, 2, 1e-6)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "slice"])
+def test_registered_ops(layout):
+    x, parameters = inputs((2, 6, 5, 3), torch.float32, "cpu", layout)
+    norm_w, _, qkv_w, qkv_b, proj_w, _ = parameters
+    backward = torch.ops.fastddpm.attention_block_backward.default
+    opcheck(backward, (x.clone(), x, 3, norm_w, None, qkv_w, qkv_b, proj_w, None, 2, 1e-6))
+    leaves = [p.requires_grad_() for p in (x, *parameters)]
+    opcheck(torch.ops.fastddpm.attention_block.default, (leaves[0], 3, *leaves[1:], 2, 1e-6))
 
 
 def test_compiles_without_breaks(device):

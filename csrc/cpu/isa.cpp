@@ -33,6 +33,7 @@ struct Isa {
   decltype(&plain::posterior_step) posterior_step;
   decltype(&plain::group_norm_silu) group_norm_silu;
   decltype(&plain::group_norm_silu_backward) group_norm_silu_backward;
+  decltype(&plain::attention_block) attention_block;
   decltype(&plain::discretized_log_likelihood) discretized_log_likelihood;
 };
 
@@ -44,6 +45,7 @@ struct Isa {
    isa::posterior_step,           \
    isa::group_norm_silu,          \
    isa::group_norm_silu_backward, \
+   isa::attention_block,          \
    isa::discretized_log_likelihood},
 
 const Isa table[] = {FASTDDPM_EACH_ISA(FASTDDPM_ISA_ROW)};
@@ -96,10 +98,10 @@ void check_timesteps(const PerSample& t, int64_t n, const Table& table) {
   }
 }
 
-void check_groups(const GroupNormSilu& op) {
-  if (op.groups < 1 || op.shape.c < 1 || op.shape.c % op.groups)
-    throw std::invalid_argument("num_groups must divide the channels; got " +
-                                std::to_string(op.groups) + " and " + std::to_string(op.shape.c));
+void check_divides(const char* name, int64_t parts, int64_t channels) {
+  if (parts < 1 || channels < 1 || channels % parts)
+    throw std::invalid_argument(std::string(name) + " must divide the channels; got " +
+                                std::to_string(parts) + " and " + std::to_string(channels));
 }
 
 }  // namespace
@@ -136,15 +138,22 @@ void posterior_step(const PosteriorStep& op, int threads) {
 }
 
 void group_norm_silu(const GroupNormSilu& op, int threads) {
-  check_groups(op);
+  check_divides("num_groups", op.groups, op.shape.c);
   require(op.y.dtype != DType::u8, "group_norm_silu: y must be float32, bfloat16 or float16");
   active().group_norm_silu(op, threads);
 }
 
 void group_norm_silu_backward(const GroupNormSiluBackward& op, int threads) {
-  check_groups(op.forward);
+  check_divides("num_groups", op.forward.groups, op.forward.shape.c);
   require(op.dx.dtype != DType::u8, "group_norm_silu: dx must be float32, bfloat16 or float16");
   active().group_norm_silu_backward(op, threads);
+}
+
+void attention_block(const AttentionBlock& op, int threads) {
+  check_divides("num_groups", op.groups, op.shape.c);
+  check_divides("num_heads", op.heads, op.shape.c);
+  require(op.y.dtype != DType::u8, "attention_block: y must be float32, bfloat16 or float16");
+  active().attention_block(op, threads);
 }
 
 void discretized_log_likelihood(const DiscretizedLogLikelihood& op, int threads) {

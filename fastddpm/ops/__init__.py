@@ -14,8 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fastddpm import reference
-from fastddpm.ops import checks, dispatch, library
+from fastddpm.ops import checks, library
 from fastddpm.ops.dispatch import use_backend
 from fastddpm.schedule import check_choice
 
@@ -226,7 +225,7 @@ def attention_block(
     returns the shape and dtype of x
 
     Gradients for all tensors. The norm and the softmax are float32, the products run in the dtype
-    of x (under autocast, in autocast's).
+    of x, or in that of qkv_weight where this is a half precision (under autocast, in autocast's).
     """
     checks.images("x", x)
     checks.groups(num_groups, x, eps)
@@ -241,13 +240,13 @@ def attention_block(
     checks.parameter("qkv_bias", qkv_bias, (3 * c,), device)
     checks.parameter("proj_weight", proj_weight, (c, c), device)
     checks.parameter("proj_bias", proj_bias, (c,), device)
-    if dispatch.forced() not in ("auto", "reference"):
-        dispatch.choose("attention_block", x)  # raises: no other backend has it
-    # Made of differentiable ops, so that it needs no gradient of its own and compiles as it is.
-    y = group_norm_silu(x, num_groups, norm_weight, norm_bias, eps, silu=False)
-    return x + reference.attention(
-        y, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads=num_heads
-    )
+    if torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+        qkv_weight, proj_weight = qkv_weight.to(dtype), proj_weight.to(dtype)
+    return library.attention_block(
+        x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,
+        num_heads, eps,
+    )  # fmt: skip
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

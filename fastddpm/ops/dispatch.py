@@ -20,6 +20,7 @@ OPS = (
     "group_norm_silu",
     "group_norm_silu_backward",
     "attention_block",
+    "attention_block_backward",
     "discretized_log_likelihood",
 )
 MODULES = {

@@ -353,6 +353,79 @@ group_norm_silu_backward = Op(
 )
 
 
+# ---- attention_block -----------------------------------------------------------------------------
+
+
+def _attention_block(
+    x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,
+    num_heads, eps, *, choose=choose,
+):  # fmt: skip
+    parameters = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    backend = choose("attention_block", x, *parameters)
+    return backend.attention_block(x, num_groups, *parameters, num_heads=num_heads, eps=eps)
+
+
+def _attention_block_fake(x, *_):
+    return torch.empty_like(x)
+
+
+def _attention_block_setup(ctx, inputs, output):
+    x, num_groups, *parameters, num_heads, eps = inputs
+    ctx.save_for_backward(x, *parameters)
+    ctx.options = num_groups, num_heads, eps
+
+
+def _attention_block_backward(ctx, grad):
+    x, *parameters = ctx.saved_tensors
+    num_groups, num_heads, eps = ctx.options
+    arguments = (grad, x, num_groups, *parameters, num_heads, eps)
+    if torch.is_grad_enabled():  # create_graph=True: the formula itself can be differentiated
+        grads = reference.attention_block_backward(*arguments)
+    else:
+        grads = attention_block_backward(*arguments)
+    dx, *dparameters = grads
+    given = zip(dparameters, parameters, strict=True)
+    return dx, None, *(None if p is None else g for g, p in given), None, None
+
+
+_ATTENTION_BLOCK = (
+    "Tensor x, SymInt num_groups, Tensor? norm_weight, Tensor? norm_bias, Tensor qkv_weight, "
+    "Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, SymInt num_heads, float eps"
+)
+attention_block = Op(
+    "attention_block",
+    f"({_ATTENTION_BLOCK}) -> Tensor",
+    _attention_block,
+    _attention_block_fake,
+    _attention_block_setup,
+    _attention_block_backward,
+)
+
+
+def _attention_block_gradients(grad, x, num_groups, *parameters_and_options, choose=choose):
+    *parameters, num_heads, eps = parameters_and_options
+    backend = choose("attention_block_backward", x, grad, *parameters)
+    dx, *others = backend.attention_block_backward(grad, x, num_groups, *parameters, num_heads, eps)
+    given = zip(others, parameters, strict=True)
+    return dx, *(x.new_empty(0) if p is None else g.to(p.dtype) for g, p in given)
+
+
+def _attention_block_gradients_fake(grad, x, num_groups, *parameters_and_options):
+    *parameters, _, _ = parameters_and_options
+    return torch.empty_like(x), *(
+        x.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters
+    )
+
+
+attention_block_backward = Op(
+    "attention_block_backward",  # empty gradients as above
+    f"(Tensor grad, {_ATTENTION_BLOCK}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _attention_block_gradients,
+    _attention_block_gradients_fake,
+)
+
+
 # ---- discretized_log_likelihood ------------------------------------------------------------------
 
 

@@ -132,6 +132,17 @@ class Native:
             None if dshift is None else dshift.to(shift.dtype),
         )
 
+    def attention_block(
+        self, x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,
+        *, num_heads=1, eps=1e-6,
+    ):  # fmt: skip
+        y = torch.empty_like(x)
+        self.call(
+            "attention_block", x, x, y, num_groups, norm_weight, norm_bias,
+            qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, eps,
+        )  # fmt: skip
+        return y
+
     def discretized_log_likelihood(self, x, mean, log_scale):
         dtype = torch.promote_types(torch.promote_types(x.dtype, mean.dtype), log_scale.dtype)
         x, mean, log_scale = torch.broadcast_tensors(x, mean, log_scale)

@@ -1,0 +1,181 @@
+// attention_block: GroupNorm, q k v, softmax(q k^T / sqrt(d)) v, projection and residual.
+//
+// A few images at a time go through four phases: normalise; q, k, v; attention by tiles of queries,
+// each of which sees all keys, so that no more than a tile's rows of scores exist; projection and
+// residual. Operands are float32 whatever the storage. The tiles depend on the shape alone, and
+// products sum in a fixed order, so the bits do not depend on the threads or on the batch.
+#include "gemm.h"
+#include "isa.h"
+#include "parallel.h"
+#include "view.h"
+
+namespace fastddpm {
+namespace FASTDDPM_ISA {
+namespace {
+
+constexpr int64_t ROWS = 48;  // pixels in a tile: whole strips
+constexpr int64_t WORKING_SET =
+    16 * 1024 * 1024;  // bytes of q, k, v that are kept at a time, about
+
+// The panels of a linear layer's weight (rows, columns): B is its transpose.
+void pack_matrix(const Matrix& weight, int64_t rows, int64_t columns, float* panels) {
+  const auto as = [&](auto* data) {
+    pack(data, columns, rows, weight.stride_c, weight.stride_n, panels);
+  };
+  if (weight.dtype == DType::bf16)
+    as(static_cast<const BF16*>(weight.data));
+  else if (weight.dtype == DType::f16)
+    as(static_cast<const F16*>(weight.data));
+  else
+    as(static_cast<const float*>(weight.data));
+}
+
+void pack_row(const Matrix& bias, int64_t count, float* row) {
+  if (bias.data) pack_matrix({bias.data, bias.dtype, bias.stride_c, 0}, count, 1, row);
+}
+
+// softmax up to the factor that is returned: x[i] becomes e^{scale (x[i] - max x)}.
+float exponentiate(float* __restrict x, int64_t count, float scale) {
+  float top = x[0], sum = 0.0f;
+  Vector tops = vector_of(top), sums{};
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) {
+    const Vector v = load_vector(x + i);
+    tops = v > tops ? v : tops;
+  }
+  for (; i < count; ++i) top = x[i] > top ? x[i] : top;
+  for (int64_t j = 0; j < WIDTH; ++j) top = tops[j] > top ? tops[j] : top;
+  for (i = 0; i < count; ++i) x[i] = exponential(scale * (x[i] - top));
+  for (i = 0; i + WIDTH <= count; i += WIDTH) sums += load_vector(x + i);
+  for (; i < count; ++i) sum += x[i];
+  for (int64_t j = 0; j < WIDTH; ++j) sum += sums[j];
+  return 1.0f / sum;
+}
+
+class Block {
+ public:
+  Block(const AttentionBlock& op, int threads)
+      : op(op),
+        threads(threads),
+        channels(op.shape.c),
+        pixels(op.shape.h * op.shape.w),
+        depth(channels / op.heads),
+        tiles((pixels + ROWS - 1) / ROWS),
+        key_size(packed_size(depth, pixels)),
+        value_size(packed_size(pixels, depth)),
+        images(images_at_once()),
+        normed(images * pixels * channels),
+        qkv(images * pixels * 3 * channels),
+        keys(images * op.heads * key_size),
+        values(images * op.heads * value_size),
+        qkv_weight(packed_size(channels, 3 * channels)),
+        proj_weight(packed_size(channels, channels)),
+        qkv_bias(round_up(3 * channels, PANEL)),
+        proj_bias(round_up(channels, PANEL)),
+        scratch(threads * scratch_size()) {
+    pack_matrix(op.qkv_weight, 3 * channels, channels, qkv_weight.data);
+    pack_matrix(op.proj_weight, channels, channels, proj_weight.data);
+    pack_row(op.qkv_bias, 3 * channels, qkv_bias.data);
+    pack_row(op.proj_bias, channels, proj_bias.data);
+  }
+
+  void run() {
+    for (int64_t n = 0; n < op.shape.n; n += images)
+      run_images(n, op.shape.n - n < images ? op.shape.n - n : images);
+  }
+
+ private:
+  const AttentionBlock& op;
+  const int threads;
+  const int64_t channels, pixels, depth, tiles, key_size, value_size, images;
+  Scratch<float> normed;        // (images, pixels, C)
+  Scratch<float> qkv;           // (images, pixels, 3C); q is overwritten by the mixed values
+  Scratch<float> keys, values;  // (images, heads), packed: k^T and v
+  Scratch<float> qkv_weight, proj_weight, qkv_bias, proj_bias;
+  Scratch<float> scratch;  // per thread: a tile's scores, or its result and its x
+
+  int64_t images_at_once() const {
+    const int64_t bytes = pixels * 6 * channels * int64_t(sizeof(float));
+    const int64_t fit = WORKING_SET / bytes;
+    return fit < 1 ? 1 : fit < op.shape.n ? fit : op.shape.n;
+  }
+
+  int64_t scratch_size() const {
+    const int64_t scores = ROWS * round_up(pixels, PANEL), images = 2 * ROWS * channels;
+    return scores > images ? scores : images;
+  }
+
+  int64_t rows_of(int64_t tile) const {
+    return pixels - tile * ROWS < ROWS ? pixels - tile * ROWS : ROWS;
+  }
+
+  void run_images(int64_t first, int64_t count) {
+    normalise(first, count);
+    const int64_t elements = count * pixels * channels, work = elements * channels / 16;
+    parallel_for(count * tiles, work, threads, [&](int64_t job, int) {
+      const int64_t row = job / tiles * pixels + job % tiles * ROWS;
+      multiply(normed.data + row * channels, channels, qkv_weight.data, rows_of(job % tiles),
+               channels, 3 * channels, qkv_bias.data, qkv.data + row * 3 * channels, 3 * channels);
+    });
+    parallel_for(count * op.heads, elements, threads, [&](int64_t job, int) {
+      const int64_t ld = 3 * channels;
+      const float* k = qkv.data + job / op.heads * pixels * ld + channels + job % op.heads * depth;
+      pack(k, depth, pixels, 1, ld, keys.data + job * key_size);
+      pack(k + channels, pixels, depth, ld, 1, values.data + job * value_size);
+    });
+    parallel_for(count * op.heads * tiles, work, threads, [&](int64_t job, int thread) {
+      attend(job / tiles, job % tiles, scratch.data + thread * scratch_size());
+    });
+    parallel_for(count * tiles, work, threads, [&](int64_t job, int thread) {
+      project(first, job / tiles, job % tiles, scratch.data + thread * scratch_size());
+    });
+  }
+
+  void normalise(int64_t first, int64_t count) {
+    Tensor x = op.x;
+    x.data = static_cast<char*>(x.data) + first * x.stride[0] * element_size(x.dtype);
+    const Tensor y{
+        normed.data, DType::f32, {pixels * channels, 1, op.shape.w * channels, channels}};
+    const Matrix none{nullptr, DType::f32, 0, 0};
+    const Shape shape{count, channels, op.shape.h, op.shape.w};
+    group_norm_silu({shape, op.groups, op.eps, false, x, y, op.norm_weight, op.norm_bias, none,
+                     none, nullptr, nullptr},
+                    threads);
+  }
+
+  // head: counted through all images that are at work.
+  void attend(int64_t head, int64_t tile, float* scores) {
+    const int64_t rows = rows_of(tile), ld = round_up(pixels, PANEL);
+    float* q = qkv.data + (head / op.heads * pixels + tile * ROWS) * 3 * channels +
+               head % op.heads * depth;
+    multiply(q, 3 * channels, keys.data + head * key_size, rows, depth, pixels, nullptr, scores,
+             ld);
+    float factor[ROWS];
+    const float scale = float(1.0 / sqrt(double(depth)));
+    for (int64_t i = 0; i < rows; ++i) factor[i] = exponentiate(scores + i * ld, pixels, scale);
+    multiply(scores, ld, values.data + head * value_size, rows, pixels, depth, nullptr, q,
+             3 * channels);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < depth; ++j) q[i * 3 * channels + j] *= factor[i];
+  }
+
+  void project(int64_t first, int64_t image, int64_t tile, float* result) {
+    const int64_t rows = rows_of(tile), row = image * pixels + tile * ROWS;
+    const int64_t from = tile * ROWS * channels, count = rows * channels;
+    float* x = result + ROWS * channels;
+    multiply(qkv.data + row * 3 * channels, 3 * channels, proj_weight.data, rows, channels,
+             channels, proj_bias.data, result, channels);
+    load(view(op.x, op.shape, first + image, Order::hwc), from, count, x);
+    for (int64_t i = 0; i < count; ++i) result[i] += x[i];
+    store(view(op.y, op.shape, first + image, Order::hwc), from, count, result);
+  }
+};
+
+}  // namespace
+
+void attention_block(const AttentionBlock& op, int threads) {
+  if (op.shape.n * op.shape.h * op.shape.w > 0) Block(op, threads).run();
+}
+
+}  // namespace FASTDDPM_ISA
+}  // namespace fastddpm

@@ -1,0 +1,85 @@
+// Small matrix products in float32: A (m, k) by rows times a packed B (k, n).
+//
+// B is packed into panels of PANEL columns, [k][PANEL], the last one filled up with zeros. Every
+// element of the result is one sum in the order of k, whatever the tile it falls into: its bits
+// depend on its row of A and its column of B alone.
+#pragma once
+#include <cstddef>
+
+#include "../types.h"
+#include "simd.h"
+
+namespace fastddpm {
+namespace {
+
+constexpr int64_t PANEL = 2 * WIDTH;  // columns of a register tile
+constexpr int64_t STRIP = 6;          // its rows: 12 sums in flight hide the latency of the adds
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+inline int64_t packed_size(int64_t k, int64_t n) { return k * round_up(n, PANEL); }
+
+// B[i][j] = b[i stride_k + j stride_n].
+template <class T>
+inline void pack(const T* b, int64_t k, int64_t n, int64_t stride_k, int64_t stride_n,
+                 float* panels) {
+  for (int64_t first = 0; first < n; first += PANEL, panels += k * PANEL) {
+    const int64_t columns = n - first < PANEL ? n - first : PANEL;
+    const T* source = b + first * stride_n;
+    if (columns < PANEL)
+      for (int64_t i = 0; i < k * PANEL; ++i) panels[i] = 0.0f;
+    if (stride_n == 1)
+      for (int64_t i = 0; i < k; ++i)
+        for (int64_t j = 0; j < columns; ++j)
+          panels[i * PANEL + j] = to_float(source[i * stride_k + j]);
+    else
+      for (int64_t j = 0; j < columns; ++j)
+        for (int64_t i = 0; i < k; ++i)
+          panels[i * PANEL + j] = to_float(source[i * stride_k + j * stride_n]);
+  }
+}
+
+template <int ROWS>
+inline void multiply_strip(const float* a, int64_t lda, const float* panel, int64_t k,
+                           const float* bias, float* c, int64_t ldc, int64_t columns) {
+  Vector sum[ROWS][2];
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < 2; ++j) sum[i][j] = bias ? load_vector(bias + j * WIDTH) : Vector{};
+  for (int64_t l = 0; l < k; ++l) {
+    const Vector left = load_vector(panel + l * PANEL);
+    const Vector right = load_vector(panel + l * PANEL + WIDTH);
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; ++i) {
+      const Vector x = vector_of(a[i * lda + l]);
+      sum[i][0] = vector_madd(x, left, sum[i][0]);
+      sum[i][1] = vector_madd(x, right, sum[i][1]);
+    }
+  }
+  for (int i = 0; i < ROWS; ++i) {
+    if (columns == PANEL) {
+      store_vector(c + i * ldc, sum[i][0]);
+      store_vector(c + i * ldc + WIDTH, sum[i][1]);
+    } else {
+      __builtin_memcpy(c + i * ldc, sum[i], size_t(columns) * sizeof(float));
+    }
+  }
+}
+
+// C (m, n) = A B + bias; bias: null, or one value per column up to the end of the last panel.
+inline void multiply(const float* a, int64_t lda, const float* panels, int64_t m, int64_t k,
+                     int64_t n, const float* bias, float* c, int64_t ldc) {
+  using Strip = void (*)(const float*, int64_t, const float*, int64_t, const float*, float*,
+                         int64_t, int64_t);
+  static constexpr Strip strips[STRIP] = {multiply_strip<1>, multiply_strip<2>, multiply_strip<3>,
+                                          multiply_strip<4>, multiply_strip<5>, multiply_strip<6>};
+  for (int64_t first = 0; first < n; first += PANEL, panels += k * PANEL) {
+    const int64_t columns = n - first < PANEL ? n - first : PANEL;
+    const float* offset = bias ? bias + first : nullptr;
+    for (int64_t i = 0; i < m; i += STRIP)
+      strips[(m - i < STRIP ? m - i : STRIP) - 1](a + i * lda, lda, panels, k, offset,
+                                                  c + i * ldc + first, ldc, columns);
+  }
+}
+
+}  // namespace
+}  // namespace fastddpm
