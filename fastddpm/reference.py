@@ -189,7 +189,7 @@ def group_norm_silu(x, num_groups, weight, bias, eps=1e-6, *, scale=None, shift=
     Mean and variance per sample and group; without `silu` the outer function is the identity.
     """
     y, _ = _normalise(x.to(_compute(x)), num_groups, eps)
-    y = _modulate(_modulate(y, weight, bias), None if scale is None else 1 + scale, shift)
+    y = _modulate(_modulate(y, weight, bias), _gain(scale, y), shift)
     return _as(x, F.silu(y) if silu else y)
 
 
@@ -197,7 +197,7 @@ def group_norm_silu_backward(grad, x, num_groups, weight, bias, eps, scale, shif
     """(dx, dweight, dbias, dscale, dshift) of `group_norm_silu`; None for what was not given."""
     xhat, rstd = _normalise(x.to(_compute(x)), num_groups, eps)
     u = _modulate(xhat, weight, bias)
-    gain = None if scale is None else 1 + scale
+    gain = _gain(scale, u)
     dv = grad.to(u.dtype)
     if silu:
         v = _modulate(u, gain, shift)
@@ -239,6 +239,11 @@ def _modulate(y: Tensor, gain: Tensor | None, offset: Tensor | None) -> Tensor:
     if offset is not None:
         y = y + offset.to(y.dtype).reshape(*offset.shape, *axes)
     return y
+
+
+def _gain(scale: Tensor | None, y: Tensor) -> Tensor | None:
+    """1 + scale, in the dtype of y: the storage type of scale would round it."""
+    return None if scale is None else 1 + scale.to(y.dtype)
 
 
 def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:

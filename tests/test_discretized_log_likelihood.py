@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -136,6 +137,34 @@ def test_backends(device, layout, dtype):
     rounded = truth.to(dtype)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(got.cpu().double(), rounded.double(), rtol=2 * eps, atol=1e-15)
+
+
+@functools.cache
+def float32_points():
+    """Float32 arguments over all of sigma, as float64, and their exact value and gradients."""
+    points = grid([math.log(s) for s in (1e-4, 2e-3, 0.05, 1.0, 10.0)])
+    points = points[:, torch.randperm(points.shape[1])[:250]].float().double()
+    return points, exact_grid(points)
+
+
+def test_float32_to_six_digits(device):
+    """Value and gradient, for sigma from 1e-4 to 10, at -1, at 1 and between."""
+    points, (value, by_mean, by_log_scale) = float32_points()
+    assert {-1.0, 1.0} < set(points[0].tolist())
+    got = gradients(
+        ops.discretized_log_likelihood,
+        [p.float().to(device) for p in points],
+        torch.ones(points.shape[1]).to(device),
+    )
+    tiny = 1e-15  # a log mass below it is that of a probability of 1 up to rounding
+    for a, b, scale in zip(
+        (got[0], got[2], got[3]),
+        (value, by_mean, by_log_scale),
+        (1, (-points[2]).exp(), 1),
+        strict=True,
+    ):
+        a = a.detach().cpu().double()
+        assert_relative(a / scale, (b / scale).float().double(), 1e-6, points, floor=tiny)
 
 
 def test_edges_are_the_first_and_last_level_only(device):

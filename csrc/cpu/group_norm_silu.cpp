@@ -289,7 +289,8 @@ class Pass {
   Scratch<float> partial;       // (N, blocks, 2, width): the sums over a block
   Scratch<float> scratch;       // (threads, ROWS lines and 3 buffers of step elements)
 
-  double elements() const { return double(per_group * cut.plane); }
+  // Of a group; at least 1, so that sums over no pixels give 0.
+  double elements() const { return double(per_group * (cut.plane ? cut.plane : 1)); }
 
   float* coefficient(int64_t n, Row row) {
     return coefficients.data + (n * (OFFSET + 1) + row) * op.shape.c;

@@ -6,18 +6,19 @@ namespace fastddpm {
 namespace FASTDDPM_ISA {
 
 void noise(const Noise& op, int threads) {
-  const Order order = memory_order(op.xt, op.shape);
-  const int64_t length = chunk_length(order, op.shape), size = numel(op.shape);
+  const Order order = memory_order(op.xt, op.shape, op.generate_eps);
+  const int64_t length = chunk_length(order, op.shape, op.generate_eps), size = numel(op.shape);
   const int64_t chunks = (size + length - 1) / length;
   parallel_for(op.shape.n * chunks, op.shape.n * size, threads, [&](int64_t job, int) {
     const int64_t n = job / chunks, first = job % chunks * length;
     const int64_t count = size - first < length ? size - first : length;
     const float* row = op.table.data + op.t.data[n * op.t.stride] * COLUMNS;
 
-    float x0[CHUNK], eps_buffer[CHUNK], xt[CHUNK];
-    load(view(op.x0, op.shape, n, order, op.flip && op.flip[n]), first, count, x0);
+    float x0_buffer[CHUNK], eps_buffer[CHUNK], xt[CHUNK];
+    const View images = view(op.x0, op.shape, n, order, op.flip && op.flip[n]);
+    const float* x0 = floats(images, first, count, x0_buffer);
     if (op.x0.dtype == DType::u8)
-      for (int64_t i = 0; i < count; ++i) x0[i] = to_unit(x0[i]);
+      for (int64_t i = 0; i < count; ++i) x0_buffer[i] = to_unit(x0_buffer[i]);
 
     const View eps_view = view(op.eps, op.shape, n, order);
     const float* eps = eps_buffer;

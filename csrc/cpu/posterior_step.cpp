@@ -6,8 +6,9 @@ namespace fastddpm {
 namespace FASTDDPM_ISA {
 
 void posterior_step(const PosteriorStep& op, int threads) {
-  const Order order = memory_order(op.out, op.shape);
-  const int64_t length = chunk_length(order, op.shape), size = numel(op.shape);
+  const bool drawn = !op.z.data;
+  const Order order = memory_order(op.out, op.shape, drawn);
+  const int64_t length = chunk_length(order, op.shape, drawn), size = numel(op.shape);
   const int64_t chunks = (size + length - 1) / length;
   parallel_for(op.shape.n * chunks, op.shape.n * size, threads, [&](int64_t job, int) {
     const int64_t n = job / chunks, first = job % chunks * length;
@@ -24,7 +25,7 @@ void posterior_step(const PosteriorStep& op, int threads) {
     if (row[SIGMA] > 0.0f) {
       float z_buffer[CHUNK], sigma_buffer[CHUNK];
       const float* z = z_buffer;
-      if (op.z.data)
+      if (!drawn)
         z = floats(view(op.z, op.shape, n, order), first, count, z_buffer);
       else
         normals(stream(op.random, n), op.shape, order, first, count, z_buffer);

@@ -154,15 +154,16 @@ inline bool channels_last(const Tensor& tensor, const Shape& shape) {
   return shape.c > 1 && tensor.stride[1] == 1 && (shape.h * shape.w == 1 || pixel != 1);
 }
 
-// The order in which a tensor's own memory runs; hwc only up to the channel count that normals()
-// covers well.
-inline Order memory_order(const Tensor& tensor, const Shape& shape) {
-  return shape.c <= 64 && channels_last(tensor, shape) ? Order::hwc : Order::chw;
+// The order in which a tensor's own memory runs. Where normals are drawn, hwc only up to the
+// channel count that normals() covers well.
+inline Order memory_order(const Tensor& tensor, const Shape& shape, bool drawn = false) {
+  return (shape.c <= 64 || !drawn) && channels_last(tensor, shape) ? Order::hwc : Order::chw;
 }
 
-// Elements per chunk: in hwc order whole pixels, so that a chunk's normals are a run per channel.
-inline int64_t chunk_length(Order order, const Shape& shape) {
-  return order == Order::hwc ? CHUNK / shape.c * shape.c : CHUNK;
+// Elements per chunk. In hwc order whole pixels where normals are drawn: they are then a run per
+// channel.
+inline int64_t chunk_length(Order order, const Shape& shape, bool drawn) {
+  return order == Order::hwc && drawn ? CHUNK / shape.c * shape.c : CHUNK;
 }
 
 }  // namespace
