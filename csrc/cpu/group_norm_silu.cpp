@@ -289,8 +289,7 @@ class Pass {
   Scratch<float> partial;       // (N, blocks, 2, width): the sums over a block
   Scratch<float> scratch;       // (threads, ROWS lines and 3 buffers of step elements)
 
-  // Of a group; at least 1, so that sums over no pixels give 0.
-  double elements() const { return double(per_group * (cut.plane ? cut.plane : 1)); }
+  double elements() const { return double(per_group * cut.plane); }
 
   float* coefficient(int64_t n, Row row) {
     return coefficients.data + (n * (OFFSET + 1) + row) * op.shape.c;
