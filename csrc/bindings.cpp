@@ -252,7 +252,11 @@ void launch(void (*run)(const Op&, void*), const Op& op, int64_t where) {
 
 template <class Op>
 constexpr bool is_cuda(void (*)(const Op&, void*)) {
+#if defined(FASTDDPM_CUDA_ON_CPU)  // a build of the tests, which runs the kernels on the CPU
+  return false;
+#else
   return true;
+#endif
 }
 
 template <class Op>
@@ -420,8 +424,19 @@ py::dict build_info() {
   return info;
 }
 
+#if defined(FASTDDPM_CUDA)
+void def_cuda(py::module_& m) {
+  def_randn<cuda::randn>(m);
+  def_noise<cuda::noise>(m);
+  def_posterior_step<cuda::posterior_step>(m);
+  def_group_norm_silu<cuda::group_norm_silu>(m);
+  def_discretized_log_likelihood<cuda::discretized_log_likelihood>(m);
+}
+#endif
+
 }  // namespace
 
+#if !defined(FASTDDPM_CUDA_ON_CPU)
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastddpm's native ops; see csrc/ops.h";
 
@@ -435,11 +450,7 @@ PYBIND11_MODULE(_C, m) {
   def_discretized_log_likelihood<cpu::discretized_log_likelihood>(on_cpu);
 #if defined(FASTDDPM_CUDA)
   py::module_ on_cuda = m.def_submodule("cuda");
-  def_randn<cuda::randn>(on_cuda);
-  def_noise<cuda::noise>(on_cuda);
-  def_posterior_step<cuda::posterior_step>(on_cuda);
-  def_group_norm_silu<cuda::group_norm_silu>(on_cuda);
-  def_discretized_log_likelihood<cuda::discretized_log_likelihood>(on_cuda);
+  def_cuda(on_cuda);
 #endif
 
   m.def("build_info", &build_info, "Compiler, instruction sets, threading and CUDA of this build.");
@@ -447,3 +458,4 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_isa", &cpu::use_isa, "Use another instruction set from here on.");
   m.def("isas_available", [] { return isas(true); }, "The instruction sets that this machine has.");
 }
+#endif

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `compare`: importlib mode adds no folder
+
+import cuda_on_cpu
 
 from fastddpm.ops import dispatch
 
@@ -30,17 +33,26 @@ def backend(request) -> str:
     One that can't run here skips the test with its reason, or fails it if
     FASTDDPM_REQUIRE_BACKENDS names it.
     """
-    reason = dispatch.load(request.param).missing
-    if reason is not None:
-        (pytest.fail if request.param in REQUIRED else pytest.skip)(f"{request.param}: {reason}")
-    with dispatch.use_backend(request.param):
+    with contextlib.ExitStack() as stack:
+        reason = dispatch.load(request.param).missing
+        if request.param == "cuda" and not torch.cuda.is_available():
+            try:
+                stack.enter_context(cuda_on_cpu.as_cuda_backend())
+                reason = None
+            except cuda_on_cpu.Unavailable as unavailable:
+                reason = f"{reason}; {unavailable}"
+        if reason is not None:
+            outcome = pytest.fail if request.param in REQUIRED else pytest.skip
+            outcome(f"{request.param}: {reason}")
+        stack.enter_context(dispatch.use_backend(request.param))
         yield request.param
 
 
 @pytest.fixture
 def device(backend) -> torch.device:
-    """Where the tensors of a test go for its backend to take them."""
-    return torch.device("cuda" if backend in ("cuda", "triton") else "cpu")
+    """Where the tensors of a test go for its backend to take them: CUDA kernels can be emulated."""
+    on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 @pytest.fixture(autouse=True)

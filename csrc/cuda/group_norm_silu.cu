@@ -93,7 +93,7 @@ void group_norm_silu(const GroupNormSilu& op, void* stream) {
   if (jobs == 0 || op.shape.h * op.shape.w == 0) return;
   const bool channels_last = op.x.stride[1] == 1 && op.shape.c > 1;
   FASTDDPM_LAUNCH(group_norm_silu_kernel, dim3(unsigned(jobs < 0x7fffffff ? jobs : 0x7fffffff)),
-                  THREADS, stream, op, channels_last);
+                  THREADS, 0, stream, op, channels_last);
 }
 
 }  // namespace cuda

@@ -13,19 +13,28 @@
 // The one place with <<<>>>. Launching is asynchronous: only a launch that the driver refuses is
 // reported here.
 #ifndef FASTDDPM_LAUNCH
-#define FASTDDPM_LAUNCH(kernel, grid, block, stream, ...)                               \
-  do {                                                                                  \
-    kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);         \
-    const cudaError_t status = cudaGetLastError();                                      \
-    if (status != cudaSuccess)                                                          \
-      throw std::runtime_error(#kernel ": " + std::string(cudaGetErrorString(status))); \
+#define FASTDDPM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                         \
+  do {                                                                                          \
+    if ((shared_bytes) > (48 << 10)) /* beyond that a kernel has to ask for it */               \
+      fastddpm::check(                                                                          \
+          cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),                           \
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), \
+          #kernel);                                                                             \
+    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);      \
+    fastddpm::check(cudaGetLastError(), #kernel);                                               \
   } while (false)
+#define FASTDDPM_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
 namespace fastddpm {
 namespace {
 
 constexpr int THREADS = 256;
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
 
 // A grid over (quads of 4 elements, samples); kernels loop over what is beyond it.
 inline dim3 quad_grid(int64_t numel, int64_t samples) {

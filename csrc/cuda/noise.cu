@@ -38,7 +38,7 @@ namespace cuda {
 void noise(const Noise& op, void* stream) {
   if (op.shape.n == 0 || op.shape.c * op.shape.h * op.shape.w == 0) return;
   FASTDDPM_LAUNCH(noise_kernel, quad_grid(op.shape.c * op.shape.h * op.shape.w, op.shape.n),
-                  THREADS, stream, op);
+                  THREADS, 0, stream, op);
 }
 
 }  // namespace cuda

@@ -39,7 +39,8 @@ namespace cuda {
 void posterior_step(const PosteriorStep& op, void* stream) {
   if (op.shape.n == 0 || op.shape.c * op.shape.h * op.shape.w == 0) return;
   FASTDDPM_LAUNCH(posterior_step_kernel,
-                  quad_grid(op.shape.c * op.shape.h * op.shape.w, op.shape.n), THREADS, stream, op);
+                  quad_grid(op.shape.c * op.shape.h * op.shape.w, op.shape.n), THREADS, 0, stream,
+                  op);
 }
 
 }  // namespace cuda

@@ -22,7 +22,7 @@ namespace cuda {
 
 void randn(const Randn& op, void* stream) {
   if (op.n == 0 || op.numel == 0) return;
-  FASTDDPM_LAUNCH(randn_kernel, quad_grid(op.numel, op.n), THREADS, stream, op);
+  FASTDDPM_LAUNCH(randn_kernel, quad_grid(op.numel, op.n), THREADS, 0, stream, op);
 }
 
 }  // namespace cuda

@@ -1,0 +1,315 @@
+// Runs the blocks of a launch, each CUDA thread a fiber on a stack of its own; and the few
+// functions of the CUDA runtime that csrc/cuda calls, for a device that is made up.
+//
+// The scheduler goes round the fibers. One that waits at a barrier or a warp operation is skipped
+// until the last thread that is missing arrives and lets all of them go. A round in which nobody
+// moves is a deadlock. x86-64 only: the switch between stacks is ten instructions of assembly.
+#include "emulator.h"
+
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "emulator_state.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+extern "C" void emulator_switch(void** save, void* to);
+asm(R"(
+.text
+.type emulator_switch, @function
+emulator_switch:
+  push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
+  ret
+)");
+
+namespace emulator {
+
+const Thread* thread = nullptr;
+dim3 block_index, block_dim, grid_dim;
+Clock clock;
+Device device;
+char *stacks = nullptr, *stacks_end = nullptr;
+
+namespace {
+
+constexpr size_t STACK = 256 << 10, GUARD = 4096;
+constexpr unsigned MAX_THREADS = 1024;
+
+enum class Wait { no, barrier, warp };
+
+struct Fiber : Thread {
+  void* stack_pointer;
+  char* stack;
+  bool done;
+  Wait wait;
+  void* fake_stack;  // of AddressSanitizer
+};
+
+struct Lane {     // what a lane waits for
+  int operation;  // 0: nothing
+  unsigned mask;
+  uint64_t in, out;
+  int source;
+};
+
+enum Operation { NONE, SHUFFLE, BALLOT, SYNC };
+
+struct Warp {
+  Lane lane[32];
+  unsigned live;
+};
+
+std::vector<Fiber> fibers;
+std::vector<Warp> warps;
+Fiber* running = nullptr;
+const std::function<void()>* body;
+unsigned live, arrived;
+int barrier_line;
+std::unique_ptr<unsigned char[]> dynamic;
+std::string error;
+void* scheduler_pointer;
+#if defined(__SANITIZE_ADDRESS__)
+void* scheduler_fake;
+const void* scheduler_stack;
+size_t scheduler_size;
+#endif
+
+void to_scheduler(bool for_ever) {
+  Fiber* fiber = running;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(for_ever ? nullptr : &fiber->fake_stack, scheduler_stack,
+                                 scheduler_size);
+#else
+  (void)for_ever;
+#endif
+  emulator_switch(&fiber->stack_pointer, scheduler_pointer);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fiber->fake_stack, &scheduler_stack, &scheduler_size);
+#endif
+}
+
+void to_fiber(Fiber& fiber) {
+  running = &fiber;
+  thread = &fiber;
+  clock.enter(fiber.linear);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&scheduler_fake, fiber.stack, STACK);
+#endif
+  emulator_switch(&scheduler_pointer, fiber.stack_pointer);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(scheduler_fake, nullptr, nullptr);
+#endif
+  running = nullptr;
+  thread = nullptr;
+  clock.leave();
+}
+
+// Ends the launch: the scheduler throws on the stack that launched.
+[[noreturn]] void fail(const std::string& what) {
+  const auto text = [](const dim3& d) {
+    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) +
+           ")";
+  };
+  error = what + " [block " + text(block_index) + ", thread " + text(running->index) + "]";
+  for (;;) to_scheduler(true);
+}
+
+void wait(Wait reason) {
+  running->wait = reason;
+  while (running->wait != Wait::no) to_scheduler(false);
+}
+
+void release_barrier() {  // once all have arrived; one that has returned no longer counts
+  if (arrived < live || arrived == 0) return;
+  arrived = 0;
+  clock.block_barrier();
+  for (Fiber& fiber : fibers)
+    if (fiber.wait == Wait::barrier) fiber.wait = Wait::no;
+}
+
+void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
+#endif
+  (*body)();
+  running->done = true;
+  --live;
+  warps[running->linear / 32].live &= ~(1u << running->lane);
+  release_barrier();
+  to_scheduler(true);
+  __builtin_unreachable();
+}
+
+// Every lane of the mask arrives with the same operation and mask; the last one runs it for all.
+uint64_t collective(Operation operation, unsigned mask, uint64_t in, int source) {
+  const unsigned first = running->linear / 32 * 32;
+  Warp& warp = warps[first / 32];
+  if (!(mask >> running->lane & 1)) fail("a warp operation whose mask lacks the calling lane");
+  if (mask & ~warp.live) fail("a warp operation whose mask names a lane that is not there");
+  Lane& mine = warp.lane[running->lane];
+  mine = {operation, mask, in, 0, source};
+  for (int lane = 0; lane < 32; ++lane) {
+    const Lane& other = warp.lane[lane];
+    if (!(mask >> lane & 1)) continue;
+    if (other.operation != NONE && (other.operation != operation || other.mask != mask))
+      fail("the lanes of one mask wait at different warp operations or masks");
+    if (other.operation == NONE) {
+      wait(Wait::warp);
+      return mine.out;
+    }
+  }
+  unsigned votes = 0;
+  for (int lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1) votes |= unsigned(warp.lane[lane].in & 1) << lane;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    const int from = warp.lane[lane].source;
+    if (operation == SHUFFLE && !(mask >> from & 1))
+      fail("a shuffle reads a lane outside its mask");
+    warp.lane[lane].out = operation == SHUFFLE ? warp.lane[from].in : votes;
+  }
+  if (operation == SYNC) clock.warp_barrier(first, mask);
+  for (int lane = 0; lane < 32; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    warp.lane[lane].operation = NONE;
+    fibers[first + lane].wait = Wait::no;
+  }
+  return mine.out;
+}
+
+void start_fiber(unsigned linear) {
+  Fiber& fiber = fibers[linear];
+  fiber = {};
+  fiber.index = dim3(linear % block_dim.x, linear / block_dim.x % block_dim.y,
+                     linear / block_dim.x / block_dim.y);
+  fiber.linear = linear;
+  fiber.lane = linear % 32;
+  fiber.stack = stacks + linear * (STACK + GUARD) + GUARD;
+  warps[linear / 32].live |= 1u << fiber.lane;
+  void** top = reinterpret_cast<void**>(fiber.stack + STACK) - 1;  // as after a call instruction
+  *--top = reinterpret_cast<void*>(fiber_main);
+  fiber.stack_pointer = top - 6;  // six registers of any value
+}
+
+void run_block(unsigned threads) {
+  fibers.resize(threads);
+  warps.assign((threads + 31) / 32, Warp{});
+  live = threads;
+  arrived = 0;
+  clock.start_block(threads);
+  for (unsigned linear = 0; linear < threads; ++linear) start_fiber(linear);
+  for (bool moved = true; live > 0;) {
+    if (!moved) error = "deadlock: no thread of the block can go on";
+    moved = false;
+    for (Fiber& fiber : fibers) {
+      if (!error.empty()) {
+#if defined(__SANITIZE_ADDRESS__)
+        __asan_unpoison_memory_region(stacks, size_t(stacks_end - stacks));
+#endif
+        throw std::runtime_error(error);
+      }
+      if (fiber.done || fiber.wait != Wait::no) continue;
+      moved = true;
+      to_fiber(fiber);
+    }
+  }
+}
+
+void make_stacks() {
+  const size_t bytes = MAX_THREADS * (STACK + GUARD);
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  stacks = static_cast<char*>(memory);
+  stacks_end = stacks + bytes;
+  for (unsigned i = 0; i < MAX_THREADS; ++i)
+    mprotect(stacks + i * (STACK + GUARD), GUARD, PROT_NONE);
+}
+
+}  // namespace
+
+void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
+            const std::function<void()>& kernel) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+  if (threads < 1 || threads > MAX_THREADS || block.z > 64 || !grid.x || !grid.y || !grid.z ||
+      grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 ||
+      shared_bytes > size_t(device.shared_bytes))
+    throw std::runtime_error(std::string(name) + ": no device takes this launch");
+  if (!stacks) make_stacks();
+  body = &kernel;
+  grid_dim = grid, block_dim = block;
+  error.clear();
+  dynamic.reset(new unsigned char[shared_bytes]);  // the exact size: an overrun shows
+  clock.start_launch(dynamic.get(), shared_bytes);
+  for (block_index.z = 0; block_index.z < grid.z; ++block_index.z)
+    for (block_index.y = 0; block_index.y < grid.y; ++block_index.y)
+      for (block_index.x = 0; block_index.x < grid.x; ++block_index.x) {
+        std::memset(dynamic.get(), 0xff, shared_bytes);  // NaN: a read before a write shows
+        run_block(unsigned(threads));
+        if (!error.empty()) throw std::runtime_error(error);
+      }
+}
+
+void fail_from_access(const char* what, const void* address) {
+  char text[32];
+  std::snprintf(text, sizeof text, " at %p", address);
+  fail(what + std::string(text));
+}
+
+void* dynamic_shared() { return dynamic.get(); }
+
+void barrier(int line) {
+  if (arrived && barrier_line != line)
+    fail("the threads of a block wait at different __syncthreads");
+  barrier_line = line;
+  ++arrived;
+  running->wait = Wait::barrier;
+  release_barrier();
+  while (running->wait != Wait::no) to_scheduler(false);
+}
+
+void warp_barrier(unsigned mask) { collective(SYNC, mask, 0, 0); }
+
+uint64_t shuffle(unsigned mask, uint64_t word, int source) {
+  return collective(SHUFFLE, mask, word, source);
+}
+
+unsigned ballot(unsigned mask, bool vote) { return unsigned(collective(BALLOT, mask, vote, 0)); }
+
+}  // namespace emulator
+
+// ---- the CUDA runtime --------------------------------------------------------------------------
+
+cudaError_t cudaGetDevice(int* ordinal) {
+  *ordinal = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = emulator::device.shared_bytes;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = emulator::device.processors;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+const char* cudaGetErrorString(cudaError_t) { return "the emulator has no such attribute"; }
