@@ -1,4 +1,4 @@
-#include "launch.h"
+#include "access.h"
 
 namespace fastddpm {
 namespace {

@@ -89,7 +89,7 @@ def _flags() -> tuple[str, ...]:
     # A device fuses where madd says so; so does a processor that can.
     fma = "fma" in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     return (
-        *("-std=c++17", "-fPIC", "-g1", "-ffp-contract=off", "-fvisibility=hidden"),
+        *("-std=c++17", "-fPIC", "-fno-strict-aliasing", "-g1", "-ffp-contract=off", "-fvisibility=hidden"),
         *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
         *(("-mfma",) if fma else ()),
         *("-I", str(CSRC), "-I", str(HERE), "-isystem", str(headers())),
