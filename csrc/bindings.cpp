@@ -318,16 +318,19 @@ template <auto run>
 void def_group_norm_silu(py::module_& m) {
   m.def("group_norm_silu", [](py::handle x, py::handle y, int64_t groups, py::handle weight,
                               py::handle bias, double eps, py::handle scale, py::handle shift,
-                              bool silu, py::handle mean, py::handle rstd, int64_t where) {
+                              bool silu, py::handle mean, py::handle rstd, py::handle workspace,
+                              int64_t where) {
     Reader read(is_cuda(run));
     const Shape shape = read.set_shape(x, "x");
-    launch(run,
-           GroupNormSilu{shape, groups, float(eps), silu, read.tensor(x, "x"), read.tensor(y, "y"),
-                         read.matrix(weight, "weight", false), read.matrix(bias, "bias", false),
-                         read.matrix(scale, "scale", true), read.matrix(shift, "shift", true),
-                         read.floats(mean, "mean", shape.n, groups),
-                         read.floats(rstd, "rstd", shape.n, groups)},
-           where);
+    launch(
+        run,
+        GroupNormSilu{
+            shape, groups, float(eps), silu, read.tensor(x, "x"), read.tensor(y, "y"),
+            read.matrix(weight, "weight", false), read.matrix(bias, "bias", false),
+            read.matrix(scale, "scale", true), read.matrix(shift, "shift", true),
+            read.floats(mean, "mean", shape.n, groups), read.floats(rstd, "rstd", shape.n, groups),
+            read.floats(workspace, "workspace", group_norm_workspace(shape, groups, false))},
+        where);
   });
 }
 
@@ -337,21 +340,23 @@ void def_group_norm_silu_backward(py::module_& m) {
         [](py::handle grad, py::handle x, int64_t groups, py::handle weight, py::handle bias,
            double eps, py::handle scale, py::handle shift, bool silu, py::handle dx,
            py::handle dweight, py::handle dbias, py::handle dscale, py::handle dshift,
-           int64_t where) {
+           py::handle workspace, int64_t where) {
           Reader read(is_cuda(run));
           const Shape shape = read.set_shape(x, "x");
-          const GroupNormSilu forward{shape,
-                                      groups,
-                                      float(eps),
-                                      silu,
-                                      read.tensor(x, "x"),
-                                      read.tensor(py::none(), "y"),
-                                      read.matrix(weight, "weight", false),
-                                      read.matrix(bias, "bias", false),
-                                      read.matrix(scale, "scale", true),
-                                      read.matrix(shift, "shift", true),
-                                      nullptr,
-                                      nullptr};
+          const GroupNormSilu forward{
+              shape,
+              groups,
+              float(eps),
+              silu,
+              read.tensor(x, "x"),
+              read.tensor(py::none(), "y"),
+              read.matrix(weight, "weight", false),
+              read.matrix(bias, "bias", false),
+              read.matrix(scale, "scale", true),
+              read.matrix(shift, "shift", true),
+              nullptr,
+              nullptr,
+              read.floats(workspace, "workspace", group_norm_workspace(shape, groups, true))};
           launch(run,
                  GroupNormSiluBackward{forward, read.tensor(grad, "grad"), read.tensor(dx, "dx"),
                                        read.floats(dweight, "dweight", shape.c),
@@ -430,7 +435,11 @@ void def_cuda(py::module_& m) {
   def_noise<cuda::noise>(m);
   def_posterior_step<cuda::posterior_step>(m);
   def_group_norm_silu<cuda::group_norm_silu>(m);
+  def_group_norm_silu_backward<cuda::group_norm_silu_backward>(m);
   def_discretized_log_likelihood<cuda::discretized_log_likelihood>(m);
+  m.def("group_norm_workspace", [](int64_t n, int64_t c, int64_t groups, bool backward) {
+    return group_norm_workspace({n, c, 1, 1}, groups, backward);
+  });
 }
 #endif
 

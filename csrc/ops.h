@@ -94,7 +94,17 @@ struct GroupNormSilu {
   Matrix weight, bias;  // (C,)
   Matrix scale, shift;  // (N, C)
   float *mean, *rstd;   // (N, groups) contiguous, or null
+  float* workspace;     // CUDA: group_norm_workspace() floats; the CPU needs none
 };
+
+// CUDA: a sample's group of channels that is too large for a block's shared memory is cut into at
+// most this many chunks, whose sums meet in the workspace.
+constexpr int64_t GROUP_NORM_CHUNKS = 32;
+
+inline int64_t group_norm_workspace(const Shape& shape, int64_t groups, bool backward) {
+  const int64_t statistics = 3 * groups * GROUP_NORM_CHUNKS;
+  return shape.n * (statistics + (backward ? 2 * shape.c * (GROUP_NORM_CHUNKS + 1) : 0));
+}
 
 // The gradient of group_norm_silu; statistics are computed again from x. Sums have a fixed order.
 struct GroupNormSiluBackward {
@@ -139,6 +149,7 @@ void randn(const Randn& op, void* stream);
 void noise(const Noise& op, void* stream);
 void posterior_step(const PosteriorStep& op, void* stream);
 void group_norm_silu(const GroupNormSilu& op, void* stream);
+void group_norm_silu_backward(const GroupNormSiluBackward& op, void* stream);
 void discretized_log_likelihood(const DiscretizedLogLikelihood& op, void* stream);
 }  // namespace cuda
 

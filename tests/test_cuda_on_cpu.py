@@ -13,7 +13,13 @@ from pathlib import Path
 
 import cuda_on_cpu
 import pytest
+import test_group_norm_silu as group_norm
+import torch
+from compare import DTYPES, LAYOUTS, assert_exact, in_layout, table, timesteps
 from conftest import REQUIRED
+
+from fastddpm import ops, reference
+from fastddpm.ops import dispatch
 
 HERE = Path(__file__).parent
 # Without what only repeats the same kernels on more or larger cases.
@@ -83,9 +89,75 @@ def test_the_ops_pass_in_a_checking_build(build):
         )
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", MATRIX, *files],
+        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", MATRIX, *files],
         env=sanitized(**options), cwd=HERE.parent, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     assert re.search(r"\d+ passed", done.stdout)
     assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def emulated(request):
+    """Forces the emulated backend, in the build that the test names."""
+    build = getattr(request, "param", None)
+    available(lambda: cuda_on_cpu.module(build))
+    with cuda_on_cpu.as_cuda_backend(build) as module, dispatch.use_backend("cuda"):
+        yield module
+        module.set_device(227 << 10, 132)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((2, 32, 40, 17), 8), ((1, 24, 33, 20), 4), ((3, 4, 64, 64), 4), ((2, 6, 50, 31), 1)],
+)
+def test_slabs_that_do_not_fit_shared_memory(emulated, shape, groups, dtype, layout):
+    emulated.set_device(16 << 10, 132)
+    x, parameters = group_norm.inputs(shape, dtype, "cpu", layout)
+    group_norm.check(x, groups, parameters, torch.randn(shape).to(dtype))
+    x = in_layout((torch.randn(shape) * 0.1 + 1000).to(torch.float32), layout)
+    y = ops.group_norm_silu(x, groups, None, None)
+    assert_exact(y, reference.group_norm_silu(x.double(), groups, None, None), ulps=16)
+
+
+WIDE = {torch.float32: 16, torch.bfloat16: 16, torch.float16: 16, torch.uint8: 8}
+
+
+def assert_once(watch, *, reads, writes):
+    """Of tensor k: each byte is read reads[k] times and written writes[k] times, 16 at once."""
+    for counts, x, read, written in zip(watch.counts, watch.tensors, reads, writes, strict=True):
+        size = x.numel() * x.element_size()
+        assert (counts["read"], counts["written"]) == (read * size, written * size)
+        wide = WIDE[x.dtype]
+        assert (counts["reads"], counts["writes"]) == (read * size // wide, written * size // wide)
+
+
+@pytest.mark.parametrize("emulated", ["races"], indirect=True)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_byte_moves_once_in_whole_vectors(emulated, dtype, layout):
+    def image(shape, dtype=dtype):
+        x = torch.randint(0, 256, shape) if dtype == torch.uint8 else torch.randn(shape)
+        return in_layout(x.to(dtype), layout)
+
+    t, tab = timesteps(2), table()
+    stream = {"seed": 1, "sample_index": torch.arange(2)}
+    x, y = image((2, 3, 16, 16)), image((2, 3, 16, 16))
+    with cuda_on_cpu.Watch(x, y) as watch:
+        ops.posterior_step(x, y, t, tab, out=x, **stream)
+    assert_once(watch, reads=(1, 1), writes=(1, 0))
+    pixels = image(x.shape, torch.uint8)
+    with cuda_on_cpu.Watch(pixels, y) as watch:
+        ops.noise(pixels, t, tab, eps=y, flip=torch.tensor([False, False]))
+    assert_once(watch, reads=(1, 1), writes=(0, 0))
+    x, grad = image((2, 64, 8, 8)), image((2, 64, 8, 8))
+    with cuda_on_cpu.Watch(x) as watch:
+        ops.group_norm_silu(x, 16, None, None)
+    assert_once(watch, reads=(1,), writes=(0,))
+    leaf = x.clone().requires_grad_()
+    y = ops.group_norm_silu(leaf, 16, None, None)
+    with cuda_on_cpu.Watch(leaf, grad) as watch:
+        y.backward(grad)
+    assert_once(watch, reads=(1, 1), writes=(0, 0))

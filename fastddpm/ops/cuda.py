@@ -1,4 +1,7 @@
-"""The CUDA backend: forward ops on torch's current stream. No CUDA call happens at import."""
+"""The CUDA backend, on torch's current stream: all ops but attention_block.
+
+No CUDA call happens at import.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,10 @@ class _Cuda(Native):
     def call(self, name, x, *args):
         with torch.cuda.device(x.device):
             getattr(self.module, name)(*args, torch.cuda.current_stream(x.device).cuda_stream)
+
+    def workspace(self, x, num_groups, *, backward):
+        size = self.module.group_norm_workspace(x.shape[0], x.shape[1], num_groups, backward)
+        return torch.empty(size, dtype=torch.float32, device=x.device)
 
     def unsupported(self, op, *tensors, **options):
         reason = super().unsupported(op, *tensors, **options)
@@ -34,5 +41,6 @@ randn = _cuda.randn
 noise = _cuda.noise
 posterior_step = _cuda.posterior_step
 group_norm_silu = _cuda.group_norm_silu
+group_norm_silu_backward = _cuda.group_norm_silu_backward
 discretized_log_likelihood = _cuda.discretized_log_likelihood
 unsupported = _cuda.unsupported

@@ -28,6 +28,10 @@ class Native:
         """Run op `name` on the device of x. Raises what the native code throws."""
         raise NotImplementedError
 
+    def workspace(self, x: torch.Tensor, num_groups: int, *, backward: bool) -> torch.Tensor | None:
+        """What group_norm_silu needs beside its outputs: nothing on the CPU."""
+        return None
+
     def unsupported(self, op: str, *tensors: torch.Tensor | None, **options) -> str | None:
         """Why this backend can't run `op` on these tensors, or None if it can."""
         if self.module is None:
@@ -106,6 +110,7 @@ class Native:
             silu,
             None,
             None,
+            self.workspace(x, num_groups, backward=False),
         )
         return y
 
@@ -123,6 +128,7 @@ class Native:
             "group_norm_silu_backward", x,
             grad, x, num_groups, weight, bias, eps, scale, shift, silu,
             dx, dweight, dbias, dscale, dshift,
+            self.workspace(x, num_groups, backward=True),
         )  # fmt: skip
         return (
             dx,

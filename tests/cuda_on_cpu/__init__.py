@@ -2,12 +2,13 @@
 
 Three builds: "plain"; "address", under AddressSanitizer and UndefinedBehaviorSanitizer, whose
 module needs their libraries preloaded; "races", which finds missing barriers and counts accesses
-(races.cpp). A build is kept in the temporary folder under the hash of what it is made of.
+(races.cpp). Objects are kept in the temporary folder under the hash of what they are made of.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -24,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
+
+import torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -89,74 +92,77 @@ def _flags() -> tuple[str, ...]:
     # A device fuses where madd says so; so does a processor that can.
     fma = "fma" in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     return (
-        *("-std=c++17", "-fPIC", "-fno-strict-aliasing", "-g1", "-ffp-contract=off", "-fvisibility=hidden"),
+        *(
+            "-std=c++17",
+            "-fPIC",
+            "-fno-strict-aliasing",
+            "-g1",
+            "-ffp-contract=off",
+            "-fvisibility=hidden",
+        ),
         *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
         *(("-mfma",) if fma else ()),
         *("-I", str(CSRC), "-I", str(HERE), "-isystem", str(headers())),
     )
 
 
+@functools.cache
 def _folder() -> Path:
-    digest = hashlib.sha256()
-    for file in sorted([*CSRC.glob("*.*"), *CSRC.glob("cuda/*"), *HERE.glob("*.*")]):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    version = subprocess.run([compiler(), "--version"], capture_output=True, check=True).stdout
-    digest.update(version + repr(_flags()).encode() + sys.version.encode())
+    """Where builds are kept, of this user alone."""
     user = os.getuid() if hasattr(os, "getuid") else 0
-    folder = Path(tempfile.gettempdir()) / f"{NAME}-{user}" / digest.hexdigest()[:20]
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = Path(tempfile.gettempdir()) / f"{NAME}-{user}"
+    folder.mkdir(exist_ok=True, mode=0o700)
     return folder
 
 
-def _run(*command: str | Path) -> None:
+def _run(*command: str | Path) -> str:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stderr[-4000:]}")
+    return done.stdout
 
 
-def _compile(source: Path, object_file: Path, *flags: str) -> Path:
-    if not object_file.exists():
-        with tempfile.TemporaryDirectory(dir=object_file.parent) as scratch:
-            made = Path(scratch) / "made.o"
-            _run(compiler(), *_flags(), *flags, "-c", source, "-o", made)
-            made.rename(object_file)  # another process may do the same
-    return object_file
-
-
-def _link(target: Path, objects: list[Path], *flags: str) -> Path:
+def _make(kind: str, content: str, *command: str | Path) -> Path:
+    """What `command -o FILE` makes of this content: from an earlier run, or made now."""
+    text = "\0".join([_run(compiler(), "--version"), content, *map(str, command)])
+    target = _folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.{kind}"
     if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        with tempfile.TemporaryDirectory(dir=_folder()) as scratch:
             made = Path(scratch) / "made"
-            _run(compiler(), *flags, *objects, "-o", made)
-            made.rename(target)
+            _run(*command, "-o", made)
+            made.rename(target)  # another process may do the same
     return target
 
 
-def _emulator(folder: Path, build: str) -> list[Path]:
+def _compile(source: Path, *flags: str) -> Path:
+    command = (compiler(), *_flags(), *flags, source)
+    return _make("o", _run(*command, "-E"), *command, "-c")
+
+
+def _link(kind: str, objects: list[Path], *flags: str) -> Path:
+    return _make(kind, "", compiler(), *flags, *objects)
+
+
+def _emulator(build: str) -> list[Path]:
     names = ["emulator", "races"] if build == "races" else ["emulator"]
-    return [
-        _compile(HERE / f"{name}.cpp", folder / f"{name}-{build}.o", *EMULATOR_FLAGS[build])
-        for name in names
-    ]
+    return [_compile(HERE / f"{name}.cpp", *EMULATOR_FLAGS[build]) for name in names]
 
 
-def _kernels(source: Path, folder: Path, build: str) -> Path:
+def _kernels(source: Path, build: str) -> Path:
     flags = ("-x", "c++", "-include", str(HERE / "emulator.h"), *KERNEL_FLAGS[build])
-    return _compile(source, folder / f"{source.stem}-{build}.o", *flags)
+    return _compile(source, *flags)
 
 
 def wrong_kernels(build: str) -> Path:
     """A program that runs one kernel of wrong_kernels.cu."""
-    folder = _folder()
-    objects = [_kernels(HERE / "wrong_kernels.cu", folder, build), *_emulator(folder, build)]
-    return _link(folder / f"wrong-{build}", objects, *LINK_FLAGS[build])
+    objects = [_kernels(HERE / "wrong_kernels.cu", build), *_emulator(build)]
+    return _link("program", objects, *LINK_FLAGS[build])
 
 
 def library(build: str) -> Path:
     """The Python module of a build: compiled if it is not there, two files at a time."""
     import pybind11
 
-    folder, sources = _folder(), cuda_sources()
     includes = (pybind11.get_include(), sysconfig.get_paths()["include"])
     bindings = (
         *("-O1", "-Wno-unused-function", "-DFASTDDPM_CUDA_ON_CPU", '-DFASTDDPM_CUDA="emulated"'),
@@ -164,10 +170,10 @@ def library(build: str) -> Path:
         *(part for include in includes for part in ("-isystem", include)),
     )
     with ThreadPoolExecutor(2) as pool:
-        module = pool.submit(_compile, HERE / "module.cpp", folder / "module.o", *bindings)
-        kernels = pool.map(lambda source: _kernels(source, folder, build), sources)
-        objects = [*kernels, module.result(), *_emulator(folder, build)]
-    return _link(folder / f"{NAME}-{build}.so", objects, "-shared", *LINK_FLAGS[build])
+        module = pool.submit(_compile, HERE / "module.cpp", *bindings)
+        kernels = pool.map(lambda source: _kernels(source, build), cuda_sources())
+        objects = [*kernels, module.result(), *_emulator(build)]
+    return _link("so", objects, "-shared", *LINK_FLAGS[build])
 
 
 def sanitizer_libraries() -> str:
@@ -195,8 +201,29 @@ def module(build: str | None = None) -> ModuleType:
     return loaded
 
 
+class Watch:
+    """Counts the accesses of kernels of the build "races" to the memory of a dense tensor."""
+
+    def __init__(self, *tensors: torch.Tensor):
+        self.library, self.tensors = ctypes.CDLL(str(module("races").__file__)), tensors
+
+    def __enter__(self) -> Watch:
+        for x in self.tensors:
+            size = x.numel() * x.element_size()
+            self.library.emulator_watch(ctypes.c_void_p(x.data_ptr()), ctypes.c_size_t(size))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.counts = []
+        for which in range(len(self.tensors)):
+            counts = (ctypes.c_uint64 * 4)()
+            self.library.emulator_counts(which, counts)
+            self.counts.append(dict(zip(("reads", "writes", "read", "written"), counts)))
+        self.library.emulator_unwatch()
+
+
 @contextlib.contextmanager
-def as_cuda_backend() -> Iterator[None]:
+def as_cuda_backend(build: str | None = None) -> Iterator[ModuleType]:
     """Within it the backend "cuda" is the emulated one and takes tensors on the CPU."""
     from fastddpm.ops import cuda, dispatch
 
@@ -204,9 +231,9 @@ def as_cuda_backend() -> Iterator[None]:
         def call(self, name, x, *args):
             getattr(self.module, name)(*args, 0)
 
-    native = OnCpu(module(), "cpu", "")
+    native = OnCpu(module(build), "cpu", "")
     backend = dispatch.load("cuda")
     with mock.patch.multiple(
         backend, missing=None, module=native, _unsupported=native.unsupported, create=True
     ):
-        yield
+        yield native.module

@@ -117,21 +117,23 @@ void access(const void* pointer, size_t bytes) {
 
 // ---- for the tests -----------------------------------------------------------------------------
 
+#define EXPORTED __attribute__((visibility("default")))
+
 extern "C" {
 
-void emulator_watch(const void* first, size_t bytes) {
+EXPORTED void emulator_watch(const void* first, size_t bytes) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(first);
   emulator::watched.push_back({{address, address + bytes}, {0, 0}, {0, 0}});
 }
 
 // counts: reads, writes, bytes read, bytes written of the watched range `which`.
-void emulator_counts(int which, uint64_t counts[4]) {
+EXPORTED void emulator_counts(int which, uint64_t counts[4]) {
   const auto& range = emulator::watched.at(size_t(which));
   counts[0] = range.accesses[0], counts[1] = range.accesses[1];
   counts[2] = range.bytes[0], counts[3] = range.bytes[1];
 }
 
-void emulator_unwatch() { emulator::watched.clear(); }
+EXPORTED void emulator_unwatch() { emulator::watched.clear(); }
 
 // ---- for the compiler --------------------------------------------------------------------------
 
