@@ -110,11 +110,16 @@ def emulated(request):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("shape", "groups"),
-    [((2, 32, 40, 17), 8), ((1, 24, 33, 20), 4), ((3, 4, 64, 64), 4), ((2, 6, 50, 31), 1)],
+    ("shape", "groups", "shared"),
+    [
+        ((2, 32, 40, 17), 8, 16 << 10),
+        ((1, 24, 33, 20), 4, 48 << 10),  # three threads side by side
+        ((2, 4, 48, 32), 4, 8 << 10),
+        ((1, 6, 50, 31), 1, 16 << 10),
+    ],
 )
-def test_slabs_that_do_not_fit_shared_memory(emulated, shape, groups, dtype, layout):
-    emulated.set_device(16 << 10, 132)
+def test_slabs_that_do_not_fit_shared_memory(emulated, shape, groups, shared, dtype, layout):
+    emulated.set_device(shared, 132)
     x, parameters = group_norm.inputs(shape, dtype, "cpu", layout)
     group_norm.check(x, groups, parameters, torch.randn(shape).to(dtype))
     x = in_layout((torch.randn(shape) * 0.1 + 1000).to(torch.float32), layout)

@@ -17,7 +17,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
@@ -218,7 +217,9 @@ class Watch:
         for which in range(len(self.tensors)):
             counts = (ctypes.c_uint64 * 4)()
             self.library.emulator_counts(which, counts)
-            self.counts.append(dict(zip(("reads", "writes", "read", "written"), counts)))
+            self.counts.append(
+                dict(zip(("reads", "writes", "read", "written"), counts, strict=True))
+            )
         self.library.emulator_unwatch()
 
 

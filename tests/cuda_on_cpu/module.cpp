@@ -1,10 +1,17 @@
 // The CUDA ops as a Python module that takes CPU tensors, and the device that the emulator makes
 // up.
+//
+// Not PYBIND11_MODULE: that gives a second build of the same name the module of the first.
 #include "../../csrc/bindings.cpp"
 #include "emulator_state.h"
 
-PYBIND11_MODULE(fastddpm_cuda_on_cpu, m) {
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit_fastddpm_cuda_on_cpu() {
+  PYBIND11_ENSURE_INTERNALS_READY
+  static py::module_::module_def definition{};
+  py::module_ m =
+      py::module_::create_extension_module("fastddpm_cuda_on_cpu", nullptr, &definition);
   def_cuda(m);
   m.def("set_device",
         [](int shared_bytes, int processors) { emulator::device = {shared_bytes, processors}; });
+  return m.release().ptr();
 }
