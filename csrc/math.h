@@ -134,10 +134,20 @@ FASTDDPM_HD void box_muller(uint32_t w0, uint32_t w1, float& z0, float& z1) {
   z1 = radius * s;
 }
 
-// Below -88 silu is v e^-88 instead of v e^v: both are 0 next to any float that matters.
-FASTDDPM_HD float sigmoid(float v) { return 1.0f / (1.0f + exponential_clamped(-v)); }
+// Below -88 silu is v e^-88 instead of v e^v: both are 0 next to any float that matters. A GPU
+// takes its own exponential and quotient, 2 ulp each: it would spend more time on these than on
+// memory.
+FASTDDPM_HD float over_one_plus_exp(float a, float v) {  // a / (1 + e^v)
+#if defined(__CUDA_ARCH__)
+  return __fdividef(a, 1.0f + __expf(v < 87.0f ? v : 87.0f));
+#else
+  return a / (1.0f + exponential_clamped(v));
+#endif
+}
 
-FASTDDPM_HD float silu(float v) { return v / (1.0f + exponential_clamped(-v)); }
+FASTDDPM_HD float sigmoid(float v) { return over_one_plus_exp(1.0f, -v); }
+
+FASTDDPM_HD float silu(float v) { return over_one_plus_exp(v, -v); }
 
 FASTDDPM_HD float silu_gradient(float v) {  // d silu / dv
   const float s = sigmoid(v);
