@@ -80,7 +80,7 @@ def resident(channels: int, plane: int, per_group: int, size: int, kept: int) ->
     width = 16 // size
     columns = channels // width
     vectors = columns * plane
-    threads = 128 if vectors <= 512 else 256 if vectors <= 4096 else 512
+    threads = 128 if vectors <= 512 else 256
     entries = threads // 32
     groups = channels // per_group
     floats = 2 * channels * entries + 2 * channels + 3 * groups + 3 * channels
@@ -119,7 +119,7 @@ def cases() -> list[Case]:
         Case(
             "group_norm_silu", "group_norm_silu_apply<BF16, pixels>",
             "bfloat16 8x128x256x256 NHWC, 32 groups, two passes",
-            large, 6, 4, norm + act, 0, 512,
+            large, 6, 4, norm + act,
         ),
         Case(
             "group_norm_silu_backward", "group_norm_silu_backward_resident<BF16, pixels>",
@@ -234,8 +234,6 @@ def report(archs: list[str], sources: list[Path]) -> dict[str, list[dict]]:
             case = next((case for case in cases() if case.kernel == kernel.name), None)
             if case is not None:
                 kernel.threads, kernel.dynamic_shared = case.threads, case.shared
-            elif kernel.source == "cuda" and "group_norm" in kernel.name:
-                kernel.threads = 512 if "parameters" not in kernel.name else 256
             kernel.occupancy = occupancy(kernel, GPUS[arch])
         kernels += of_arch
     models = [

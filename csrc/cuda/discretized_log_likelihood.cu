@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 // One thread per 4 elements, in any layout and mix of types.
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     discretized_log_likelihood_quads(const DiscretizedLogLikelihood op) {
   const int64_t quads = (numel(op.shape) + 3) / 4;
   FASTDDPM_FOR_JOBS(n, quad, op.shape.n, quads) {

@@ -16,8 +16,9 @@
 namespace fastddpm {
 namespace {
 
-constexpr int MAX_THREADS = 512, MIN_SEGMENT = 32 /* bytes */;
-constexpr int MAX_GROUPS = 128;  // of a slab: at most as many as a block has threads
+constexpr int MAX_THREADS = 256, MIN_SEGMENT = 32 /* bytes */;
+constexpr int MANY_BLOCKS = 3, FEW_BLOCKS = 2;  // of a multiprocessor at least: bounds registers
+constexpr int MAX_GROUPS = 128;                 // of a slab: no more than a block has threads
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
 enum class Walk { pixels, planes };
@@ -131,11 +132,12 @@ Cut make_cut(const GroupNormSilu& op, int slabs_kept, const Tensor& x, const Ten
   cut.places = by_pixel ? plane : plane / cut.width;
 
   const auto set_threads = [&](int64_t vectors) {
-    const int enough = vectors <= 512 ? 128 : vectors <= 4096 ? 256 : MAX_THREADS;
+    const int enough = vectors <= 512 ? MAX_THREADS / 2 : MAX_THREADS;
     cut.threads = enough < cut.columns ? int(up(cut.columns, 32) * 32) : enough;
-    if (!by_pixel) cut.threads = 32 * (cut.channels < 16 ? cut.channels : 16);
-    const bool warps = is_power_of_two(cut.columns) && cut.columns <= 32;
-    cut.entries = warps ? cut.threads / 32 : cut.threads / cut.columns;
+    const int warps_at_most = MAX_THREADS / 32;
+    if (!by_pixel) cut.threads = 32 * (cut.channels < warps_at_most ? cut.channels : warps_at_most);
+    const bool by_warps = is_power_of_two(cut.columns) && cut.columns <= 32;
+    cut.entries = by_warps ? cut.threads / 32 : cut.threads / cut.columns;
   };
   set_threads(cut.columns * cut.places);
   cut.chunks = 1;
@@ -476,7 +478,7 @@ struct Lines {
 // ---- a kernel of the two-pass path -------------------------------------------------------------
 
 template <class T, Walk WALK>
-__global__ void __launch_bounds__(MAX_THREADS, 1)
+__global__ void __launch_bounds__(MAX_THREADS, MANY_BLOCKS)
     group_norm_statistics(const GroupNormSilu op, const Cut cut) {
   FASTDDPM_DYNAMIC_SHARED(memory);
   constexpr int V = WIDTH<T>;

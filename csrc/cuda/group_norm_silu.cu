@@ -35,7 +35,7 @@ __device__ __forceinline__ void apply(const GroupNormSilu& op, const Cut& cut, c
 
 // A slab fits shared memory: it is read once and written once.
 template <class T, Walk WALK>
-__global__ void __launch_bounds__(MAX_THREADS, 1)
+__global__ void __launch_bounds__(MAX_THREADS, WALK == Walk::pixels ? MANY_BLOCKS : FEW_BLOCKS)
     group_norm_silu_resident(const GroupNormSilu op, const Cut cut, int64_t kept_bytes) {
   FASTDDPM_DYNAMIC_SHARED(memory);
   constexpr int V = WIDTH<T>;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
 
 // A chunk of a slab whose chunks' statistics are in the workspace.
 template <class T, Walk WALK>
-__global__ void __launch_bounds__(MAX_THREADS, 1)
+__global__ void __launch_bounds__(MAX_THREADS, MANY_BLOCKS)
     group_norm_silu_apply(const GroupNormSilu op, const Cut cut) {
   FASTDDPM_DYNAMIC_SHARED(memory);
   const Scratch scratch(cut, reinterpret_cast<float*>(memory));

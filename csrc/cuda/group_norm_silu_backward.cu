@@ -153,7 +153,7 @@ __device__ __forceinline__ void apply_gradient(const GroupNormSiluBackward& op, 
 
 // The slabs of x and of grad fit shared memory: both are read once, dx is written once.
 template <class T, Walk WALK>
-__global__ void __launch_bounds__(MAX_THREADS, 1)
+__global__ void __launch_bounds__(MAX_THREADS, FEW_BLOCKS)
     group_norm_silu_backward_resident(const GroupNormSiluBackward op, const Cut cut,
                                       int64_t kept_bytes) {
   FASTDDPM_DYNAMIC_SHARED(memory);
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
 }
 
 template <class T, Walk WALK>
-__global__ void __launch_bounds__(MAX_THREADS, 1)
+__global__ void __launch_bounds__(MAX_THREADS, FEW_BLOCKS)
     group_norm_silu_backward_sums(const GroupNormSiluBackward op, const Cut cut) {
   FASTDDPM_DYNAMIC_SHARED(memory);
   const GroupNormSilu& forward = op.forward;
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
 }
 
 template <class T, Walk WALK>
-__global__ void __launch_bounds__(MAX_THREADS, 1)
+__global__ void __launch_bounds__(MAX_THREADS, FEW_BLOCKS)
     group_norm_silu_backward_apply(const GroupNormSiluBackward op, const Cut cut) {
   FASTDDPM_DYNAMIC_SHARED(memory);
   const GroupNormSilu& forward = op.forward;

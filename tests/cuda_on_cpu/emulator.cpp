@@ -40,6 +40,7 @@ const Thread* thread = nullptr;
 dim3 block_index, block_dim, grid_dim;
 Clock clock;
 Device device;
+LastLaunch last_launch;
 char *stacks = nullptr, *stacks_end = nullptr;
 
 namespace {
@@ -249,6 +250,7 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
       grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 ||
       shared_bytes > size_t(device.shared_bytes))
     throw std::runtime_error(std::string(name) + ": no device takes this launch");
+  last_launch = {unsigned(threads), shared_bytes};
   if (!stacks) make_stacks();
   body = &kernel;
   grid_dim = grid, block_dim = block;

@@ -48,7 +48,13 @@ struct Clock {
   uint32_t own() const { return seen[thread * 32 + thread % 32]; }
 };
 
+struct LastLaunch {
+  unsigned threads = 0;  // of a block
+  size_t shared_bytes = 0;
+};
+
 extern Clock clock;
+extern LastLaunch last_launch;
 extern Device device;
 extern char *stacks, *stacks_end;  // of the fibers: private to each
 

@@ -13,5 +13,8 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit_fastddpm_cuda
   def_cuda(m);
   m.def("set_device",
         [](int shared_bytes, int processors) { emulator::device = {shared_bytes, processors}; });
+  m.def("last_launch", [] {
+    return std::make_pair(emulator::last_launch.threads, emulator::last_launch.shared_bytes);
+  });
   return m.release().ptr();
 }
