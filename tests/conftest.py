@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `compare`: importlib mode adds no folder
 
+if not torch.cuda.is_available():  # Triton reads it when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 import cuda_on_cpu
 
 from fastddpm.ops import dispatch
@@ -22,6 +27,29 @@ hypothesis.settings.register_profile(
     "fastddpm", deadline=None, derandomize=True, database=None, max_examples=40
 )
 hypothesis.settings.load_profile("fastddpm")
+
+
+def _patch_once():
+    """Halve the interpreter's time: a kernel that runs has patched the language already, and each
+    call of a device function in it does so once more.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if not (hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope")):
+        return  # another Triton, as slow as it is
+    patch = interpreter._patch_lang
+
+    def once(function):
+        modules = [x for x in function.__globals__.values() if x is tl or x is tl.core]
+        done = not any(tl.core.is_builtin(module.load) for module in modules)
+        return interpreter._LangPatchScope() if done else patch(function)
+
+    interpreter._patch_lang = once
+
+
+if INTERPRETED and importlib.util.find_spec("triton"):
+    _patch_once()
 
 REQUIRED = [name for name in os.environ.get("FASTDDPM_REQUIRE_BACKENDS", "").split(",") if name]
 
@@ -50,8 +78,12 @@ def backend(request) -> str:
 
 @pytest.fixture
 def device(backend) -> torch.device:
-    """Where the tensors of a test go for its backend to take them: CUDA kernels can be emulated."""
-    on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
+    """Where the tensors of a test go for its backend to take them: without a GPU to the CPU, where
+    the CUDA kernels are emulated and the Triton ones interpreted.
+    """
+    on_gpu = torch.cuda.is_available() and (
+        backend == "cuda" or (backend == "triton" and not INTERPRETED)
+    )
     return torch.device("cuda" if on_gpu else "cpu")
 
 

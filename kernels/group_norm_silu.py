@@ -1,0 +1,320 @@
+"""group_norm_silu and its gradient: statistics per sample and group, scale/shift and SiLU (App. B).
+
+A program handles some rows: a row is one (sample, group), its slab CG channels of P pixels. A slab
+that fits is read once; a longer one in tiles, once for its statistics and once more to normalise.
+Statistics are float32 around a value close to the mean: (shift, mean - shift, rstd), where shift is
+the float nearest to the mean of the first tile, so that neither a large mean nor its own rounding
+shows. Sums run in a fixed order. The statistics serve attention_block as well.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastddpm.kernels.storage import INTERPRETED, load, store
+from fastddpm.kernels.tiles import like, merged, power_of_two
+
+SLAB = 8192  # elements that a program holds at once
+LEAST = 8192 if INTERPRETED.value else 1024  # of a program's elements: it takes more rows for that
+MAX_CHANNELS = 16384  # of a group
+
+
+class Rows:
+    """How images (N, C, ...) are cut into programs of BR rows, in tiles of BP pixels."""
+
+    def __init__(self, num_groups, *images):
+        """images: of one shape, None for one that is not given; the first says the layout."""
+        x = images[0]
+        self.n, c = x.shape[:2]
+        self.groups, self.channels = num_groups, c // num_groups
+        self.sizes, self.views = pixels(images)
+        count, bg = self.sizes[0] * self.sizes[1], power_of_two(self.channels)
+        self.bp = min(power_of_two(count), max(SLAB // bg, 1))
+        wide = 32 // bg if x.stride(1) < x.stride(-1) else 1  # neighbours in memory
+        rows = max(min(wide, SLAB // (self.bp * bg)), LEAST // (self.bp * bg), 1)
+        self.br, self.bg = power_of_two(min(rows, self.n * num_groups)), bg
+        self.grid = (triton.cdiv(self.n * num_groups, self.br),)
+        self.warps = 8 if self.bp * self.br * bg > 4096 else 4
+        self.once = self.bp >= count
+
+    def arguments(self):
+        return {
+            "N": self.n, "G": self.groups, "CG": self.channels, "B": self.sizes[0],
+            "D": self.sizes[1], "BP": self.bp, "BR": self.br, "BG": self.bg,
+            "FLAT": self.sizes[0] == 1, "num_warps": self.warps,
+        }  # fmt: skip
+
+
+def pixels(images):
+    """((B, D), tuples): the pixels as B rows of D, and (x, strides of n, c, b, d) of each image."""
+    given = [x for x in images if x is not None]
+    sizes = [*given[0].shape[2:], 1, 1][: max(given[0].dim() - 2, 2)]
+    strides = [[[*x.stride()[2:], 0, 0][k] for x in given] for k in range(len(sizes))]
+    *outer, inner = merged(sizes, strides, False)
+    row = outer[-1] if outer else (1, [0] * len(given))
+    made = iter(
+        [(x, x.stride(0), x.stride(1), row[1][k], inner[1][k]) for k, x in enumerate(given)]
+    )
+    return (row[0], inner[0]), [None if x is None else next(made) for x in images]
+
+
+def of_channels(x):
+    """(pointer, stride of n, stride of c) of a (C,) or (N, C) parameter; None as it is."""
+    if x is None:
+        return None
+    return (x, 0, x.stride(0)) if x.dim() == 1 else (x, x.stride(0), x.stride(1))
+
+
+@triton.jit
+def slab(N, G, CG, BR: tl.constexpr, BG: tl.constexpr):
+    """(n, c, inside): (1, BR, 1), (1, BR, BG) and (1, BR, BG) of this program's rows."""
+    r = tl.program_id(0) * BR + tl.arange(0, BR)[None, :, None]
+    j = tl.arange(0, BG)[None, None, :]
+    return r // G, r % G * CG + j, (r < N * G) & (j < CG)
+
+
+@triton.jit
+def pixels_of(x, n, c, p, D, FLAT: tl.constexpr):
+    """(BP, BR, BG) pointers."""
+    p = p.to(tl.int64)
+    pixel = p * x[4] if FLAT else p // D * x[3] + p % D * x[4]
+    return (x[0] + n.to(tl.int64) * x[1] + c.to(tl.int64) * x[2]) + pixel
+
+
+@triton.jit
+def parameter(x, n, c, inside):
+    """(1, BR, BG) values of a parameter over channels."""
+    return load(x[0] + n.to(tl.int64) * x[1] + c.to(tl.int64) * x[2], inside)
+
+
+@triton.jit
+def over_pixels(x):
+    """(1, BR, BG) sums."""
+    if INTERPRETED:  # it adds one by one along this axis, a GPU in a tree
+        if x.shape[0] > 16:
+            x = tl.sum(tl.reshape(x, (x.shape[0] // 16, 16, x.shape[1], x.shape[2])), 0)
+    return tl.sum(x, 0, keep_dims=True)
+
+
+@triton.jit
+def over_slab(x):
+    """(1, BR, 1) sums."""
+    return tl.sum(over_pixels(x), 2, keep_dims=True)
+
+
+@triton.jit
+def moments(x, inside, shift, count):
+    """(mean, sum of squares around it) of x - shift; x is a tile of `count` elements a row."""
+    d = tl.where(inside, x - shift, 0.0)
+    mean = over_slab(d) / count
+    d = tl.where(inside, d - mean, 0.0)
+    return mean, over_slab(d * d)
+
+
+@triton.jit
+def statistics(
+    x, n, c, live, CG, B, D, eps,
+    BP: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """(shift, mean - shift, rstd) of each row, (1, BR, 1): tiles by Chan's formula."""
+    P = B * D
+    p = tl.arange(0, BP)[:, None, None]
+    inside = live & (p < P)
+    first = tl.minimum(P, BP).to(tl.float32) * CG
+    shift = over_slab(load(pixels_of(x, n, c, p, D, FLAT), inside)) / first
+    count, mean, squares = first * 0.0, shift * 0.0, shift * 0.0
+    for start in range(0, P, BP):
+        p = start + tl.arange(0, BP)[:, None, None]
+        inside = live & (p < P)
+        some = tl.minimum(P - start, BP).to(tl.float32) * CG
+        tile = load(pixels_of(x, n, c, p, D, FLAT), inside)
+        tile_mean, tile_squares = moments(tile, inside, shift, some)
+        delta, total = tile_mean - mean, count + some
+        squares += tile_squares + delta * delta * (count * some / total)
+        mean += delta * (some / total)
+        count = total
+    return shift, mean, 1.0 / tl.sqrt_rn(squares / count + eps)
+
+
+@triton.jit
+def statistics_once(x, inside, P, CG, eps):
+    """The same of slabs that are one tile, already read."""
+    count = (P * CG).to(tl.float32)
+    shift = over_slab(x) / count
+    mean, squares = moments(x, inside, shift, count)
+    return shift, mean, 1.0 / tl.sqrt_rn(squares / count + eps)
+
+
+@triton.jit
+def _statistics_kernel(
+    x, out, eps, N, G, CG, B, D,
+    BP: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    n, c, live = slab(N, G, CG, BR, BG)
+    shift, mean, rstd = statistics(x, n, c, live, CG, B, D, eps, BP, BR, BG, FLAT)
+    r = tl.program_id(0) * BR + tl.arange(0, BR)[None, :, None]
+    tl.store(out + r, shift, mask=r < N * G)
+    tl.store(out + N * G + r, mean, mask=r < N * G)
+    tl.store(out + 2 * N * G + r, rstd, mask=r < N * G)
+
+
+def statistics_of(x, num_groups, eps):
+    """(3, N, groups) float32: shift, mean - shift and rstd."""
+    out = torch.empty(3, x.shape[0], num_groups, dtype=torch.float32, device=x.device)
+    rows = Rows(num_groups, x)
+    _statistics_kernel[rows.grid](*rows.views, out, eps, **rows.arguments())
+    return out
+
+
+@triton.jit
+def sigmoid(v):
+    return 1.0 / (1.0 + tl.exp(-v))
+
+
+@triton.jit
+def _gain_and_offset(weight, bias, scale, shift, n, c, live):
+    """v = gain xhat + offset is what the SiLU gets, (1, BR, BG)."""
+    gain = live.to(tl.float32)
+    offset = gain * 0.0
+    if weight is not None:
+        gain = parameter(weight, n, c, live)
+    if bias is not None:
+        offset = parameter(bias, n, c, live)
+    if scale is not None:
+        factor = 1.0 + parameter(scale, n, c, live)
+        gain, offset = gain * factor, offset * factor
+    if shift is not None:
+        offset += parameter(shift, n, c, live)
+    return gain, offset
+
+
+@triton.jit
+def _group_norm_silu_kernel(
+    x, y, weight, bias, scale, shift, eps, N, G, CG, B, D, SILU: tl.constexpr, ONCE: tl.constexpr,
+    BP: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    n, c, live = slab(N, G, CG, BR, BG)
+    gain, offset = _gain_and_offset(weight, bias, scale, shift, n, c, live)
+    if ONCE:
+        p = tl.arange(0, BP)[:, None, None]
+        inside = live & (p < B * D)
+        tile = load(pixels_of(x, n, c, p, D, FLAT), inside)
+        about, mean, rstd = statistics_once(tile, inside, B * D, CG, eps)
+        v = (tile - about - mean) * rstd * gain + offset
+        store(pixels_of(y, n, c, p, D, FLAT), v * sigmoid(v) if SILU else v, inside)
+    else:
+        about, mean, rstd = statistics(x, n, c, live, CG, B, D, eps, BP, BR, BG, FLAT)
+        for start in range(0, B * D, BP):
+            p = start + tl.arange(0, BP)[:, None, None]
+            inside = live & (p < B * D)
+            tile = load(pixels_of(x, n, c, p, D, FLAT), inside)
+            v = (tile - about - mean) * rstd * gain + offset
+            store(pixels_of(y, n, c, p, D, FLAT), v * sigmoid(v) if SILU else v, inside)
+
+
+def group_norm_silu(x, num_groups, weight, bias, eps=1e-6, *, scale=None, shift=None, silu=True):
+    """silu((1 + scale) (weight (x - mean) / sqrt(var + eps) + bias) + shift)."""
+    y = like(x)
+    if y.numel():
+        rows = Rows(num_groups, x, y)
+        _group_norm_silu_kernel[rows.grid](
+            *rows.views, *map(of_channels, (weight, bias, scale, shift)), eps,
+            SILU=silu, ONCE=rows.once, **rows.arguments(),
+        )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _gradient_of_v(grad, x, about, mean, rstd, gain, offset, SILU: tl.constexpr):
+    """(xhat, gradient of the SiLU's argument)."""
+    xhat = (x - about - mean) * rstd
+    if SILU:
+        v = xhat * gain + offset
+        s = sigmoid(v)
+        grad = grad * (s * (1.0 + v * (1.0 - s)))
+    return xhat, grad
+
+
+@triton.jit
+def _group_norm_silu_backward_kernel(
+    x, grad, residual, dx, weight, bias, scale, shift, sums, products, eps, N, G, CG, B, D,
+    SILU: tl.constexpr, ONCE: tl.constexpr,
+    BP: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """dx = residual + rstd (gain dv - mean(gain dv) - xhat mean(gain dv xhat)), and over the pixels
+    of each channel sums = sum dv and products = sum dv xhat, both (N, C).
+    """
+    n, c, live = slab(N, G, CG, BR, BG)
+    gain, offset = _gain_and_offset(weight, bias, scale, shift, n, c, live)
+    P = B * D
+    p = tl.arange(0, BP)[:, None, None]
+    inside = live & (p < P)
+    if ONCE:
+        tile = load(pixels_of(x, n, c, p, D, FLAT), inside)
+        g = load(pixels_of(grad, n, c, p, D, FLAT), inside)
+        about, mean, rstd = statistics_once(tile, inside, P, CG, eps)
+        xhat, dv = _gradient_of_v(g, tile, about, mean, rstd, gain, offset, SILU)
+        dv = tl.where(inside, dv, 0.0)
+        total = over_pixels(dv)
+        product = over_pixels(tl.where(inside, dv * xhat, 0.0))
+    else:
+        about, mean, rstd = statistics(x, n, c, live, CG, B, D, eps, BP, BR, BG, FLAT)
+        total, product = gain * 0.0, gain * 0.0
+        for start in range(0, P, BP):
+            p = start + tl.arange(0, BP)[:, None, None]
+            inside = live & (p < P)
+            tile = load(pixels_of(x, n, c, p, D, FLAT), inside)
+            g = load(pixels_of(grad, n, c, p, D, FLAT), inside)
+            xhat, dv = _gradient_of_v(g, tile, about, mean, rstd, gain, offset, SILU)
+            total += over_pixels(tl.where(inside, dv, 0.0))
+            product += over_pixels(tl.where(inside, dv * xhat, 0.0))
+    at = n.to(tl.int64) * (G * CG) + c
+    tl.store(sums + at, total, mask=live)
+    tl.store(products + at, product, mask=live)
+    count = (P * CG).to(tl.float32)
+    mean_d = tl.sum(gain * total, 2, keep_dims=True) / count
+    mean_dx = tl.sum(gain * product, 2, keep_dims=True) / count
+    if ONCE:
+        out = rstd * (gain * dv - mean_d - xhat * mean_dx)
+        if residual is not None:
+            out += load(pixels_of(residual, n, c, p, D, FLAT), inside)
+        store(pixels_of(dx, n, c, p, D, FLAT), out, inside)
+    else:
+        for start in range(0, P, BP):
+            p = start + tl.arange(0, BP)[:, None, None]
+            inside = live & (p < P)
+            tile = load(pixels_of(x, n, c, p, D, FLAT), inside)
+            g = load(pixels_of(grad, n, c, p, D, FLAT), inside)
+            xhat, dv = _gradient_of_v(g, tile, about, mean, rstd, gain, offset, SILU)
+            out = rstd * (gain * dv - mean_d - xhat * mean_dx)
+            if residual is not None:
+                out += load(pixels_of(residual, n, c, p, D, FLAT), inside)
+            store(pixels_of(dx, n, c, p, D, FLAT), out, inside)
+
+
+def group_norm_silu_backward(
+    grad, x, num_groups, weight, bias, eps, scale, shift, silu, *, residual=None
+):
+    """(dx, dweight, dbias, dscale, dshift), each in the dtype of what it is the gradient of; None
+    for what was not given. residual: what to add to dx, like grad.
+    """
+    dx = like(x)
+    sums, products = x.new_zeros(2, *x.shape[:2], dtype=torch.float32)
+    if dx.numel():
+        rows = Rows(num_groups, x, grad, residual, dx)
+        _group_norm_silu_backward_kernel[rows.grid](
+            *rows.views, *map(of_channels, (weight, bias, scale, shift)), sums, products, eps,
+            SILU=silu, ONCE=rows.once, **rows.arguments(),
+        )  # fmt: skip
+    factor = 1 if scale is None else 1 + scale.float()
+    dscale = None
+    if scale is not None:
+        dscale = products if weight is None else products * weight.float()
+        dscale = (dscale if bias is None else dscale + sums * bias.float()).to(scale.dtype)
+    return (
+        dx,
+        None if weight is None else (products * factor).sum(0).to(weight.dtype),
+        None if bias is None else (sums * factor).sum(0).to(bias.dtype),
+        dscale,
+        None if shift is None else sums.to(shift.dtype),
+    )
