@@ -1,5 +1,5 @@
-"""attention_block: x + proj(softmax(q k^T / sqrt(d)) v), q, k, v = split(qkv(GroupNorm(x))), and its
-gradient.
+"""attention_block: x + proj(softmax(q k^T / sqrt(d)) v), q, k, v = split(qkv(GroupNorm(x))), and
+its gradient.
 
 Four kernels forward: statistics; normalise and multiply by qkv; online softmax; proj and residual.
 Scores exist as tiles in registers only: the gradient computes them again from q, k and each row's
@@ -87,7 +87,7 @@ def _attention_kernel(
         highest = higher
     out = rows_of(mixed + image * L * C + head * DIM, m, C) + v[None, :]
     store(out, result / total[:, None], (m < L)[:, None] & (v < DIM)[None, :])
-    if log_sum is not None:
+    if log_sum is not None:  # noqa: SIM102  this one is decided by the compiler
         if tl.program_id(0) % tl.cdiv(DIM, BV) == 0:
             at = log_sum + (image * HEADS + head) * L + m
             tl.store(at, highest + tl.log2(total), mask=m < L)
@@ -178,6 +178,7 @@ def _tiles(tokens, dtype, dim, owned, looped, widest):
     half, width = dtype != torch.float32, max(power_of_two(dim), 16)
     owned, looped = tokens.rows(owned if half else 32), tokens.rows(looped if half else 32)
     bv = min(width, widest if half else 64)
+    looped = min(looped, 32) if bv > 128 else looped
     return owned, looped, min(width, 128 if half else 32), bv, 8 if bv > 64 else 4
 
 

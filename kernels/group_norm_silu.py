@@ -90,9 +90,8 @@ def parameter(x, n, c, inside):
 @triton.jit
 def over_pixels(x):
     """(1, BR, BG) sums."""
-    if INTERPRETED:  # it adds one by one along this axis, a GPU in a tree
-        if x.shape[0] > 16:
-            x = tl.sum(tl.reshape(x, (x.shape[0] // 16, 16, x.shape[1], x.shape[2])), 0)
+    if INTERPRETED and x.shape[0] > 16:  # it adds one by one along this axis, a GPU in a tree
+        x = tl.sum(tl.reshape(x, (x.shape[0] // 16, 16, x.shape[1], x.shape[2])), 0)
     return tl.sum(x, 0, keep_dims=True)
 
 

@@ -17,7 +17,7 @@ SPLITS = 128  # programs that a weight's gradient is cut into, about
 
 
 class Tokens:
-    """The images and buffers of a call as tuples (x, strides of n, c, b, d), pixels as B rows of D."""
+    """The images and buffers of a call as tuples (x, strides of n, c, b, d): B rows of D pixels."""
 
     def __init__(self, *images):
         self.n = images[0].shape[0]

@@ -1,5 +1,5 @@
-"""noise: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps   (DDPM Eq. 4), eps read or drawn, in one pass
-over bytes or floats.
+"""noise: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps   (DDPM Eq. 4), eps read or drawn, in one
+pass over bytes or floats.
 """
 
 import torch

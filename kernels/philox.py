@@ -1,8 +1,8 @@
 """The random number contract (csrc/philox.h) in Triton, and randn, which is nothing else.
 
 Philox4x32-10 with key = seed and counter = (block of 4 elements in the sample, step, sample index
-low, high); Box-Muller as in csrc/math.h. Element 4 b + j of a contiguous sample comes from word j of
-block b, so a tile of consecutive elements draws each block once.
+low, high); Box-Muller as in csrc/math.h. Element 4 b + j of a contiguous sample comes from word j
+of block b, so a tile of consecutive elements draws each block once.
 """
 
 import torch
@@ -88,8 +88,8 @@ def normals(
 ):  # fmt: skip
     """(R, BP) normals for the pixels p of the rows (n, a). step, index: (pointer, stride).
 
-    WHOLE: no block of four reaches over the end of a row, so that a tile draws each block once; else
-    each element draws its own block.
+    WHOLE: no block of four reaches over the end of a row, so that a tile draws each block once;
+    else each element draws its own block.
     """
     seed = seed.to(tl.int64)
     sample_step = tl.load(step[0] + n.to(tl.int64) * step[1], mask=n < N, other=0)

@@ -1,7 +1,7 @@
 """How the kernels touch memory and multiply tiles: any storage type outside, float32 inside.
 
-Triton's interpreter (TRITON_INTERPRET=1) cuts bfloat16 off where the compiler rounds, and multiplies
-its bits as integers. What it needs instead stands here and nowhere else.
+Triton's interpreter (TRITON_INTERPRET=1) cuts bfloat16 off where the compiler rounds, and
+multiplies its bits as integers. What it needs instead stands here and nowhere else.
 """
 
 import triton

@@ -12,8 +12,7 @@ import triton.language as tl
 
 from fastddpm.kernels.storage import INTERPRETED
 
-# Elements of a program. The interpreter pays by the program, not by the element.
-BLOCK = 8192 if INTERPRETED.value else 1024
+BLOCK = 1024  # elements of a program
 MAX_PIXELS = 2**31 - 2**16  # pixels are counted in int32
 
 
@@ -36,14 +35,17 @@ class Tiles:
         self.views = [None if x is None else next(tuples) for x in tensors]
 
         a, b, d = self.shape
+        block = BLOCK
+        if INTERPRETED.value:  # it takes its time by the program, not by the element
+            block = max(4 * BLOCK, power_of_two(self.n * a * b * d) // 8)
         pixels, out = b * d, self.views[-1]
         if a > 1 and out[2] < out[4]:  # channels lie closer than pixels
             self.ba = min(power_of_two(a), 64)
-            self.bp = min(max(power_of_two(pixels), 4), max(BLOCK // self.ba, 4))
+            self.bp = min(max(power_of_two(pixels), 4), max(block // self.ba, 4))
         else:
-            self.bp = min(max(power_of_two(pixels), 4), BLOCK)
-            self.ba = min(power_of_two(a), BLOCK // self.bp)
-        self.bn = min(power_of_two(self.n), max(BLOCK // (self.ba * self.bp), 1))
+            self.bp = min(max(power_of_two(pixels), 4), block)
+            self.ba = min(power_of_two(a), block // self.bp)
+        self.bn = min(power_of_two(self.n), max(block // (self.ba * self.bp), 1))
         self.grid = (
             triton.cdiv(self.n, self.bn) * triton.cdiv(a, self.ba) * triton.cdiv(pixels, self.bp),
         )

@@ -18,9 +18,9 @@ if not torch.cuda.is_available():  # Triton reads it when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-import cuda_on_cpu
+import cuda_on_cpu  # noqa: E402
 
-from fastddpm.ops import dispatch
+from fastddpm.ops import dispatch  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors are small; tests of threads set their own number
 hypothesis.settings.register_profile(

@@ -1,7 +1,7 @@
 """The Triton backend: every op, on a GPU, or under Triton's interpreter on CPU tensors.
 
-The functions of `reference` stand in kernels/, one file per op. Here is which device they run on and
-what they can't do.
+The functions of `reference` stand in kernels/, one file per op. Here is which device they run on
+and what they can't do.
 """
 
 from __future__ import annotations

@@ -1,0 +1,218 @@
+"""The Triton backend itself: what the tests of the ops do not ask of every backend."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from compare import assert_exact, double, in_layout, table
+
+from fastddpm import reference
+from fastddpm.ops import dispatch
+
+HERE = Path(__file__).parent
+KERNELS = {
+    "_randn_kernel", "_noise_kernel", "_posterior_step_kernel", "_group_norm_silu_kernel",
+    "_group_norm_silu_backward_kernel", "_statistics_kernel", "_linear_kernel",
+    "_weight_gradient_kernel", "_attention_kernel", "_delta_kernel", "_dq_kernel", "_dkv_kernel",
+    "_discretized_log_likelihood_kernel",
+}  # fmt: skip
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+
+@pytest.fixture
+def triton():
+    """The backend's module."""
+    backend = dispatch.load("triton")
+    if backend.missing:
+        pytest.skip(backend.missing)
+    return backend.module
+
+
+def attention_inputs(triton, shape, dtype, layout="nhwc", gain=1.0):
+    c = shape[1]
+    x = in_layout((torch.randn(shape) - 0.5).to(triton.DEVICE, dtype), layout)
+    parameters = [
+        *(torch.randn(c), torch.randn(c)),
+        *(torch.randn(3 * c, c) * gain / c**0.5, torch.randn(3 * c)),
+        *(torch.randn(c, c) / c**0.5, torch.randn(c)),
+    ]
+    return x, [p.to(triton.DEVICE, dtype) for p in parameters]
+
+
+def check_attention(triton, shape, groups, heads, dtype, layout="nhwc", gain=1.0, expand=False):
+    """Values and all gradients against float64 autograd of the reference, beside eager torch."""
+    x, parameters = attention_inputs(triton, shape, dtype, layout, gain)
+    grad = torch.randn(()).to(x).expand(shape) if expand else torch.randn(shape).to(x)
+
+    def by_autograd(cast):
+        leaves = [cast(p).requires_grad_() for p in (x.detach(), *parameters)]
+        y = reference.attention_block(leaves[0], groups, *leaves[1:], num_heads=heads)
+        return [y, *torch.autograd.grad(y, leaves, cast(grad))]
+
+    got = [
+        triton.attention_block(x, groups, *parameters, num_heads=heads),
+        *triton.attention_block_backward(grad, x, groups, *parameters, heads, 1e-6),
+    ]
+    names = ("y", "x", "norm_w", "norm_b", "qkv_w", "qkv_b", "proj_w", "proj_b")
+    true, plain = by_autograd(lambda p: double(p).clone()), by_autograd(lambda p: p.clone())
+    for name, a, b, c in zip(names, got, true, plain, strict=True):
+        assert_exact(a, b, c, ulps=16, what=name)
+        assert a.dtype == dtype
+    assert got[0].stride() == got[1].stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "heads"),
+    [
+        ((1, 16, 2, 3), 4, 1),  # heads of 16
+        ((1, 96, 3, 3), 32, 2),  # of 48: no power of two
+        ((1, 160, 2, 2), 32, 1),  # wider than a tile of scores, no multiple of it
+        ((2, 8, 11, 7), 2, 2),  # more tokens than a tile, no multiple of it
+    ],
+    ids=str,
+)
+def test_attention_heads(triton, shape, groups, heads):
+    check_attention(triton, shape, groups, heads, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc_slice"])
+def test_attention_in_half_precision(triton, dtype, layout):
+    check_attention(triton, (2, 24, 5, 3), 4, 3, dtype, layout)
+
+
+def test_attention_with_expanded_gradients(triton):
+    check_attention(triton, (2, 12, 3, 3), 3, 1, torch.float32, "slice", expand=True)
+
+
+def test_the_widest_head(triton):
+    x, parameters = attention_inputs(triton, (1, 512, 1, 3), torch.float16)
+    y = triton.attention_block(x, 32, *parameters)
+    truth = reference.attention_block(double(x), 32, *map(double, parameters))
+    assert_exact(y, truth, reference.attention_block(x, 32, *parameters))
+
+
+def test_attention_of_large_scores(triton):
+    """exp of a score overflows here; that of its distance to the row's largest does not."""
+    x, parameters = attention_inputs(triton, (1, 16, 4, 4), torch.float32, gain=20.0)
+    y = triton.attention_block(x, 4, *parameters)
+    truth = reference.attention_block(double(x), 4, *map(double, parameters))
+    plain = reference.attention_block(x, 4, *parameters)
+    assert_exact(y, truth, plain, ulps=64)
+
+
+def test_attention_without_biases_and_without_tokens(triton):
+    x, (_, _, qkv_w, _, proj_w, _) = attention_inputs(triton, (1, 12, 2, 2), torch.float32)
+    arguments = 3, None, None, qkv_w, None, proj_w, None
+    truth = reference.attention_block(double(x), 3, *map(double, arguments[1:]))
+    assert_exact(triton.attention_block(x, *arguments), truth, ulps=32)
+    grads = triton.attention_block_backward(x, x, *arguments, 1, 1e-6)
+    assert [g is None for g in grads] == [False, True, True, False, True, False, True]
+    empty = x[:0]
+    assert triton.attention_block(empty, *arguments).shape == empty.shape
+    grads = triton.attention_block_backward(empty, empty, *arguments, 1, 1e-6)
+    assert torch.equal(grads[3], torch.zeros_like(qkv_w))
+
+
+def test_parameters_of_another_dtype(triton):
+    """float32 parameters of bfloat16 images: multiplied as bfloat16, their gradients float32."""
+    x, parameters = attention_inputs(triton, (1, 16, 3, 3), torch.bfloat16)
+    wide = [p.float() for p in parameters]
+    for got, same in zip(
+        triton.attention_block_backward(x, x, 4, *wide, 1, 1e-6),
+        triton.attention_block_backward(x, x, 4, *parameters, 1, 1e-6),
+        strict=True,
+    ):
+        assert torch.equal(got.to(same.dtype), same)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "mean"])
+def test_a_step_outside_the_table_gives_nan(triton, prediction):
+    x = torch.randn(3, 1, 2, 2).to(triton.DEVICE)
+    t, tab = torch.tensor([5, 1000, -1]).to(x.device), table(device=x.device)
+    xt, _ = triton.noise(x, t, tab, eps=x)
+    step = triton.posterior_step(x, x, t, tab, z=x, prediction=prediction)
+    for y in (xt, step):
+        assert y[0].isfinite().all()
+        assert y[1:].isnan().all()
+
+
+def test_offsets_beyond_int32(triton):
+    """Two samples that lie more than 2^31 elements apart."""
+    if triton.DEVICE != "cpu":
+        pytest.skip("what lies between them costs no memory on the host only")
+    apart = 2**31 + 8
+    wide = torch.empty(2 * apart, dtype=torch.uint8)
+    x0 = wide.as_strided((2, 1, 1, 4), (apart, 4, 4, 1))
+    x0.copy_(torch.tensor([[0, 1, 2, 3], [252, 253, 254, 255]]).reshape(2, 1, 1, 4))
+    t, tab = torch.tensor([3, 4]), table()
+    eps = torch.randn(x0.shape)
+    got, _ = triton.noise(x0, t, tab, eps=eps)
+    assert torch.equal(got, triton.noise(x0.clone(), t, tab, eps=eps)[0])
+
+
+def test_it_is_never_chosen_on_the_cpu_by_itself(triton):
+    chosen = dispatch.choose("group_norm_silu", torch.zeros(1, 2, 2, 2))
+    assert chosen is not triton
+
+
+def test_what_it_can_not_do(triton):
+    other = "cuda" if triton.DEVICE == "cpu" else "cpu"
+    if other == "cpu" or torch.cuda.is_available():
+        assert f"a tensor is on {other}" in triton.unsupported(
+            "noise", torch.zeros(1, device=other)
+        )
+    x = torch.zeros(1, 1, device=triton.DEVICE)
+    assert triton.unsupported("noise", x) is None
+    assert triton.unsupported("noise", x.double()) == "float64 is not supported"
+    assert triton.unsupported("randn", x, dtype=torch.float64) == "float64 is not supported"
+    assert "5 dimensions" in triton.unsupported("group_norm_silu", x[None, None, None])
+    huge = torch.zeros(1, 1, device=triton.DEVICE).expand(1, 2**31)
+    assert "too large" in triton.unsupported("noise", huge)
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_interpreter_and_gpu_it_is_missing_with_the_reason():
+    code = "from fastddpm.ops import dispatch; print(dispatch.load('triton').missing)"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=HERE.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "torch finds no CUDA device, and TRITON_INTERPRET=1 is not set"
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles(capability, tmp_path):
+    """For GPUs that need not be there: no local memory, and shared memory that every one has."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    if not (tools / "ptxas").exists() or not (tools / "cuobjdump").exists():
+        pytest.skip("this triton has no ptxas and cuobjdump of its own")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(
+        [sys.executable, HERE / "compile_triton.py", str(capability), "bfloat16"],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {kernel["kernel"] for kernel in kernels} == KERNELS
+    for kernel in kernels:
+        assert kernel["stack"] == 0, kernel
+        assert kernel["shared"] <= 99 * 1024, kernel
