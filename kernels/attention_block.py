@@ -173,13 +173,13 @@ def _dkv_kernel(
     store(out + C, dv, inside)
 
 
-def _tiles(tokens, dtype, dim, owned, looped, widest):
+def _tiles(tokens, dtype, dim, owned, looped, widest, results):
     """(tile sizes, warps): rows a program owns and loops over, columns of scores and of results."""
     half, width = dtype != torch.float32, max(power_of_two(dim), 16)
     owned, looped = tokens.rows(owned if half else 32), tokens.rows(looped if half else 32)
     bv = min(width, widest if half else 64)
     looped = min(looped, 32) if bv > 128 else looped
-    return owned, looped, min(width, 128 if half else 32), bv, 8 if bv > 64 else 4
+    return owned, looped, min(width, 128 if half else 32), bv, 8 if bv * results > 64 else 4
 
 
 class _Block:
@@ -199,7 +199,7 @@ class _Block:
         linear(self.tokens, self.tokens.images[0], qkv_weight, qkv_bias, qkv, norm=self.norm)
 
     def attend(self, log_sum=None):
-        bm, bn, bd, bv, warps = _tiles(self.tokens, self.qkv.dtype, self.dim, 64, 64, 256)
+        bm, bn, bd, bv, warps = _tiles(self.tokens, self.qkv.dtype, self.dim, 64, 64, 256, 1)
         _attention_kernel[self.grid(bm, bv)](
             self.qkv, self.mixed, log_sum, self.tokens.length, self.heads, self.scale,
             DIM=self.dim, PRECISION=precision(), BM=bm, BN=bn, BD=bd, BV=bv, num_warps=warps,
@@ -214,7 +214,7 @@ class _Block:
             self.mixed, dmixed, delta, self.tokens.length, self.heads,
             DIM=self.dim, BM=rows, BD=columns,
         )  # fmt: skip
-        owned, looped, bd, bv, warps = _tiles(self.tokens, self.qkv.dtype, self.dim, 64, 32, 128)
+        owned, looped, bd, bv, warps = _tiles(self.tokens, self.qkv.dtype, self.dim, 64, 32, 128, 2)
         for kernel, bm, bn in ((_dq_kernel, owned, looped), (_dkv_kernel, looped, owned)):
             kernel[self.grid(owned, bv)](
                 self.qkv, dmixed, log_sum, delta, dqkv, self.tokens.length, self.heads,

@@ -119,13 +119,13 @@ def statistics(
     P = B * D
     p = tl.arange(0, BP)[:, None, None]
     inside = live & (p < P)
-    first = tl.minimum(P, BP).to(tl.float32) * CG
+    first = tl.minimum(P, BP) * 1.0 * CG
     shift = over_slab(load(pixels_of(x, n, c, p, D, FLAT), inside)) / first
     count, mean, squares = first * 0.0, shift * 0.0, shift * 0.0
     for start in range(0, P, BP):
         p = start + tl.arange(0, BP)[:, None, None]
         inside = live & (p < P)
-        some = tl.minimum(P - start, BP).to(tl.float32) * CG
+        some = tl.minimum(P - start, BP) * 1.0 * CG
         tile = load(pixels_of(x, n, c, p, D, FLAT), inside)
         tile_mean, tile_squares = moments(tile, inside, shift, some)
         delta, total = tile_mean - mean, count + some
@@ -138,7 +138,7 @@ def statistics(
 @triton.jit
 def statistics_once(x, inside, P, CG, eps):
     """The same of slabs that are one tile, already read."""
-    count = (P * CG).to(tl.float32)
+    count = 1.0 * P * CG  # not .to(): what is 1 is a constant, which has no such method
     shift = over_slab(x) / count
     mean, squares = moments(x, inside, shift, count)
     return shift, mean, 1.0 / tl.sqrt_rn(squares / count + eps)
@@ -270,7 +270,7 @@ def _group_norm_silu_backward_kernel(
     at = n.to(tl.int64) * (G * CG) + c
     tl.store(sums + at, total, mask=live)
     tl.store(products + at, product, mask=live)
-    count = (P * CG).to(tl.float32)
+    count = 1.0 * P * CG
     mean_d = tl.sum(gain * total, 2, keep_dims=True) / count
     mean_dx = tl.sum(gain * product, 2, keep_dims=True) / count
     if ONCE:

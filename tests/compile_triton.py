@@ -92,6 +92,11 @@ def launch_everything(dtype: torch.dtype) -> None:
     for image in (x, torch.zeros(2, 64, 64, 64, dtype=dtype)):  # in one tile, and in many
         group_norm_silu.group_norm_silu(image, 8, c, c, scale=m, shift=m)
         group_norm_silu.group_norm_silu_backward(image, image, 8, c, c, 1e-6, m, m, True)
+    x = torch.zeros(1, 4, 1, 1, dtype=dtype)  # sizes of 1 are constants to the compiler
+    noise.noise(x, t[:1], table, eps=x, flip=t[:1] > 0)
+    posterior_step.posterior_step(x, x, t[:1], table, seed=1, sample_index=t[:1])
+    group_norm_silu.group_norm_silu(x, 4, c[:4], c[:4])
+    group_norm_silu.group_norm_silu_backward(x, x, 4, c[:4], c[:4], 1e-6, None, None, True)
     x = torch.zeros(1, 512, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
     c, square, wide = torch.zeros(512), torch.zeros(512, 512), torch.zeros(3 * 512, 512)
     parameters = 32, c, c, wide, wide[:, 0], square, c
