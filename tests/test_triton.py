@@ -195,23 +195,35 @@ def test_without_interpreter_and_gpu_it_is_missing_with_the_reason():
     assert done.stdout.strip() == "torch finds no CUDA device, and TRITON_INTERPRET=1 is not set"
 
 
-@needs_triton
-@pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_compiles(capability, tmp_path):
-    """For GPUs that need not be there: no local memory, and shared memory that every one has."""
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """{compute capability: what compile_triton.py printed}, both made at the same time."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     if not (tools / "ptxas").exists() or not (tools / "cuobjdump").exists():
         pytest.skip("this triton has no ptxas and cuobjdump of its own")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(
-        [sys.executable, HERE / "compile_triton.py", str(capability), "bfloat16"],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    environment |= {"PYTHONPATH": str(HERE.parent)}
+    children = {
+        capability: subprocess.Popen(
+            [sys.executable, HERE / "compile_triton.py", str(capability), "bfloat16"],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for capability in (80, 90)
+    }  # fmt: skip
+    outputs = {capability: child.communicate() for capability, child in children.items()}
+    for capability, child in children.items():
+        assert child.returncode == 0, outputs[capability][1]
+    return {capability: output for capability, (output, _) in outputs.items()}
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles(compiled, capability):
+    """For GPUs that need not be there: no local memory, and shared memory that every one has."""
+    kernels = [json.loads(line) for line in compiled[capability].splitlines()]
     assert {kernel["kernel"] for kernel in kernels} == KERNELS
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel
