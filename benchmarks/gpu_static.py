@@ -73,7 +73,7 @@ class Case:
 
 
 def resident(channels: int, plane: int, per_group: int, size: int, kept: int) -> tuple[int, int]:
-    """(threads, dynamic shared bytes) of group_norm.h for NHWC: make_cut and shared_bytes there.
+    """(threads, dynamic shared bytes) of group_norm_cut.h for NHWC: make_cut, shared_bytes.
 
     channels: of a slab;  kept: tensors whose slab stays in shared memory
     """

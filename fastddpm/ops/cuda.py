@@ -17,6 +17,7 @@ class _Cuda(Native):
             getattr(self.module, name)(*args, torch.cuda.current_stream(x.device).cuda_stream)
 
     def workspace(self, x, num_groups, *, backward):
+        assert self.module is not None
         size = self.module.group_norm_workspace(x.shape[0], x.shape[1], num_groups, backward)
         return torch.empty(size, dtype=torch.float32, device=x.device)
 
