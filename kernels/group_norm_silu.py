@@ -16,7 +16,6 @@ from fastddpm.kernels.tiles import like, merged, power_of_two
 
 SLAB = 8192  # elements that a program holds at once
 LEAST = 8192 if INTERPRETED.value else 1024  # of a program's elements: it takes more rows for that
-MAX_CHANNELS = 16384  # of a group
 
 
 class Rows:

@@ -139,7 +139,7 @@ class Block {
     const Matrix none{nullptr, DType::f32, 0, 0};
     const Shape shape{count, channels, op.shape.h, op.shape.w};
     group_norm_silu({shape, op.groups, op.eps, false, x, y, op.norm_weight, op.norm_bias, none,
-                     none, nullptr, nullptr},
+                     none, nullptr, nullptr, nullptr},
                     threads);
   }
 

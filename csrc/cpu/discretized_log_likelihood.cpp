@@ -1,3 +1,4 @@
+// discretized_log_likelihood: the walk over the elements; the formula is in math.h.
 #include "isa.h"
 #include "parallel.h"
 #include "view.h"

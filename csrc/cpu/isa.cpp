@@ -1,3 +1,5 @@
+// The choice of an instruction set at run time, and the checks that every build of an op shares.
+// No kernels.
 #include "isa.h"
 
 #include <atomic>

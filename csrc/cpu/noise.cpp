@@ -1,3 +1,4 @@
+// noise: the walk over samples and chunks; formula and random numbers are in math.h and philox.h.
 #include "isa.h"
 #include "normals.h"
 #include "parallel.h"

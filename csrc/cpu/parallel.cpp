@@ -1,3 +1,4 @@
+// Finds the OpenMP runtime that torch runs on, if there is one, and hands loops to it. No kernels.
 #include "parallel.h"
 
 #include <dlfcn.h>

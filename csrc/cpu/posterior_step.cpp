@@ -1,3 +1,4 @@
+// posterior_step: the walk over samples and chunks; the formula is in math.h.
 #include "isa.h"
 #include "normals.h"
 #include "parallel.h"

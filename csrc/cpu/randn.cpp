@@ -1,3 +1,4 @@
+// randn: the walk over samples and chunks; the numbers are those of philox.h.
 #include "isa.h"
 #include "normals.h"
 #include "parallel.h"

@@ -1,3 +1,4 @@
+// discretized_log_likelihood: one thread an element or a tile; the formula is in math.h.
 #include "access.h"
 
 namespace fastddpm {

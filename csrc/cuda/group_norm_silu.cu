@@ -1,3 +1,4 @@
+// group_norm_silu: normalise and apply; the cut and the statistics are in group_norm.h.
 #include "group_norm.h"
 
 namespace fastddpm {

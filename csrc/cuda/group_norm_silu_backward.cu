@@ -51,12 +51,13 @@ __device__ __forceinline__ void channel_sums(const GroupNormSiluBackward& op, co
         }
       },
       [&](int channel) {
-        if (WALK != Walk::planes) return;
-        for (int i = 0; i < 2; ++i) {
-          float sum = 0.0f;
-          for (int k = 0; k < V; ++k) sum += sums[i][k];
-          sum = warp_sum(sum);
-          if (threadIdx.x % 32 == 0) scratch.totals[i * cut.channels + channel] = sum;
+        if constexpr (WALK == Walk::planes) {
+          for (int i = 0; i < 2; ++i) {
+            float sum = 0.0f;
+            for (int k = 0; k < V; ++k) sum += sums[i][k];
+            sum = warp_sum(sum);
+            if (threadIdx.x % 32 == 0) scratch.totals[i * cut.channels + channel] = sum;
+          }
         }
       });
   if (WALK == Walk::pixels)

@@ -1,3 +1,4 @@
+// noise: one thread a tile, or a Philox block of any layout; the formula is in math.h.
 #include <type_traits>
 
 #include "access.h"

@@ -1,3 +1,4 @@
+// posterior_step: one thread a tile, or a Philox block of any layout; the formula is in math.h.
 #include "access.h"
 
 namespace fastddpm {

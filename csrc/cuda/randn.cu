@@ -1,3 +1,4 @@
+// randn: one thread a Philox block; the numbers are those of philox.h.
 #include "access.h"
 
 namespace fastddpm {
