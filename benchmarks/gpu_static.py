@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -195,7 +196,11 @@ def triton_kernels(arch: str) -> list[Kernel]:
     program = ROOT / "tests" / "compile_triton.py"
     if not program.is_file():
         return []
-    done = subprocess.run([sys.executable, program, arch], capture_output=True, text=True, cwd=ROOT)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, program, arch, "bfloat16"],
+        capture_output=True, text=True, cwd=ROOT, env=environment,
+    )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{program.name} {arch} failed:\n{done.stderr}")
     kernels = {}

@@ -39,11 +39,17 @@ def _on_device(function: Callable) -> Callable:
     return wrapper
 
 
+@_on_device
+def group_norm_silu_backward(grad, x, num_groups, weight, bias, eps, scale, shift, silu):
+    return _group_norm.group_norm_silu_backward(
+        grad, x, num_groups, weight, bias, eps, scale, shift, silu
+    )
+
+
 randn = _on_device(_philox.randn)
 noise = _on_device(_noise.noise)
 posterior_step = _on_device(_posterior.posterior_step)
 group_norm_silu = _on_device(_group_norm.group_norm_silu)
-group_norm_silu_backward = _on_device(_group_norm.group_norm_silu_backward)
 attention_block = _on_device(_attention.attention_block)
 attention_block_backward = _on_device(_attention.attention_block_backward)
 discretized_log_likelihood = _on_device(_likelihood.discretized_log_likelihood)
