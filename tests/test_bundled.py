@@ -40,7 +40,7 @@ def test_it_fits_the_wheel_and_has_its_card():
 @pytest.fixture(scope="module")
 def garments() -> torch.Tensor:
     model = UNet.from_pretrained("fashion-mnist")
-    return fastddpm.sample(model, 32, seed=1, steps=100, sampler="ddim", progress=False)[:, 0]
+    return fastddpm.sample(model, 32, seed=1, steps=50, sampler="ddim", progress=False)[:, 0]
 
 
 def test_its_samples_have_the_datas_statistics(garments):
