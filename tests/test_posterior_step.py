@@ -162,6 +162,7 @@ def test_half_precision_outputs_of_a_float32_chain(device):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_gradients(device, dtype, prediction):
     tensors = inputs((4, 2, 5, 4), dtype, device)
+    tensors[1][tensors[1].abs() == 1] = 0.5  # at the clip's kink torch's versions differ
     t, tab = timesteps(4).to(device), table(device=device)
     grad = torch.randn(()).to(device, dtype).expand(4, 2, 5, 4)  # as from y.sum()
 
