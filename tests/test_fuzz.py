@@ -198,8 +198,10 @@ def test_attention_block(backend, device, data):
         function(reference.attention_block), list(map(double, (x, *parameters))), double(grad)
     )
     plain = gradients(function(reference.attention_block), (x, *parameters), grad)
+    # Where all pixels are equal the softmax's gradient is a difference of equal numbers, and its
+    # error is relative to those, not to the result.
     for a, b, c in zip(got, true, plain, strict=True):
-        assert_near(a, b, c, ulps=64)
+        assert_near(a, b, c, ulps=512)
 
 
 @fuzz
