@@ -279,13 +279,7 @@ class UNet(nn.Module):
         """The model's output for x_t (N, C, H, W) at the 0-based steps t (N,)."""
         self._check_input(x, t)
         dtype = self.conv_in.weight.dtype
-        sinusoids = timestep_embedding(
-            t,
-            self.config["channels"],
-            freq_shift=self.config["freq_shift"],
-            flip_sin_to_cos=self.config["flip_sin_to_cos"],
-        )
-        temb = self.temb(sinusoids.to(dtype))
+        temb = self.temb(self.sinusoids(t).to(dtype))
 
         h = self.conv_in(x.to(dtype, memory_format=torch.channels_last))
         skips = [h]
@@ -305,6 +299,15 @@ class UNet(nn.Module):
             if level.upsample is not None:
                 h = level.upsample(h)
         return self.conv_out(self.norm_out(h)).to(x.dtype)
+
+    def sinusoids(self, t: torch.Tensor) -> torch.Tensor:
+        """The time embedding's input at the steps t, (N, channels) float32."""
+        return timestep_embedding(
+            t,
+            self.config["channels"],
+            freq_shift=self.config["freq_shift"],
+            flip_sin_to_cos=self.config["flip_sin_to_cos"],
+        )
 
     def _check_input(self, x: torch.Tensor, t: torch.Tensor) -> None:
         halvings = 2 ** (len(self.config["channel_mult"]) - 1)

@@ -4,6 +4,7 @@
 // each of which sees all keys, so that no more than a tile's rows of scores exist; projection and
 // residual. Operands are float32 whatever the storage. The tiles depend on the shape alone, and
 // products sum in a fixed order, so the bits do not depend on the threads or on the batch.
+#include "attention.h"
 #include "gemm.h"
 #include "isa.h"
 #include "parallel.h"
@@ -13,7 +14,6 @@ namespace fastddpm {
 namespace FASTDDPM_ISA {
 namespace {
 
-constexpr int64_t ROWS = 48;  // pixels in a tile: whole strips
 constexpr int64_t WORKING_SET =
     16 * 1024 * 1024;  // bytes of q, k, v that are kept at a time, about
 
@@ -32,24 +32,6 @@ void pack_matrix(const Matrix& weight, int64_t rows, int64_t columns, float* pan
 
 void pack_row(const Matrix& bias, int64_t count, float* row) {
   if (bias.data) pack_matrix({bias.data, bias.dtype, bias.stride_c, 0}, count, 1, row);
-}
-
-// softmax up to the factor that is returned: x[i] becomes e^{scale (x[i] - max x)}.
-float exponentiate(float* __restrict x, int64_t count, float scale) {
-  float top = x[0], sum = 0.0f;
-  Vector tops = vector_of(top), sums{};
-  int64_t i = 0;
-  for (; i + WIDTH <= count; i += WIDTH) {
-    const Vector v = load_vector(x + i);
-    tops = v > tops ? v : tops;
-  }
-  for (; i < count; ++i) top = x[i] > top ? x[i] : top;
-  for (int64_t j = 0; j < WIDTH; ++j) top = tops[j] > top ? tops[j] : top;
-  for (i = 0; i < count; ++i) x[i] = exponential(scale * (x[i] - top));
-  for (i = 0; i + WIDTH <= count; i += WIDTH) sums += load_vector(x + i);
-  for (; i < count; ++i) sum += x[i];
-  for (int64_t j = 0; j < WIDTH; ++j) sum += sums[j];
-  return 1.0f / sum;
 }
 
 class Block {
@@ -145,18 +127,10 @@ class Block {
 
   // head: counted through all images that are at work.
   void attend(int64_t head, int64_t tile, float* scores) {
-    const int64_t rows = rows_of(tile), ld = round_up(pixels, PANEL);
     float* q = qkv.data + (head / op.heads * pixels + tile * ROWS) * 3 * channels +
                head % op.heads * depth;
-    multiply(q, 3 * channels, keys.data + head * key_size, rows, depth, pixels, nullptr, scores,
-             ld);
-    float factor[ROWS];
-    const float scale = float(1.0 / sqrt(double(depth)));
-    for (int64_t i = 0; i < rows; ++i) factor[i] = exponentiate(scores + i * ld, pixels, scale);
-    multiply(scores, ld, values.data + head * value_size, rows, pixels, depth, nullptr, q,
-             3 * channels);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < depth; ++j) q[i * 3 * channels + j] *= factor[i];
+    attend_rows(q, 3 * channels, keys.data + head * key_size, values.data + head * value_size,
+                rows_of(tile), pixels, depth, scores, q, 3 * channels);
   }
 
   void project(int64_t first, int64_t image, int64_t tile, float* result) {

@@ -60,7 +60,10 @@ inline void multiply_strip(const float* a, int64_t lda, const float* panel, int6
       store_vector(c + i * ldc, sum[i][0]);
       store_vector(c + i * ldc + WIDTH, sum[i][1]);
     } else {
-      __builtin_memcpy(c + i * ldc, sum[i], size_t(columns) * sizeof(float));
+      float values[PANEL];
+      store_vector(values, sum[i][0]);
+      store_vector(values + WIDTH, sum[i][1]);
+      __builtin_memcpy(c + i * ldc, values, size_t(columns) * sizeof(float));
     }
   }
 }

@@ -4,6 +4,7 @@
 // templates.
 #pragma once
 #include "../ops.h"
+#include "plan_ops.h"
 
 // Calls X(namespace) for each compiled instruction set, weakest first.
 #if defined(FASTDDPM_X86)

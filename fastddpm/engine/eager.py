@@ -52,6 +52,11 @@ class Eager:
         elif self.precision == "bf16":
             self._context = lambda: autocast("bf16", device)
 
+    def output(self, xt: torch.Tensor, i: int, t: torch.Tensor) -> torch.Tensor:
+        """What the model says of x_t at chain index i; t: the same as a tensor (N,)."""
+        with self._context():
+            return self.diffusion.model_output(self.model, xt, t)
+
     @torch.no_grad()
     def run(
         self,
@@ -74,8 +79,7 @@ class Eager:
         with evaluating(self.model):
             for i in reversed(range(stop, diffusion.T if start is None else start)):
                 t = torch.full((xt.shape[0],), i, dtype=torch.int64, device=self.device)
-                with self._context():
-                    output = diffusion.model_output(self.model, xt, t)
+                output = self.output(xt, i, t)
                 x = diffusion.p_step(
                     xt, output, t, seed=seed, sample_index=sample_index, **self.step_options
                 )

@@ -1,0 +1,45 @@
+// Attention of a tile of queries to all keys of a head: its rows of scores are all that ever exists.
+#pragma once
+#include "../math.h"
+#include "gemm.h"
+
+namespace fastddpm {
+namespace {
+
+constexpr int64_t ROWS = 48;  // queries in a tile: whole strips
+
+// softmax up to the factor that is returned: x[i] becomes e^{scale (x[i] - max x)}.
+inline float exponentiate(float* __restrict x, int64_t count, float scale) {
+  float top = x[0], sum = 0.0f;
+  Vector tops = vector_of(top), sums{};
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) {
+    const Vector v = load_vector(x + i);
+    tops = v > tops ? v : tops;
+  }
+  for (; i < count; ++i) top = x[i] > top ? x[i] : top;
+  for (int64_t j = 0; j < WIDTH; ++j) top = tops[j] > top ? tops[j] : top;
+  for (i = 0; i < count; ++i) x[i] = exponential(scale * (x[i] - top));
+  for (i = 0; i + WIDTH <= count; i += WIDTH) sums += load_vector(x + i);
+  for (; i < count; ++i) sum += x[i];
+  for (int64_t j = 0; j < WIDTH; ++j) sum += sums[j];
+  return 1.0f / sum;
+}
+
+// out = softmax(q k^T / sqrt(depth)) v for `rows` queries. keys: k^T packed; values: v packed;
+// scores: (rows, pixels rounded up to whole panels); out may be q.
+inline void attend_rows(const float* q, int64_t ldq, const float* keys, const float* values,
+                        int64_t rows, int64_t pixels, int64_t depth, float* scores, float* out,
+                        int64_t ldo) {
+  const int64_t ld = round_up(pixels, PANEL);
+  multiply(q, ldq, keys, rows, depth, pixels, nullptr, scores, ld);
+  float factor[ROWS];
+  const float scale = float(1.0 / sqrt(double(depth)));
+  for (int64_t i = 0; i < rows; ++i) factor[i] = exponentiate(scores + i * ld, pixels, scale);
+  multiply(scores, ld, values, rows, pixels, depth, nullptr, out, ldo);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < depth; ++j) out[i * ldo + j] *= factor[i];
+}
+
+}  // namespace
+}  // namespace fastddpm

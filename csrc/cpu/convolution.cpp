@@ -1,0 +1,262 @@
+// Convolutions of a plan, 1x1 and 3x3, from an input that has its border already.
+//
+// The direct sum walks rows of pixels with register tiles of 6 pixels by 2 vectors of output
+// channels. The Winograd forms turn the products of a 3x3 filter into TILE^2 small matrix products
+// over blocks of tiles that stay in the cache. Bias and residual are added as the results leave the
+// registers. An element's sum runs over the input in the layer's order, whatever block it is in.
+#include "gemm.h"
+#include "isa.h"
+#include "parallel.h"
+#include "winograd.h"
+
+namespace fastddpm {
+namespace FASTDDPM_ISA {
+namespace {
+
+constexpr int64_t PIXELS = 48;           // output pixels in a block of the direct sum: whole strips
+constexpr int64_t TILES_MIN = 24, TILES_MAX = 48;  // tiles in a block, whole strips
+constexpr int64_t TRANSFORMED = 48 * 1024;         // floats of a block's transformed input, about
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// y = sum + bias (+ residual) for a vector of a pixel's channels, as many as there are.
+struct Epilogue {
+  const float *bias, *residual;
+  float* y;
+  int64_t c_out;
+
+  void operator()(int64_t pixel, int64_t c, Vector sum) const {
+    const int64_t at = pixel * c_out + c;
+    if (c + WIDTH <= c_out) {
+      sum += load_vector(bias + c);
+      if (residual) sum += load_vector(residual + at);
+      return store_vector(y + at, sum);
+    }
+    float values[WIDTH];
+    store_vector(values, sum);
+    for (int64_t j = 0; j < c_out - c; ++j) {
+      const float v = values[j] + bias[c + j];
+      y[at + j] = residual ? v + residual[at + j] : v;
+    }
+  }
+};
+
+// Where pixel or tile i of all images lies, counted up without a division.
+struct Place {
+  int64_t width, height, image, y, x;
+
+  Place(int64_t i, int64_t width, int64_t height)
+      : width(width),
+        height(height),
+        image(i / (width * height)),
+        y(i / width % height),
+        x(i % width) {}
+
+  void next() {
+    if (++x < width) return;
+    x = 0;
+    if (++y < height) return;
+    y = 0, ++image;
+  }
+};
+
+// ---- the direct sum ----------------------------------------------------------------------------
+
+// x[i]: where pixel i's filter begins; `runs` runs of `length` floats, `line` apart.
+template <int ROWS>
+void direct_strip(const float* const* x, int64_t runs, int64_t length, int64_t line,
+                  const float* panel, int64_t pixel, int64_t c, const Epilogue& epilogue) {
+  Vector sum[ROWS][2];
+  for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = Vector{};
+  for (int64_t run = 0; run < runs; ++run) {
+    const float* row[ROWS];
+    for (int i = 0; i < ROWS; ++i) row[i] = x[i] + run * line;
+    for (int64_t l = 0; l < length; ++l, panel += PANEL) {
+      const Vector left = load_vector(panel), right = load_vector(panel + WIDTH);
+#pragma GCC unroll 6
+      for (int i = 0; i < ROWS; ++i) {
+        const Vector v = vector_of(row[i][l]);
+        sum[i][0] = vector_madd(v, left, sum[i][0]);
+        sum[i][1] = vector_madd(v, right, sum[i][1]);
+      }
+    }
+  }
+  for (int i = 0; i < ROWS; ++i) {
+    epilogue(pixel + i, c, sum[i][0]);
+    epilogue(pixel + i, c + WIDTH, sum[i][1]);
+  }
+}
+
+void direct(const Convolution& op, const Epilogue& epilogue, int64_t first, int64_t count,
+            int64_t c_first, int64_t c_last) {
+  using Strip = void (*)(const float* const*, int64_t, int64_t, int64_t, const float*, int64_t,
+                         int64_t, const Epilogue&);
+  static constexpr Strip strips[STRIP] = {direct_strip<1>, direct_strip<2>, direct_strip<3>,
+                                          direct_strip<4>, direct_strip<5>, direct_strip<6>};
+  const float* x[PIXELS];
+  const int64_t line = op.columns * op.pixel;
+  Place place(first, op.width, op.height);
+  for (int64_t i = 0; i < count; ++i, place.next())
+    x[i] = op.x + (place.image * op.rows + place.y * op.stride) * line +
+           place.x * op.stride * op.pixel;
+  const int64_t length = op.kernel * op.c_in, size = op.kernel * length * PANEL;
+  for (int64_t c = c_first; c < c_last; c += PANEL)
+    for (int64_t i = 0; i < count; i += STRIP)
+      strips[least(count - i, STRIP) - 1](x + i, op.kernel, length, line,
+                                          op.weight + c / PANEL * size, first + i, c, epilogue);
+}
+
+// ---- Winograd ----------------------------------------------------------------------------------
+
+int64_t tiles_at_once(int64_t pixel, int64_t points) {
+  const int64_t fit = TRANSFORMED / (points * pixel) / STRIP * STRIP;
+  return fit < TILES_MIN ? TILES_MIN : fit > TILES_MAX ? TILES_MAX : fit;
+}
+
+template <int m>
+struct Block {
+  static constexpr int TILE = Winograd<m>::TILE, POINTS = TILE * TILE;
+  // Planes a cache line further apart than a power of two, which would share their cache sets.
+  static int64_t input_plane(const Convolution& op) {
+    return tiles_at_once(op.pixel, POINTS) * op.pixel + 16;
+  }
+  static int64_t product_plane(const Convolution& op) {
+    return tiles_at_once(op.pixel, POINTS) * PANEL + 16;
+  }
+  static int64_t workspace(const Convolution& op) {
+    return POINTS * (input_plane(op) + product_plane(op));
+  }
+
+  static void run(const Convolution& op, const Epilogue& epilogue, int64_t first, int64_t count,
+                  int64_t c_first, int64_t c_last, float* workspace) {
+    const Place start(first, ceil_div(op.width, m), ceil_div(op.height, m));
+    const int64_t line = op.columns * op.pixel, plane = input_plane(op), part = product_plane(op);
+    float *inputs = workspace, *products = workspace + POINTS * plane;
+    Place place = start;
+    for (int64_t i = 0; i < count; ++i, place.next()) {
+      const float* x = op.x + (place.image * op.rows + place.y * m) * line +
+                       place.x * m * op.pixel;
+      for (int64_t c = 0; c < op.c_in; c += WIDTH)
+        transform_input<m>(x + c, line, op.pixel, inputs + i * op.pixel + c, plane);
+    }
+    const int64_t size = op.c_in * PANEL;
+    for (int64_t c = c_first; c < c_last; c += PANEL) {
+      const float* weight = op.weight + c / PANEL * POINTS * size;
+      for (int64_t p = 0; p < POINTS; ++p)
+        multiply(inputs + p * plane, op.pixel, weight + p * size, count, op.c_in, PANEL, nullptr,
+                 products + p * part, PANEL);
+      place = start;
+      for (int64_t i = 0; i < count; ++i, place.next()) {
+        const int64_t top = place.y * m, left = place.x * m;
+        const int64_t rows = op.height - top, columns = op.width - left;
+        const int64_t corner = (place.image * op.height + top) * op.width + left;
+        for (int64_t half = 0; half < PANEL && c + half < op.c_out; half += WIDTH)
+          transform_output<m>(products + i * PANEL + half, part, [&](int a, int b, Vector y) {
+            if (a < rows && b < columns) epilogue(corner + a * op.width + b, c + half, y);
+          });
+      }
+    }
+  }
+};
+
+// Calls body(first, count, first channel, last channel, thread) for blocks of `block` of `total`
+// pixels or tiles, the channels of a block in parts where there are fewer blocks than threads.
+template <class Body>
+void for_blocks(const Convolution& op, int64_t total, int64_t block, int threads, const Body& body) {
+  const int64_t blocks = ceil_div(total, block), panels = ceil_div(op.c_out, PANEL);
+  const int64_t parts = blocks >= 2 * threads ? 1 : least(panels, ceil_div(2 * threads, blocks));
+  const int64_t work =
+      op.images * op.height * op.width * op.c_out * op.c_in * op.kernel * op.kernel / 64;
+  parallel_for(blocks * parts, work, threads, [&](int64_t job, int thread) {
+    const int64_t first = job / parts * block, part = job % parts;
+    body(first, least(block, total - first), panels * part / parts * PANEL,
+         panels * (part + 1) / parts * PANEL, thread);
+  });
+}
+
+template <int m>
+void winograd(const Convolution& op, const Epilogue& epilogue, float* workspace, int threads) {
+  const int64_t total = op.images * ceil_div(op.height, m) * ceil_div(op.width, m);
+  const int64_t size = Block<m>::workspace(op);
+  for_blocks(op, total, tiles_at_once(op.pixel, Block<m>::POINTS), threads,
+             [&](int64_t first, int64_t count, int64_t c_first, int64_t c_last, int thread) {
+               Block<m>::run(op, epilogue, first, count, c_first, c_last,
+                             workspace + thread * size);
+             });
+}
+
+template <int m>
+void pack_winograd(const float* weight, int64_t c_in, int64_t c_out, float* packed) {
+  constexpr int64_t POINTS = Block<m>::POINTS;
+  double u[POINTS];
+  for (int64_t o = 0; o < c_out; ++o)
+    for (int64_t i = 0; i < c_in; ++i) {
+      transform_weight<m>(weight + (o * c_in + i) * 9, u);
+      for (int64_t p = 0; p < POINTS; ++p)
+        packed[((o / PANEL * POINTS + p) * c_in + i) * PANEL + o % PANEL] = float(u[p]);
+    }
+}
+
+}  // namespace
+
+// The fewest cycles by a count of vector operations and of the bytes of weights that stream past:
+// shapes alone decide, so that results depend on neither batch nor threads.
+Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t width) {
+  constexpr double IMAGES = 8, BYTES = 8;  // that share a pass over the weights; a cycle
+  const double outputs = double(ceil_div(c_out, PANEL) * 2);
+  const auto cost = [&](int64_t m) {
+    const double points = m ? double((m + 2) * (m + 2)) : 9.0;
+    const double tiles = m ? double(ceil_div(height, m) * ceil_div(width, m)) : height * width;
+    const double products = tiles * points * double(c_in) * outputs / 2;
+    const double transforms =
+        m ? tiles * points * 3 * (double(ceil_div(c_in, WIDTH)) + outputs) : 0.0;
+    const double bytes = points * double(c_in) * outputs * WIDTH * 4;
+    const double streaming = bytes > 256 * 1024 ? bytes / BYTES / IMAGES : 0.0;
+    return products + transforms + streaming;
+  };
+  const double direct = cost(0), two = cost(2), four = cost(4);
+  return direct <= two && direct <= four ? Algorithm::direct
+         : two <= four                   ? Algorithm::winograd_2
+                                         : Algorithm::winograd_4;
+}
+
+int64_t packed_weight_size(Algorithm algorithm, int64_t c_in, int64_t c_out, int64_t kernel) {
+  const int64_t m = int64_t(algorithm);
+  return packed_size(c_in * (m ? (m + 2) * (m + 2) : kernel * kernel), c_out);
+}
+
+// weight: (c_out, c_in, kernel, kernel); packed: zero where it stays empty.
+void pack_weight(Algorithm algorithm, const float* weight, int64_t c_in, int64_t c_out,
+                 int64_t kernel, float* packed) {
+  if (algorithm == Algorithm::winograd_2) return pack_winograd<2>(weight, c_in, c_out, packed);
+  if (algorithm == Algorithm::winograd_4) return pack_winograd<4>(weight, c_in, c_out, packed);
+  const int64_t taps = kernel * kernel, size = taps * c_in * PANEL;
+  for (int64_t o = 0; o < c_out; ++o)
+    for (int64_t i = 0; i < c_in; ++i)
+      for (int64_t tap = 0; tap < taps; ++tap)
+        packed[o / PANEL * size + (tap * c_in + i) * PANEL + o % PANEL] =
+            weight[(o * c_in + i) * taps + tap];
+}
+
+int64_t convolution_workspace(const Convolution& op, int threads) {
+  return threads * (op.algorithm == Algorithm::winograd_2   ? Block<2>::workspace(op)
+                    : op.algorithm == Algorithm::winograd_4 ? Block<4>::workspace(op)
+                                                            : 0);
+}
+
+void convolution(const Convolution& op, float* workspace, int threads) {
+  const Epilogue epilogue{op.bias, op.residual, op.y, op.c_out};
+  if (op.algorithm == Algorithm::winograd_2) return winograd<2>(op, epilogue, workspace, threads);
+  if (op.algorithm == Algorithm::winograd_4) return winograd<4>(op, epilogue, workspace, threads);
+  for_blocks(op, op.images * op.height * op.width, PIXELS, threads,
+             [&](int64_t first, int64_t count, int64_t c_first, int64_t c_last, int) {
+               direct(op, epilogue, first, count, c_first, c_last);
+             });
+}
+
+int64_t vector_width() { return WIDTH; }
+
+}  // namespace FASTDDPM_ISA
+}  // namespace fastddpm

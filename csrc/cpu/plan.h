@@ -1,0 +1,85 @@
+// A network as a list of native calls over one arena: built layer by layer, then replayed.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../ops.h"
+#include "plan_ops.h"
+
+namespace fastddpm {
+namespace cpu {
+
+struct PlanKernels;  // one instruction set's
+
+// GroupNorm of a layer's input, then SiLU if `silu`.
+struct Norm {
+  int64_t groups = 0;  // 0: none
+  float eps = 0.0f;
+  std::vector<float> weight, bias;  // (channels of all sources,)
+  bool silu = false;
+};
+
+// y = conv(norm(sources side by side)) + bias + time[offset ...] (+ residual).
+struct ConvolutionLayer {
+  std::string name;
+  std::vector<int64_t> sources;  // activations of one size, one or two
+  const float* weight;           // (c_out, channels of all sources, kernel, kernel), copied
+  int64_t c_out, kernel;         // kernel 1 or 3
+  std::vector<float> bias;       // (c_out,)
+  int64_t time_offset = -1;      // of its c_out values in the row of time embeddings, or -1
+  Norm norm;
+  int64_t residual = -1;                          // an activation like y, or -1
+  int64_t stride = 1, before = 0, after = 0;      // the border of zeros, before and after
+  int64_t repeat = 1;                             // 2: each pixel of the sources becomes 2x2 first
+  std::string algorithm = "auto";                 // or "direct", "winograd_2", "winograd_4"
+};
+
+// A layer as it will run, for reports.
+struct LayerReport {
+  std::string name, algorithm;
+  int64_t c_in, c_out, height, width, kernel;
+  double flop;  // of an image, by the definition of the layer
+};
+
+// Every method throws std::invalid_argument that names the layer and what does not fit. Results have
+// the same bits for every n, threads and group on one instruction set.
+class Plan {
+ public:
+  // The input: (n, channels, height, width) at each forward. Uses the instruction set in use now.
+  Plan(int64_t height, int64_t width, int64_t channels);
+  ~Plan();
+
+  int64_t convolution(const ConvolutionLayer& layer);                       // returns y
+  int64_t attention(const std::string& name, int64_t qkv, int64_t heads);  // returns y
+  void finish(int64_t output);  // places all activations in the arena; no layer can follow
+
+  // out = network(x). time: the row of time embeddings, time_size() floats. Not for two threads of
+  // the caller at once. group: images that go through all layers together, 0: chosen.
+  void forward(const Tensor& x, int64_t n, const float* time, const Tensor& out, int threads,
+               int64_t group);
+
+  // forward with the seconds of each layer, one layer after the other on all threads.
+  std::vector<double> profile(const Tensor& x, int64_t n, const float* time, const Tensor& out,
+                              int threads);
+
+  // The first layer whose result has a NaN or an infinity for this input, or "".
+  std::string not_finite(const Tensor& x, int64_t n, const float* time, int threads);
+
+  int64_t channels(int64_t activation) const;
+  std::vector<LayerReport> layers() const;
+  Shape input_shape(int64_t n) const;
+  Shape output_shape(int64_t n) const;
+  int64_t time_size() const;
+  int64_t weight_bytes() const;               // packed
+  int64_t image_bytes() const;                // the arena's share of one image
+  int64_t peak_bytes() const;                 // allocated so far: arena, workspaces and weights
+  const char* isa() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state;
+};
+
+}  // namespace cpu
+}  // namespace fastddpm

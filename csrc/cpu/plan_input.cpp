@@ -1,0 +1,188 @@
+// What stands between two convolutions of a plan: channel statistics, GroupNorm's coefficients and
+// the input of the next convolution. No products.
+#include "parallel.h"
+#include "isa.h"
+#include "simd.h"
+
+namespace fastddpm {
+namespace FASTDDPM_ISA {
+namespace {
+
+constexpr int64_t RUN = 64;   // pixels in a partial sum: keeps the error of long sums small
+constexpr int64_t LANES = 4;  // vectors of channels at a time
+
+// Over the pixels, for VECTORS vectors of channels: sums of x - centre and, if squares, of its
+// square.
+template <int VECTORS>
+void sum_channels(const float* x, int64_t pixels, int64_t channels, const float* centre, float* sum,
+                  float* squares) {
+  Vector middle[VECTORS], totals[VECTORS] = {}, total_squares[VECTORS] = {};
+  for (int v = 0; v < VECTORS; ++v) middle[v] = load_vector(centre + v * WIDTH);
+  for (int64_t first = 0; first < pixels; first += RUN) {
+    const int64_t last = pixels - first < RUN ? pixels : first + RUN;
+    Vector a[VECTORS] = {}, b[VECTORS] = {};
+    for (int64_t i = first; i < last; ++i)
+      for (int v = 0; v < VECTORS; ++v) {
+        const Vector d = load_vector(x + i * channels + v * WIDTH) - middle[v];
+        a[v] += d;
+        b[v] = vector_madd(d, d, b[v]);
+      }
+    for (int v = 0; v < VECTORS; ++v) totals[v] += a[v], total_squares[v] += b[v];
+  }
+  for (int v = 0; v < VECTORS; ++v) {
+    store_vector(sum + v * WIDTH, totals[v]);
+    store_vector(squares + v * WIDTH, total_squares[v]);
+  }
+}
+
+// The channels that are left over when vectors are full.
+void sum_channel(const float* x, int64_t pixels, int64_t channels, float centre, float& sum,
+                 float& squares) {
+  sum = squares = 0.0f;
+  for (int64_t first = 0; first < pixels; first += RUN) {
+    const int64_t last = pixels - first < RUN ? pixels : first + RUN;
+    float a = 0.0f, b = 0.0f;
+    for (int64_t i = first; i < last; ++i) {
+      const float d = x[i * channels] - centre;
+      a += d;
+      b = madd(d, d, b);
+    }
+    sum += a, squares += b;
+  }
+}
+
+// Sums around the first pixel, then around the mean: the second pass's sum corrects the first's.
+void statistics_of(const float* x, int64_t pixels, int64_t channels, int64_t count, float* mean,
+                   float* squares) {
+  float centre[LANES * WIDTH], sum[LANES * WIDTH];
+  const auto sums = [&](float* sum, float* squares) {
+    int64_t c = 0;
+    if (count == LANES * WIDTH) {
+      sum_channels<LANES>(x, pixels, channels, centre, sum, squares);
+      return;
+    }
+    for (; c + 2 * WIDTH <= count; c += 2 * WIDTH)
+      sum_channels<2>(x + c, pixels, channels, centre + c, sum + c, squares + c);
+    for (; c + WIDTH <= count; c += WIDTH)
+      sum_channels<1>(x + c, pixels, channels, centre + c, sum + c, squares + c);
+    for (; c < count; ++c)
+      sum_channel(x + c, pixels, channels, centre[c], sum[c], squares[c]);
+  };
+  const float inverse = 1.0f / float(pixels);
+  for (int64_t c = 0; c < count; ++c) centre[c] = x[c];
+  sums(sum, squares);
+  for (int64_t c = 0; c < count; ++c) centre[c] = madd(sum[c], inverse, centre[c]);
+  sums(sum, squares);
+  for (int64_t c = 0; c < count; ++c) {
+    const float rest = sum[c] * inverse;
+    mean[c] = centre[c] + rest;
+    const float corrected = madd(-rest, sum[c], squares[c]);
+    squares[c] = corrected > 0.0f || corrected != corrected ? corrected : 0.0f;
+  }
+}
+
+void coefficients_of(const GroupCoefficients& op, int64_t image) {
+  const int64_t channels = op.channels[0] + op.channels[1], width = channels / op.groups;
+  const auto at = [&](const float* const* statistic, int64_t c) -> double {
+    const int64_t s = c >= op.channels[0];
+    return statistic[s][image * op.channels[s] + (s ? c - op.channels[0] : c)];
+  };
+  for (int64_t first = 0; first < channels; first += width) {
+    double mean = 0.0, squares = 0.0;
+    for (int64_t c = first; c < first + width; ++c) mean += at(op.mean, c);
+    mean /= double(width);
+    for (int64_t c = first; c < first + width; ++c) {
+      const double d = at(op.mean, c) - mean;
+      squares += at(op.squares, c) + double(op.pixels) * d * d;
+    }
+    const double rstd = 1.0 / sqrt(squares / double(width * op.pixels) + double(op.eps));
+    for (int64_t c = first; c < first + width; ++c) {
+      op.centre[image * channels + c] = float(mean);
+      op.scale[image * channels + c] = float(double(op.weight[c]) * rstd);
+      op.shift[image * channels + c] = op.bias[c];
+    }
+  }
+}
+
+// ---- a row of a convolution's input ------------------------------------------------------------
+
+void fill_zero(float* x, int64_t count) {
+  __builtin_memset(x, 0, size_t(count) * sizeof(float));
+}
+
+void normalise(const float* __restrict x, int64_t channels, const float* __restrict centre,
+               const float* __restrict scale, const float* __restrict shift, float* __restrict y) {
+  int64_t c = 0;
+  for (; c + WIDTH <= channels; c += WIDTH)
+    store_vector(y + c, vector_madd(load_vector(x + c) - load_vector(centre + c),
+                                    load_vector(scale + c), load_vector(shift + c)));
+  for (; c < channels; ++c) y[c] = madd(x[c] - centre[c], scale[c], shift[c]);
+}
+
+void silu_run(float* x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) x[i] = silu(x[i]);
+}
+
+// Row y of the sources to the inner part of a row of the output.
+void prepare_row(const PrepareInput& op, int64_t image, int64_t y, float* out) {
+  const int64_t all = op.channels[0] + op.channels[1], step = op.repeat * op.pixel;
+  for (int64_t s = 0, c = 0; s < SOURCES && op.channels[s]; c += op.channels[s], ++s) {
+    const int64_t channels = op.channels[s];
+    const float* x = op.source[s] + (image * op.height + y) * op.width * channels;
+    const int64_t coefficient = image * all + c;
+    for (int64_t i = 0; i < op.width; ++i)
+      if (op.centre)
+        normalise(x + i * channels, channels, op.centre + coefficient, op.scale + coefficient,
+                  op.shift + coefficient, out + c + i * step);
+      else
+        __builtin_memcpy(out + c + i * step, x + i * channels, size_t(channels) * sizeof(float));
+  }
+  if (op.pixel > all)
+    for (int64_t i = 0; i < op.width; ++i) fill_zero(out + i * step + all, op.pixel - all);
+  if (op.repeat > 1)
+    for (int64_t i = 0; i < op.width; ++i)
+      for (int64_t r = 1; r < op.repeat; ++r)
+        __builtin_memcpy(out + i * step + r * op.pixel, out + i * step,
+                         size_t(op.pixel) * sizeof(float));
+  if (op.silu) silu_run(out, op.width * step);
+}
+
+}  // namespace
+
+void channel_statistics(const ChannelStatistics& op, int threads) {
+  const int64_t block = LANES * WIDTH, blocks = (op.channels + block - 1) / block;
+  const int64_t elements = op.images * op.pixels * op.channels;
+  parallel_for(op.images * blocks, elements, threads, [&](int64_t job, int) {
+    const int64_t image = job / blocks, c = job % blocks * block;
+    const int64_t count = op.channels - c < block ? op.channels - c : block;
+    statistics_of(op.x + image * op.pixels * op.channels + c, op.pixels, op.channels, count,
+                  op.mean + image * op.channels + c, op.squares + image * op.channels + c);
+  });
+}
+
+void group_coefficients(const GroupCoefficients& op, int threads) {
+  const int64_t work = op.images * (op.channels[0] + op.channels[1]) * 16;
+  parallel_for(op.images, work, threads, [&](int64_t n, int) { coefficients_of(op, n); });
+}
+
+void prepare_input(const PrepareInput& op, int threads) {
+  const int64_t border = op.before + op.after;
+  const int64_t columns = op.width * op.repeat + border, line = columns * op.pixel;
+  const int64_t image_size = (op.height * op.repeat + border) * line;
+  parallel_for(op.images * op.height, op.images * image_size, threads, [&](int64_t job, int) {
+    const int64_t image = job / op.height, y = job % op.height;
+    float* row = op.out + image * image_size + (op.before + y * op.repeat) * line;
+    if (y == 0) fill_zero(row - op.before * line, op.before * line);
+    if (border) {
+      fill_zero(row, op.before * op.pixel);
+      fill_zero(row + (columns - op.after) * op.pixel, op.after * op.pixel);
+    }
+    prepare_row(op, image, y, row + op.before * op.pixel);
+    for (int64_t r = 1; r < op.repeat; ++r)
+      __builtin_memcpy(row + r * line, row, size_t(line) * sizeof(float));
+    if (y == op.height - 1) fill_zero(row + op.repeat * line, op.after * line);
+  });
+}
+
+}  // namespace FASTDDPM_ISA
+}  // namespace fastddpm

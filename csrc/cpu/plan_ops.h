@@ -1,0 +1,83 @@
+// The instructions of a native plan: what its kernels get, with every address already looked up.
+// No kernels, and nothing about how a network becomes instructions.
+//
+// An activation is (images, H, W, C), float32, contiguous. Every kernel gives the same bits for
+// every image count and thread count: an element's sums have an order that its layer's shape fixes.
+#pragma once
+#include <cstdint>
+
+namespace fastddpm {
+
+constexpr int64_t SOURCES = 2;  // activations that a layer reads as one, channels side by side
+
+// Per image and channel, over the pixels: the mean, and the sum of squares around it.
+struct ChannelStatistics {
+  int64_t images, pixels, channels;
+  const float* x;
+  float *mean, *squares;  // (images, channels)
+};
+
+// GroupNorm's statistics of a layer's sources as one affine map per channel: v = (x - centre) scale
+// + shift. A source's statistics are ChannelStatistics: a group may lie across two sources.
+struct GroupCoefficients {
+  int64_t images, pixels, groups;
+  int64_t channels[SOURCES];
+  const float *mean[SOURCES], *squares[SOURCES];
+  float eps;
+  const float *weight, *bias;      // (C,), all sources'
+  float *centre, *scale, *shift;  // (images, C)
+};
+
+// What a convolution reads: its sources side by side, normalised, silu applied, each pixel repeated
+// to a square of `repeat` by `repeat`, with a border of zeros.
+struct PrepareInput {
+  int64_t images, height, width;  // of the sources
+  int64_t channels[SOURCES];
+  const float* source[SOURCES];
+  const float *centre, *scale, *shift;  // null: as they are
+  bool silu;
+  int64_t repeat, before, after;  // border rows and columns, before and after
+  int64_t pixel;                  // floats from pixel to pixel in out, the channels' count or more
+  float* out;                     // (images, rows, columns, pixel)
+};
+
+enum class Algorithm : int32_t {
+  direct = 0,      // the sums as they are written
+  winograd_2 = 2,  // F(2x2, 3x3): 4 products an output instead of 9
+  winograd_4 = 4,  // F(4x4, 3x3): 2.25 products an output
+};
+
+// y = conv(x) + bias (+ residual), x with its border.
+struct Convolution {
+  Algorithm algorithm;
+  int64_t images, c_in, c_out, kernel, stride;
+  int64_t rows, columns, pixel;  // of x: rows and columns with the border, floats a pixel
+  int64_t height, width;         // of y
+  const float *x, *weight, *bias, *residual;  // weight: packed; bias: (c_out,); residual: like y
+  float* y;
+};
+
+// softmax(q k^T / sqrt(d)) v per image and head; qkv: (images, pixels, 3C), y: (images, pixels, C).
+struct Attention {
+  int64_t images, pixels, channels, heads;
+  const float* qkv;
+  float* y;
+};
+
+#define FASTDDPM_DECLARE_PLAN_OPS(isa)                                                          \
+  namespace isa {                                                                               \
+  void channel_statistics(const ChannelStatistics&, int threads);                               \
+  void group_coefficients(const GroupCoefficients&, int threads);                               \
+  void prepare_input(const PrepareInput&, int threads);                                         \
+  void convolution(const Convolution&, float* workspace, int threads);                          \
+  void attention(const Attention&, float* workspace, int threads);                              \
+  int64_t convolution_workspace(const Convolution&, int threads);                               \
+  int64_t attention_workspace(const Attention&, int threads);                                   \
+  Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t width);         \
+  int64_t packed_weight_size(Algorithm, int64_t c_in, int64_t c_out, int64_t kernel);           \
+  void pack_weight(Algorithm, const float* weight, int64_t c_in, int64_t c_out, int64_t kernel, \
+                   float* packed);                                                              \
+  int64_t vector_width();                                                                       \
+  }
+
+}  // namespace fastddpm

@@ -1,0 +1,193 @@
+"""The native engine of the CPU: a `UNet` as a list of native calls, replayed for every step.
+
+Here stands what a U-Net becomes; lifetimes, the arena and the kernels are csrc/cpu/plan.h's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastddpm import _native
+from fastddpm.diffusion import Diffusion, Model
+from fastddpm.engine.eager import Eager
+from fastddpm.ops import dispatch
+from fastddpm.schedule import Sampler
+from fastddpm.unet import (
+    AttentionBlock,
+    Downsample,
+    GroupNorm,
+    Level,
+    Middle,
+    ResnetBlock,
+    TimeEmbedding,
+    UNet,
+    Upsample,
+)
+
+_OWN = (UNet, Level, Middle, TimeEmbedding, ResnetBlock, AttentionBlock, Downsample, Upsample)
+_PARTS = (*_OWN, GroupNorm, nn.GroupNorm, nn.Conv2d, nn.Linear, nn.Dropout, nn.ModuleList)
+
+
+def unsupported(model: Model, device: torch.device, precision: str) -> str | None:
+    """Why a plan can't run this model, the module named, or None if it can."""
+    if _native.C is None:
+        return f"{_native.reason}"
+    if device.type != "cpu":
+        return f"plans are for the CPU, not {device.type}"
+    if dispatch.forced() not in ("auto", "cpu"):
+        return f"the backend {dispatch.forced()!r} is forced"
+    if not isinstance(model, UNet):
+        return f"{type(model).__name__} is not a fastddpm.UNet"
+    if precision != "fp32":
+        return f"plans run in fp32, not {precision}"
+    for name, module in model.named_modules():
+        where = f"{name or 'the model'} ({type(module).__name__})"
+        if type(module) not in _PARTS:
+            return f"{where} is not a part that a plan knows"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{where} has a forward hook"
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            return f"{name} is {parameter.dtype}, not float32"
+    return None
+
+
+class CpuPlan(Eager):
+    """Algorithm 2 with the model as one native call a step.
+
+    The weights are copied when the engine is made: later changes of the model are not seen. The
+    bits of an image do not depend on the batch or the number of threads."""
+
+    name = "cpu_plan"
+
+    def __init__(
+        self,
+        model: Model,
+        diffusion: Diffusion,
+        *,
+        device: torch.device,
+        precision: str = "auto",
+        sampler: Sampler = "ddpm",
+        eta: float = 0.0,
+        clip: bool = True,
+    ):
+        precision = "fp32" if precision == "auto" else precision
+        if reason := unsupported(model, device, precision):
+            raise ValueError(f"engine 'cpu_plan' can't run here: {reason}")
+        assert isinstance(model, UNet)
+        options: dict[str, Any] = {"sampler": sampler, "eta": eta, "clip": clip}
+        super().__init__(model, diffusion, device=device, precision=precision, **options)
+        self._steps = diffusion.model_t(torch.arange(diffusion.T))
+        self._time = time_rows(model, self._steps)
+        self._plans: dict[tuple[int, int], Any] = {}
+
+    def output(self, xt: torch.Tensor, i: int, t: torch.Tensor) -> torch.Tensor:
+        size = (xt.shape[2], xt.shape[3])
+        if size not in self._plans:
+            self.model._check_input(xt, t)  # type: ignore[union-attr]
+            self._plans[size] = build_plan(self.model, *size)  # type: ignore[arg-type]
+        plan, threads, row = self._plans[size], torch.get_num_threads(), self._time[i]
+        channels = self.model.config["out_channels"]  # type: ignore[union-attr]
+        out = torch.empty_like(xt[:, :1].expand(-1, channels, -1, -1), memory_format=torch.channels_last)
+        plan.forward(xt, row, out, threads)
+        if not torch.isfinite(out).all():
+            layer = plan.not_finite(xt, row, threads) or "the input"
+            raise FloatingPointError(
+                f"not a number or infinite at step t = {int(self._steps[i])}, first in {layer}"
+            )
+        return out
+
+
+@torch.no_grad()
+def time_rows(model: UNet, t: torch.Tensor) -> torch.Tensor:
+    """What every residual block adds to its channels at the steps t: (len(t), K) float32, in the
+    order of `build_plan`."""
+    temb = model.temb(model.sinusoids(t))
+    blocks = [m for m in model.modules() if isinstance(m, ResnetBlock)]
+    return torch.cat([F.linear(temb, b.temb_proj.weight, b.temb_proj.bias) for b in blocks], dim=1)
+
+
+@torch.no_grad()
+def build_plan(model: UNet, height: int, width: int, algorithm: str = "auto") -> Any:
+    """The plan of a U-Net for images of one size.
+
+    algorithm: of the 3x3 convolutions of stride 1: "direct", "winograd_2", "winograd_4" or
+    "auto", the fastest by a count of the work."""
+    plan = _native.C.cpu.Plan(height, width, model.in_channels)  # type: ignore[union-attr]
+    names = {module: name for name, module in model.named_modules()}
+    offsets = _time_offsets(model)
+
+    def norm_of(norm: nn.GroupNorm, silu: bool) -> tuple:
+        weight, bias = norm.weight.tolist(), norm.bias.tolist()
+        return norm.num_groups, norm.eps, weight, bias, silu
+
+    def conv(sources: list[int], layer: nn.Conv2d | nn.Linear, **options: Any) -> int:
+        kernel = layer.kernel_size[0] if isinstance(layer, nn.Conv2d) else 1
+        weight = options.pop("weight", layer.weight).reshape(layer.weight.shape[0], -1).contiguous()
+        bias = options.pop("bias", layer.bias.tolist())
+        options.setdefault("before", kernel // 2)
+        options.setdefault("after", kernel // 2)
+        return plan.convolution(
+            names[layer], sources, weight, bias, kernel, algorithm=algorithm, **options
+        )
+
+    def resnet(block: ResnetBlock, sources: list[int]) -> int:
+        h = conv(
+            sources, block.conv1, norm=norm_of(block.norm1, True), time_offset=offsets[block]
+        )
+        residual = sources[0]
+        if hasattr(block, "nin_shortcut"):
+            shortcut, first = block.nin_shortcut, plan.channels(sources[0])
+            zeros = [0.0] * shortcut.weight.shape[0]
+            residual = conv(sources[:1], shortcut, weight=shortcut.weight[:, :first])
+            for source in sources[1:]:
+                rest = shortcut.weight[:, first:]
+                residual = conv([source], shortcut, weight=rest, bias=zeros, residual=residual)
+        return conv([h], block.conv2, norm=norm_of(block.norm2, True), residual=residual)
+
+    def attention(block: AttentionBlock, x: int) -> int:
+        qkv = conv([x], block.qkv, norm=norm_of(block.norm, False))
+        mixed = plan.attention(names[block], qkv, block.num_heads)
+        return conv([mixed], block.proj_out, residual=x)
+
+    def level_block(level: Level, j: int, sources: list[int]) -> int:
+        h = resnet(level.block[j], sources)
+        return attention(level.attn[j], h) if level.attn else h
+
+    h = conv([0], model.conv_in)
+    skips = [h]
+    for level in model.down:
+        for j in range(len(level.block)):
+            h = level_block(level, j, [h])
+            skips.append(h)
+        if level.downsample is not None:
+            before = model.config["downsample_padding"]
+            h = conv([h], level.downsample.conv, stride=2, before=before, after=1)
+            skips.append(h)
+    h = resnet(model.mid.block_1, [h])
+    h = attention(model.mid.attn_1, h)
+    h = resnet(model.mid.block_2, [h])
+    for level in reversed(model.up):
+        for j in range(len(level.block)):
+            h = level_block(level, j, [h, skips.pop()])
+        if level.upsample is not None:
+            h = conv([h], level.upsample.conv, repeat=2)
+    plan.finish(conv([h], model.conv_out, norm=norm_of(model.norm_out, True)))
+    return plan
+
+
+def _time_offsets(model: UNet) -> dict[nn.Module, int]:
+    """Where each residual block's channels begin in a row of `time_rows`."""
+
+    def offsets() -> Iterator[tuple[nn.Module, int]]:
+        at = 0
+        for module in model.modules():
+            if isinstance(module, ResnetBlock):
+                yield module, at
+                at += module.temb_proj.weight.shape[0]
+
+    return dict(offsets())
