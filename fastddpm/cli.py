@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import torch
 from tabulate import tabulate
@@ -20,6 +21,7 @@ from fastddpm.checkpoint import CONFIG, build_model, read_json
 from fastddpm.data import open_dataset
 from fastddpm.diffusion import Diffusion
 from fastddpm.doctor import doctor, what_runs
+from fastddpm.engine import EngineName
 from fastddpm.schedule import Schedule
 from fastddpm.training import PRESETS, STATE, Trainer, fit
 from fastddpm.unet import UNet
@@ -309,7 +311,7 @@ def _chain() -> argparse.ArgumentParser:
     p.add_argument(
         "--no-clip", action="store_true", help="do not clip the x0 predictions to [-1, 1]"
     )
-    p.add_argument("--engine", default="auto", choices=("auto", "eager"), help="(default: auto)")
+    p.add_argument("--engine", default="auto", choices=get_args(EngineName), help="(default: auto)")
     return p
 
 

@@ -15,6 +15,7 @@ from tabulate import tabulate
 from fastddpm import _native
 from fastddpm.checkpoint import bundled_models
 from fastddpm.diffusion import Model
+from fastddpm.engine import choose, cpu_plan
 from fastddpm.ops import dispatch
 from fastddpm.precision import has_fast_bf16, resolve_precision
 from fastddpm.unet import UNet
@@ -42,14 +43,13 @@ def what_runs(model: Model, engine: str, precision: str) -> str:
     """One line: engine, precision, device and instruction set of a sampling run."""
     parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
     device = torch.device("cpu") if parameter is None else parameter.device
-    if precision == "auto" and not isinstance(model, UNet):
-        precision = "fp32"
+    chosen, precision = choose(engine, model, device, precision)
     if device.type == "cpu":
         isa = _native.isa() if _native.C is not None else "reference"
         where = f"cpu with {torch.get_num_threads()} threads, ops {isa}, torch {_torch_isa()}"
     else:
         where = f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"engine eager, {resolve_precision(precision, device)}, {where}"
+    return f"engine {chosen.name}, {precision}, {where}"
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -96,7 +96,13 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _engines() -> list[tuple[str, str]]:
-    return [("eager", "any model, on any device torch has; what 'auto' uses")]
+    cpu = torch.device("cpu")
+    reason = cpu_plan.unsupported(UNet(channels=32), cpu, resolve_precision("auto", cpu))
+    plan = "'auto' uses it" if reason is None else f"'auto' does not use it: {reason}"
+    return [
+        ("cpu_plan", f"a fastddpm.UNet on the CPU as one native call a step; {plan}"),
+        ("eager", "any model, on any device torch has; what 'auto' uses for all others"),
+    ]
 
 
 def _ops() -> str:

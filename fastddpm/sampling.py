@@ -51,7 +51,7 @@ def sample(
     sampler:     "ddpm", or "ddim" with noise eta (0: deterministic given x_T); same seed, same x_T
                  for both
     clip:        clip the x0 prediction to [-1, 1] in every step, as the paper does
-    precision:   "fp32", "bf16" or "auto";  engine: "eager" or "auto"
+    precision:   "fp32", "bf16" or "auto";  engine: "cpu_plan", "eager" or "auto", the fastest
 
     Raises ValueError for anything that does not fit, FloatingPointError when a sample is not
     finite."""

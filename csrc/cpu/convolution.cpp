@@ -64,25 +64,35 @@ struct Place {
 
 // ---- the direct sum ----------------------------------------------------------------------------
 
-// x[i]: where pixel i's filter begins; `runs` runs of `length` floats, `line` apart.
+// Adds `length` inputs of each of ROWS pixels times their weights.
 template <int ROWS>
-void direct_strip(const float* const* x, int64_t runs, int64_t length, int64_t line,
-                  const float* panel, int64_t pixel, int64_t c, const Epilogue& epilogue) {
-  Vector sum[ROWS][2];
-  for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = Vector{};
-  for (int64_t run = 0; run < runs; ++run) {
-    const float* row[ROWS];
-    for (int i = 0; i < ROWS; ++i) row[i] = x[i] + run * line;
-    for (int64_t l = 0; l < length; ++l, panel += PANEL) {
-      const Vector left = load_vector(panel), right = load_vector(panel + WIDTH);
+inline void add_products(const float* const row[ROWS], int64_t length, const float* panel,
+                         Vector sum[ROWS][2]) {
+  for (int64_t l = 0; l < length; ++l, panel += PANEL) {
+    const Vector left = load_vector(panel), right = load_vector(panel + WIDTH);
 #pragma GCC unroll 6
-      for (int i = 0; i < ROWS; ++i) {
-        const Vector v = vector_of(row[i][l]);
-        sum[i][0] = vector_madd(v, left, sum[i][0]);
-        sum[i][1] = vector_madd(v, right, sum[i][1]);
-      }
+    for (int i = 0; i < ROWS; ++i) {
+      const Vector v = vector_of(row[i][l]);
+      sum[i][0] = vector_madd(v, left, sum[i][0]);
+      sum[i][1] = vector_madd(v, right, sum[i][1]);
     }
   }
+}
+
+// x[i]: where pixel i's filter begins, `kernel` runs of kernel * c_in floats, `line` apart; second:
+// the pixels of the second source, or null.
+template <int ROWS>
+void direct_strip(const Convolution& op, const float* const* x, const float* const* second,
+                  const float* panel, int64_t pixel, int64_t c, const Epilogue& epilogue) {
+  const int64_t length = op.kernel * op.c_in, line = op.columns * op.pixel;
+  Vector sum[ROWS][2];
+  for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = Vector{};
+  for (int64_t run = 0; run < op.kernel; ++run, panel += length * PANEL) {
+    const float* row[ROWS];
+    for (int i = 0; i < ROWS; ++i) row[i] = x[i] + run * line;
+    add_products<ROWS>(row, length, panel, sum);
+  }
+  if (second) add_products<ROWS>(second, op.c_in_2, panel, sum);
   for (int i = 0; i < ROWS; ++i) {
     epilogue(pixel + i, c, sum[i][0]);
     epilogue(pixel + i, c + WIDTH, sum[i][1]);
@@ -91,20 +101,22 @@ void direct_strip(const float* const* x, int64_t runs, int64_t length, int64_t l
 
 void direct(const Convolution& op, const Epilogue& epilogue, int64_t first, int64_t count,
             int64_t c_first, int64_t c_last) {
-  using Strip = void (*)(const float* const*, int64_t, int64_t, int64_t, const float*, int64_t,
-                         int64_t, const Epilogue&);
+  using Strip = void (*)(const Convolution&, const float* const*, const float* const*, const float*,
+                         int64_t, int64_t, const Epilogue&);
   static constexpr Strip strips[STRIP] = {direct_strip<1>, direct_strip<2>, direct_strip<3>,
                                           direct_strip<4>, direct_strip<5>, direct_strip<6>};
-  const float* x[PIXELS];
+  const float *x[PIXELS], *second[PIXELS];
   const int64_t line = op.columns * op.pixel;
   Place place(first, op.width, op.height);
-  for (int64_t i = 0; i < count; ++i, place.next())
+  for (int64_t i = 0; i < count; ++i, place.next()) {
     x[i] = op.x + (place.image * op.rows + place.y * op.stride) * line +
            place.x * op.stride * op.pixel;
-  const int64_t length = op.kernel * op.c_in, size = op.kernel * length * PANEL;
+    second[i] = op.x_2 ? op.x_2 + (first + i) * op.c_in_2 : nullptr;
+  }
+  const int64_t size = (op.kernel * op.kernel * op.c_in + op.c_in_2) * PANEL;
   for (int64_t c = c_first; c < c_last; c += PANEL)
     for (int64_t i = 0; i < count; i += STRIP)
-      strips[least(count - i, STRIP) - 1](x + i, op.kernel, length, line,
+      strips[least(count - i, STRIP) - 1](op, x + i, op.x_2 ? second + i : nullptr,
                                           op.weight + c / PANEL * size, first + i, c, epilogue);
 }
 
@@ -168,7 +180,8 @@ void for_blocks(const Convolution& op, int64_t total, int64_t block, int threads
   const int64_t blocks = ceil_div(total, block), panels = ceil_div(op.c_out, PANEL);
   const int64_t parts = blocks >= 2 * threads ? 1 : least(panels, ceil_div(2 * threads, blocks));
   const int64_t work =
-      op.images * op.height * op.width * op.c_out * op.c_in * op.kernel * op.kernel / 64;
+      op.images * op.height * op.width * op.c_out *
+                       (op.c_in * op.kernel * op.kernel + op.c_in_2) / 64;
   parallel_for(blocks * parts, work, threads, [&](int64_t job, int thread) {
     const int64_t first = job / parts * block, part = job % parts;
     body(first, least(block, total - first), panels * part / parts * PANEL,

@@ -171,7 +171,11 @@ struct Plan::State {
     Convolution op{};
     op.algorithm = layer.algorithm;
     op.images = images, op.c_in = layer.c_in, op.c_out = layer.c_out;
-    op.kernel = layer.kernel, op.stride = layer.stride, op.pixel = layer.pixel;
+    if (layer.prepared < 0 && layer.sources.size() == 2) {
+      op.c_in_2 = activations[layer.sources[1]].channels;
+      op.c_in -= op.c_in_2;
+    }
+    op.kernel = layer.kernel, op.stride = layer.stride, op.pixel = layer.prepared < 0 ? op.c_in : layer.pixel;
     op.rows = x.height * layer.repeat + layer.before + layer.after;
     op.columns = x.width * layer.repeat + layer.before + layer.after;
     op.height = y.height, op.width = y.width;
@@ -252,6 +256,7 @@ struct Plan::State {
       }
       if (layer.prepared >= 0) run_input(run, layer);
       op.x = memory(run, layer.prepared >= 0 ? layer.prepared : layer.sources[0]);
+      if (op.c_in_2) op.x_2 = memory(run, layer.sources[1]);
       op.residual = layer.residual >= 0 ? memory(run, layer.residual) : nullptr;
       op.y = memory(run, layer.y);
       kernels.convolution(op, workspace, run.threads);
@@ -398,8 +403,8 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
     for (int64_t id : layer.sources) s.need_statistics(id);
     layer.coefficients = s.add_scratch(3 * layer.c_in);
   }
-  const bool as_it_is = layer.kernel == 1 && layer.sources.size() == 1 && !norm.groups &&
-                        !norm.silu && !layer.before && !layer.after && layer.repeat == 1;
+  const bool as_it_is = layer.kernel == 1 && layer.stride == 1 && !norm.groups && !norm.silu &&
+                        !layer.before && !layer.after && layer.repeat == 1;
   if (!as_it_is)
     layer.prepared = s.add_scratch((x.height * layer.repeat + layer.before + layer.after) *
                                    (x.width * layer.repeat + layer.before + layer.after) *

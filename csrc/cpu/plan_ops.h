@@ -47,14 +47,15 @@ enum class Algorithm : int32_t {
   winograd_4 = 4,  // F(4x4, 3x3): 2.25 products an output
 };
 
-// y = conv(x) + bias (+ residual), x with its border.
+// y = conv(x) + bias (+ residual), x with its border. A 1x1 convolution can read a second source,
+// whose channels follow x's: (images, height, width, c_in_2).
 struct Convolution {
   Algorithm algorithm;
-  int64_t images, c_in, c_out, kernel, stride;
+  int64_t images, c_in, c_in_2, c_out, kernel, stride;
   int64_t rows, columns, pixel;  // of x: rows and columns with the border, floats a pixel
   int64_t height, width;         // of y
-  const float *x, *weight, *bias, *residual;  // weight: packed; bias: (c_out,); residual: like y
-  float* y;
+  const float *x, *x_2, *weight, *bias, *residual;  // weight: packed; bias: (c_out,)
+  float* y;                                         // like residual
 };
 
 // softmax(q k^T / sqrt(d)) v per image and head; qkv: (images, pixels, 3C), y: (images, pixels, C).

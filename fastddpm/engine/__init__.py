@@ -6,15 +6,22 @@ returns x at its end."""
 
 from __future__ import annotations
 
+import functools
+import os
+import warnings
 from typing import Any, Literal, get_args
 
 import torch
 
 from fastddpm.diffusion import Diffusion, Model
+from fastddpm.engine import cpu_plan
+from fastddpm.engine.cpu_plan import CpuPlan
 from fastddpm.engine.eager import Eager
+from fastddpm.precision import resolve_precision
 from fastddpm.schedule import Sampler, check_choice
+from fastddpm.unet import UNet
 
-EngineName = Literal["auto", "eager"]
+EngineName = Literal["auto", "cpu_plan", "eager"]
 
 
 def make_engine(
@@ -29,8 +36,36 @@ def make_engine(
     clip: bool = True,
 ) -> Eager:
     """The engine called `name`, or the fastest that can run this model; ValueError lists the
-    choices.
+    choices, or says why the engine asked for can't run it.
     """
-    check_choice("engine", name, get_args(EngineName))
+    engine, precision = choose(name, model, device, precision)
     options: dict[str, Any] = {"sampler": sampler, "eta": eta, "clip": clip}
-    return Eager(model, diffusion, device=device, precision=precision, **options)
+    return engine(model, diffusion, device=device, precision=precision, **options)
+
+
+def choose(
+    name: str, model: Model, device: torch.device, precision: str
+) -> tuple[type[Eager], str]:
+    """The engine's class and the precision that `make_engine` would take."""
+    check_choice("engine", name, get_args(EngineName))
+    if precision == "auto" and (not isinstance(model, UNet) or name == "cpu_plan"):
+        precision = "fp32"
+    precision = resolve_precision(precision, device)
+    if name == "cpu_plan":
+        return CpuPlan, precision
+    if name == "auto":
+        reason = cpu_plan.unsupported(model, device, precision)
+        if reason is None:
+            return CpuPlan, precision
+        if isinstance(model, UNet) and device.type == "cpu" and precision == "fp32":
+            _report_fallback(reason)
+    return Eager, precision
+
+
+@functools.cache
+def _report_fallback(reason: str) -> None:
+    """Say once that a U-Net that should run as a plan does not."""
+    message = f"fastddpm samples with the engine 'eager', not 'cpu_plan': {reason}"
+    if os.environ.get("FASTDDPM_STRICT") == "1":
+        raise RuntimeError(f"{message}; FASTDDPM_STRICT=1 makes this an error")
+    warnings.warn(message, RuntimeWarning, stacklevel=4)

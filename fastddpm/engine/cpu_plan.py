@@ -127,26 +127,19 @@ def build_plan(model: UNet, height: int, width: int, algorithm: str = "auto") ->
 
     def conv(sources: list[int], layer: nn.Conv2d | nn.Linear, **options: Any) -> int:
         kernel = layer.kernel_size[0] if isinstance(layer, nn.Conv2d) else 1
-        weight = options.pop("weight", layer.weight).reshape(layer.weight.shape[0], -1).contiguous()
-        bias = options.pop("bias", layer.bias.tolist())
+        weight = layer.weight.reshape(layer.weight.shape[0], -1).contiguous()
         options.setdefault("before", kernel // 2)
         options.setdefault("after", kernel // 2)
         return plan.convolution(
-            names[layer], sources, weight, bias, kernel, algorithm=algorithm, **options
+            names[layer], sources, weight, layer.bias.tolist(), kernel, algorithm=algorithm, **options
         )
 
     def resnet(block: ResnetBlock, sources: list[int]) -> int:
         h = conv(
             sources, block.conv1, norm=norm_of(block.norm1, True), time_offset=offsets[block]
         )
-        residual = sources[0]
-        if hasattr(block, "nin_shortcut"):
-            shortcut, first = block.nin_shortcut, plan.channels(sources[0])
-            zeros = [0.0] * shortcut.weight.shape[0]
-            residual = conv(sources[:1], shortcut, weight=shortcut.weight[:, :first])
-            for source in sources[1:]:
-                rest = shortcut.weight[:, first:]
-                residual = conv([source], shortcut, weight=rest, bias=zeros, residual=residual)
+        shortcut = getattr(block, "nin_shortcut", None)
+        residual = conv(sources, shortcut) if shortcut is not None else sources[0]
         return conv([h], block.conv2, norm=norm_of(block.norm2, True), residual=residual)
 
     def attention(block: AttentionBlock, x: int) -> int:
