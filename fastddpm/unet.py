@@ -277,7 +277,7 @@ class UNet(nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The model's output for x_t (N, C, H, W) at the 0-based steps t (N,)."""
-        self._check_input(x, t)
+        self.check_input(x, t)
         dtype = self.conv_in.weight.dtype
         temb = self.temb(self.sinusoids(t).to(dtype))
 
@@ -309,7 +309,7 @@ class UNet(nn.Module):
             flip_sin_to_cos=self.config["flip_sin_to_cos"],
         )
 
-    def _check_input(self, x: torch.Tensor, t: torch.Tensor) -> None:
+    def check_input(self, x: torch.Tensor, t: torch.Tensor) -> None:
         halvings = 2 ** (len(self.config["channel_mult"]) - 1)
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x must be (N, {self.in_channels}, H, W); got shape {tuple(x.shape)}")

@@ -33,19 +33,20 @@ void attention(const Attention& op, float* workspace, int threads) {
   float *keys = workspace, *values = keys + heads * size.keys;
   float* scores = values + heads * size.values;
   parallel_for(heads, elements, threads, [&](int64_t job, int) {
-    const float* k = op.qkv + job / op.heads * op.pixels * ld + op.channels +
-                     job % op.heads * size.depth;
+    const float* k =
+        op.qkv + job / op.heads * op.pixels * ld + op.channels + job % op.heads * size.depth;
     pack(k, size.depth, op.pixels, 1, ld, keys + job * size.keys);
     pack(k + op.channels, op.pixels, size.depth, ld, 1, values + job * size.values);
   });
-  parallel_for(heads * size.tiles, elements * op.pixels / 16, threads, [&](int64_t job, int thread) {
-    const int64_t head = job / size.tiles, first = job % size.tiles * ROWS;
-    const int64_t row = head / op.heads * op.pixels + first, c = head % op.heads * size.depth;
-    const int64_t rows = op.pixels - first < ROWS ? op.pixels - first : ROWS;
-    attend_rows(op.qkv + row * ld + c, ld, keys + head * size.keys, values + head * size.values,
-                rows, op.pixels, size.depth, scores + thread * size.scores,
-                op.y + row * op.channels + c, op.channels);
-  });
+  parallel_for(
+      heads * size.tiles, elements * op.pixels / 16, threads, [&](int64_t job, int thread) {
+        const int64_t head = job / size.tiles, first = job % size.tiles * ROWS;
+        const int64_t row = head / op.heads * op.pixels + first, c = head % op.heads * size.depth;
+        const int64_t rows = op.pixels - first < ROWS ? op.pixels - first : ROWS;
+        attend_rows(op.qkv + row * ld + c, ld, keys + head * size.keys, values + head * size.values,
+                    rows, op.pixels, size.depth, scores + thread * size.scores,
+                    op.y + row * op.channels + c, op.channels);
+      });
 }
 
 }  // namespace FASTDDPM_ISA

@@ -1,4 +1,5 @@
-// Attention of a tile of queries to all keys of a head: its rows of scores are all that ever exists.
+// Attention of a tile of queries to all keys of a head: its rows of scores are all that ever
+// exists.
 #pragma once
 #include "../math.h"
 #include "gemm.h"

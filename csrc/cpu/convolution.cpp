@@ -13,7 +13,7 @@ namespace fastddpm {
 namespace FASTDDPM_ISA {
 namespace {
 
-constexpr int64_t PIXELS = 48;           // output pixels in a block of the direct sum: whole strips
+constexpr int64_t PIXELS = 48;  // output pixels in a block of the direct sum: whole strips
 constexpr int64_t TILES_MIN = 24, TILES_MAX = 48;  // tiles in a block, whole strips
 constexpr int64_t TRANSFORMED = 48 * 1024;         // floats of a block's transformed input, about
 
@@ -148,8 +148,7 @@ struct Block {
     float *inputs = workspace, *products = workspace + POINTS * plane;
     Place place = start;
     for (int64_t i = 0; i < count; ++i, place.next()) {
-      const float* x = op.x + (place.image * op.rows + place.y * m) * line +
-                       place.x * m * op.pixel;
+      const float* x = op.x + (place.image * op.rows + place.y * m) * line + place.x * m * op.pixel;
       for (int64_t c = 0; c < op.c_in; c += WIDTH)
         transform_input<m>(x + c, line, op.pixel, inputs + i * op.pixel + c, plane);
     }
@@ -176,11 +175,11 @@ struct Block {
 // Calls body(first, count, first channel, last channel, thread) for blocks of `block` of `total`
 // pixels or tiles, the channels of a block in parts where there are fewer blocks than threads.
 template <class Body>
-void for_blocks(const Convolution& op, int64_t total, int64_t block, int threads, const Body& body) {
+void for_blocks(const Convolution& op, int64_t total, int64_t block, int threads,
+                const Body& body) {
   const int64_t blocks = ceil_div(total, block), panels = ceil_div(op.c_out, PANEL);
   const int64_t parts = blocks >= 2 * threads ? 1 : least(panels, ceil_div(2 * threads, blocks));
-  const int64_t work =
-      op.images * op.height * op.width * op.c_out *
+  const int64_t work = op.images * op.height * op.width * op.c_out *
                        (op.c_in * op.kernel * op.kernel + op.c_in_2) / 64;
   parallel_for(blocks * parts, work, threads, [&](int64_t job, int thread) {
     const int64_t first = job / parts * block, part = job % parts;

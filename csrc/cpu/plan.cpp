@@ -33,11 +33,19 @@ struct PlanKernels {
 
 namespace {
 
-#define FASTDDPM_PLAN_ROW(isa)                                                              \
-  {#isa,                       isa::channel_statistics,  isa::group_coefficients,           \
-   isa::prepare_input,         isa::convolution,         isa::attention,                    \
-   isa::convolution_workspace, isa::attention_workspace, isa::best_algorithm,               \
-   isa::packed_weight_size,    isa::pack_weight,         isa::vector_width},
+#define FASTDDPM_PLAN_ROW(isa) \
+  {#isa,                       \
+   isa::channel_statistics,    \
+   isa::group_coefficients,    \
+   isa::prepare_input,         \
+   isa::convolution,           \
+   isa::attention,             \
+   isa::convolution_workspace, \
+   isa::attention_workspace,   \
+   isa::best_algorithm,        \
+   isa::packed_weight_size,    \
+   isa::pack_weight,           \
+   isa::vector_width},
 
 const PlanKernels table[] = {FASTDDPM_EACH_ISA(FASTDDPM_PLAN_ROW)};
 
@@ -53,11 +61,11 @@ Buffer allocate(int64_t floats) {
   return {static_cast<float*>(scratch_alloc(floats * int64_t(sizeof(float)))), scratch_free};
 }
 
-constexpr int64_t LINE = 16;  // floats: activations begin at cache lines
-constexpr int64_t GROUP_BYTES = 2 * 1024 * 1024;          // of a group's activations, about
+constexpr int64_t LINE = 16;                      // floats: activations begin at cache lines
+constexpr int64_t GROUP_BYTES = 2 * 1024 * 1024;  // of a group's activations, about
 constexpr int64_t SHARED_WEIGHT_BYTES = 16 * 1024 * 1024;  // more do not stay in a shared cache
 
-struct Activation {  // or any other memory that a layer hands on or needs
+struct Activation {                         // or any other memory that a layer hands on or needs
   int64_t height, width, channels, floats;  // floats of an image
   int64_t first, last;                      // the layers that write it and read it last
   int64_t statistics = -1;                  // its channel statistics, where a norm needs them
@@ -104,7 +112,8 @@ struct Plan::State {
   // ---- building --------------------------------------------------------------------------------
 
   int64_t add(int64_t height, int64_t width, int64_t channels, int64_t floats, int64_t first) {
-    activations.push_back({height, width, channels, (floats + LINE - 1) / LINE * LINE, first, first});
+    activations.push_back(
+        {height, width, channels, (floats + LINE - 1) / LINE * LINE, first, first});
     return int64_t(activations.size()) - 1;
   }
 
@@ -112,9 +121,7 @@ struct Plan::State {
     return add(height, width, channels, height * width * channels, int64_t(layers.size()));
   }
 
-  int64_t add_scratch(int64_t floats) {
-    return add(0, 0, 0, floats, int64_t(layers.size()));
-  }
+  int64_t add_scratch(int64_t floats) { return add(0, 0, 0, floats, int64_t(layers.size())); }
 
   Activation& read(const std::string& name, int64_t id) {
     if (output >= 0) refuse(name, "the plan is finished: no layer can follow");
@@ -137,8 +144,9 @@ struct Plan::State {
   void place() {
     std::vector<Activation*> order, placed;
     for (Activation& a : activations) order.push_back(&a);
-    std::stable_sort(order.begin(), order.end(),
-                     [](const Activation* a, const Activation* b) { return a->floats > b->floats; });
+    std::stable_sort(order.begin(), order.end(), [](const Activation* a, const Activation* b) {
+      return a->floats > b->floats;
+    });
     for (Activation* a : order) {
       std::vector<Activation*> rivals;
       for (Activation* b : placed)
@@ -175,7 +183,8 @@ struct Plan::State {
       op.c_in_2 = activations[layer.sources[1]].channels;
       op.c_in -= op.c_in_2;
     }
-    op.kernel = layer.kernel, op.stride = layer.stride, op.pixel = layer.prepared < 0 ? op.c_in : layer.pixel;
+    op.kernel = layer.kernel, op.stride = layer.stride,
+    op.pixel = layer.prepared < 0 ? op.c_in : layer.pixel;
     op.rows = x.height * layer.repeat + layer.before + layer.after;
     op.columns = x.width * layer.repeat + layer.before + layer.after;
     op.height = y.height, op.width = y.width;
@@ -193,9 +202,10 @@ struct Plan::State {
     int64_t most = 0, bias = 0;
     for (const Layer& layer : layers) {
       bias = std::max(bias, layer.c_out);
-      most = std::max(most, layer.kind == Layer::ATTENTION
-                                ? kernels.attention_workspace(attention(layer, images), threads)
-                                : kernels.convolution_workspace(convolution(layer, images), threads));
+      most =
+          std::max(most, layer.kind == Layer::ATTENTION
+                             ? kernels.attention_workspace(attention(layer, images), threads)
+                             : kernels.convolution_workspace(convolution(layer, images), threads));
     }
     return (bias + LINE - 1) / LINE * LINE + (most + LINE - 1) / LINE * LINE + LINE;
   }
@@ -302,7 +312,10 @@ struct Plan::State {
 
   Run slot(int64_t index, int64_t capacity, const float* time, int threads) const {
     return {arena_memory.get() + index * capacity * arena,
-            workspace_memory.get() + index * workspace(capacity, threads), capacity, 0, time,
+            workspace_memory.get() + index * workspace(capacity, threads),
+            capacity,
+            0,
+            time,
             threads};
   }
 
@@ -361,8 +374,8 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
   const Norm& norm = spec.norm;
   if (norm.groups < 0 || (norm.groups && layer.c_in % norm.groups))
     refuse(name, "num_groups must divide the " + std::to_string(layer.c_in) + " channels");
-  if (norm.groups && (int64_t(norm.weight.size()) != layer.c_in ||
-                      int64_t(norm.bias.size()) != layer.c_in))
+  if (norm.groups &&
+      (int64_t(norm.weight.size()) != layer.c_in || int64_t(norm.bias.size()) != layer.c_in))
     refuse(name, "the norm must have a weight and a bias for each channel");
   if (!all_finite(spec.weight, spec.c_out * layer.c_in * spec.kernel * spec.kernel) ||
       !all_finite(spec.bias.data(), spec.c_out) ||
@@ -389,8 +402,8 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
     // Whole tiles and whole vectors can be read: what the image lacks is zeros.
     const int64_t vector = s.kernels.vector_width();
     layer.pixel = (layer.c_in + vector - 1) / vector * vector;
-    const int64_t missing = std::max((height + m - 1) / m * m - height,
-                                     (width + m - 1) / m * m - width);
+    const int64_t missing =
+        std::max((height + m - 1) / m * m - height, (width + m - 1) / m * m - width);
     layer.after += missing;
   }
   layer.weight_floats =
@@ -406,11 +419,10 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
   const bool as_it_is = layer.kernel == 1 && layer.stride == 1 && !norm.groups && !norm.silu &&
                         !layer.before && !layer.after && layer.repeat == 1;
   if (!as_it_is)
-    layer.prepared = s.add_scratch((x.height * layer.repeat + layer.before + layer.after) *
-                                   (x.width * layer.repeat + layer.before + layer.after) *
-                                   layer.pixel);
-  if (layer.time_offset >= 0)
-    s.time_size = std::max(s.time_size, layer.time_offset + layer.c_out);
+    layer.prepared =
+        s.add_scratch((x.height * layer.repeat + layer.before + layer.after) *
+                      (x.width * layer.repeat + layer.before + layer.after) * layer.pixel);
+  if (layer.time_offset >= 0) s.time_size = std::max(s.time_size, layer.time_offset + layer.c_out);
   layer.y = s.add_image(height, width, layer.c_out);
   s.layers.push_back(std::move(layer));
   return s.layers.back().y;
@@ -485,7 +497,8 @@ std::string Plan::not_finite(const Tensor& x, int64_t n, const float* time, int 
   std::string name;
   state->one_by_one(x, n, time, threads, [&](const State::Run& run, size_t i) {
     const Layer& layer = state->layers[i];
-    const bool finite = all_finite(state->memory(run, layer.y), n * numel(state->shape(layer.y, 1)));
+    const bool finite =
+        all_finite(state->memory(run, layer.y), n * numel(state->shape(layer.y, 1)));
     if (!finite) name = layer.name;
     return finite;
   });
@@ -510,10 +523,10 @@ std::vector<LayerReport> Plan::layers() const {
       reports.push_back({layer.name, "attention", y.channels, y.channels, y.height, y.width, 0,
                          4.0 * pixels * pixels * double(y.channels)});
     else
-      reports.push_back({layer.name, names[int(layer.algorithm)], layer.c_in, layer.c_out, y.height,
-                         y.width, layer.kernel,
-                         2.0 * pixels * double(layer.c_in * layer.c_out * layer.kernel *
-                                               layer.kernel)});
+      reports.push_back(
+          {layer.name, names[int(layer.algorithm)], layer.c_in, layer.c_out, y.height, y.width,
+           layer.kernel,
+           2.0 * pixels * double(layer.c_in * layer.c_out * layer.kernel * layer.kernel)});
   }
   return reports;
 }

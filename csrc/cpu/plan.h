@@ -29,10 +29,10 @@ struct ConvolutionLayer {
   std::vector<float> bias;       // (c_out,)
   int64_t time_offset = -1;      // of its c_out values in the row of time embeddings, or -1
   Norm norm;
-  int64_t residual = -1;                          // an activation like y, or -1
-  int64_t stride = 1, before = 0, after = 0;      // the border of zeros, before and after
-  int64_t repeat = 1;                             // 2: each pixel of the sources becomes 2x2 first
-  std::string algorithm = "auto";                 // or "direct", "winograd_2", "winograd_4"
+  int64_t residual = -1;                      // an activation like y, or -1
+  int64_t stride = 1, before = 0, after = 0;  // the border of zeros, before and after
+  int64_t repeat = 1;                         // 2: each pixel of the sources becomes 2x2 first
+  std::string algorithm = "auto";             // or "direct", "winograd_2", "winograd_4"
 };
 
 // A layer as it will run, for reports.
@@ -42,15 +42,15 @@ struct LayerReport {
   double flop;  // of an image, by the definition of the layer
 };
 
-// Every method throws std::invalid_argument that names the layer and what does not fit. Results have
-// the same bits for every n, threads and group on one instruction set.
+// Every method throws std::invalid_argument that names the layer and what does not fit. Results
+// have the same bits for every n, threads and group on one instruction set.
 class Plan {
  public:
   // The input: (n, channels, height, width) at each forward. Uses the instruction set in use now.
   Plan(int64_t height, int64_t width, int64_t channels);
   ~Plan();
 
-  int64_t convolution(const ConvolutionLayer& layer);                       // returns y
+  int64_t convolution(const ConvolutionLayer& layer);                      // returns y
   int64_t attention(const std::string& name, int64_t qkv, int64_t heads);  // returns y
   void finish(int64_t output);  // places all activations in the arena; no layer can follow
 
@@ -71,9 +71,9 @@ class Plan {
   Shape input_shape(int64_t n) const;
   Shape output_shape(int64_t n) const;
   int64_t time_size() const;
-  int64_t weight_bytes() const;               // packed
-  int64_t image_bytes() const;                // the arena's share of one image
-  int64_t peak_bytes() const;                 // allocated so far: arena, workspaces and weights
+  int64_t weight_bytes() const;  // packed
+  int64_t image_bytes() const;   // the arena's share of one image
+  int64_t peak_bytes() const;    // allocated so far: arena, workspaces and weights
   const char* isa() const;
 
  private:

@@ -1,7 +1,7 @@
 // What stands between two convolutions of a plan: channel statistics, GroupNorm's coefficients and
 // the input of the next convolution. No products.
-#include "parallel.h"
 #include "isa.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace fastddpm {
@@ -65,8 +65,7 @@ void statistics_of(const float* x, int64_t pixels, int64_t channels, int64_t cou
       sum_channels<2>(x + c, pixels, channels, centre + c, sum + c, squares + c);
     for (; c + WIDTH <= count; c += WIDTH)
       sum_channels<1>(x + c, pixels, channels, centre + c, sum + c, squares + c);
-    for (; c < count; ++c)
-      sum_channel(x + c, pixels, channels, centre[c], sum[c], squares[c]);
+    for (; c < count; ++c) sum_channel(x + c, pixels, channels, centre[c], sum[c], squares[c]);
   };
   const float inverse = 1.0f / float(pixels);
   for (int64_t c = 0; c < count; ++c) centre[c] = x[c];
@@ -106,9 +105,7 @@ void coefficients_of(const GroupCoefficients& op, int64_t image) {
 
 // ---- a row of a convolution's input ------------------------------------------------------------
 
-void fill_zero(float* x, int64_t count) {
-  __builtin_memset(x, 0, size_t(count) * sizeof(float));
-}
+void fill_zero(float* x, int64_t count) { __builtin_memset(x, 0, size_t(count) * sizeof(float)); }
 
 void normalise(const float* __restrict x, int64_t channels, const float* __restrict centre,
                const float* __restrict scale, const float* __restrict shift, float* __restrict y) {

@@ -24,7 +24,7 @@ struct GroupCoefficients {
   int64_t channels[SOURCES];
   const float *mean[SOURCES], *squares[SOURCES];
   float eps;
-  const float *weight, *bias;      // (C,), all sources'
+  const float *weight, *bias;     // (C,), all sources'
   float *centre, *scale, *shift;  // (images, C)
 };
 

@@ -17,6 +17,7 @@ from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine import cpu_plan
 from fastddpm.engine.cpu_plan import CpuPlan
 from fastddpm.engine.eager import Eager
+from fastddpm.ops import dispatch
 from fastddpm.precision import resolve_precision
 from fastddpm.schedule import Sampler, check_choice
 from fastddpm.unet import UNet
@@ -57,7 +58,8 @@ def choose(
         reason = cpu_plan.unsupported(model, device, precision)
         if reason is None:
             return CpuPlan, precision
-        if isinstance(model, UNet) and device.type == "cpu" and precision == "fp32":
+        expected = isinstance(model, UNet) and device.type == "cpu" and precision == "fp32"
+        if expected and dispatch.forced() in ("auto", "cpu"):
             _report_fallback(reason)
     return Eager, precision
 

@@ -5,7 +5,7 @@ Here stands what a U-Net becomes; lifetimes, the arena and the kernels are csrc/
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,7 @@ class CpuPlan(Eager):
         assert isinstance(model, UNet)
         options: dict[str, Any] = {"sampler": sampler, "eta": eta, "clip": clip}
         super().__init__(model, diffusion, device=device, precision=precision, **options)
+        self._unet = model
         self._steps = diffusion.model_t(torch.arange(diffusion.T))
         self._time = time_rows(model, self._steps)
         self._plans: dict[tuple[int, int], Any] = {}
@@ -88,11 +89,11 @@ class CpuPlan(Eager):
     def output(self, xt: torch.Tensor, i: int, t: torch.Tensor) -> torch.Tensor:
         size = (xt.shape[2], xt.shape[3])
         if size not in self._plans:
-            self.model._check_input(xt, t)  # type: ignore[union-attr]
-            self._plans[size] = build_plan(self.model, *size)  # type: ignore[arg-type]
+            self._unet.check_input(xt, t)
+            self._plans[size] = build_plan(self._unet, *size)
         plan, threads, row = self._plans[size], torch.get_num_threads(), self._time[i]
-        channels = self.model.config["out_channels"]  # type: ignore[union-attr]
-        out = torch.empty_like(xt[:, :1].expand(-1, channels, -1, -1), memory_format=torch.channels_last)
+        shape = (xt.shape[0], self._unet.config["out_channels"], *size)
+        out = torch.empty(shape, memory_format=torch.channels_last)
         plan.forward(xt, row, out, threads)
         if not torch.isfinite(out).all():
             layer = plan.not_finite(xt, row, threads) or "the input"
@@ -117,27 +118,32 @@ def build_plan(model: UNet, height: int, width: int, algorithm: str = "auto") ->
 
     algorithm: of the 3x3 convolutions of stride 1: "direct", "winograd_2", "winograd_4" or
     "auto", the fastest by a count of the work."""
-    plan = _native.C.cpu.Plan(height, width, model.in_channels)  # type: ignore[union-attr]
+    native: Any = _native.C
+    plan = native.cpu.Plan(height, width, model.in_channels)
     names = {module: name for name, module in model.named_modules()}
     offsets = _time_offsets(model)
 
-    def norm_of(norm: nn.GroupNorm, silu: bool) -> tuple:
+    def norm_of(norm: Any, silu: bool) -> tuple:
         weight, bias = norm.weight.tolist(), norm.bias.tolist()
         return norm.num_groups, norm.eps, weight, bias, silu
 
-    def conv(sources: list[int], layer: nn.Conv2d | nn.Linear, **options: Any) -> int:
+    def conv(sources: list[int], layer: Any, **options: Any) -> int:
         kernel = layer.kernel_size[0] if isinstance(layer, nn.Conv2d) else 1
         weight = layer.weight.reshape(layer.weight.shape[0], -1).contiguous()
         options.setdefault("before", kernel // 2)
         options.setdefault("after", kernel // 2)
         return plan.convolution(
-            names[layer], sources, weight, layer.bias.tolist(), kernel, algorithm=algorithm, **options
+            names[layer],
+            sources,
+            weight,
+            layer.bias.tolist(),
+            kernel,
+            algorithm=algorithm,
+            **options,
         )
 
     def resnet(block: ResnetBlock, sources: list[int]) -> int:
-        h = conv(
-            sources, block.conv1, norm=norm_of(block.norm1, True), time_offset=offsets[block]
-        )
+        h = conv(sources, block.conv1, norm=norm_of(block.norm1, True), time_offset=offsets[block])
         shortcut = getattr(block, "nin_shortcut", None)
         residual = conv(sources, shortcut) if shortcut is not None else sources[0]
         return conv([h], block.conv2, norm=norm_of(block.norm2, True), residual=residual)
@@ -148,8 +154,8 @@ def build_plan(model: UNet, height: int, width: int, algorithm: str = "auto") ->
         return conv([mixed], block.proj_out, residual=x)
 
     def level_block(level: Level, j: int, sources: list[int]) -> int:
-        h = resnet(level.block[j], sources)
-        return attention(level.attn[j], h) if level.attn else h
+        h = resnet(cast(ResnetBlock, level.block[j]), sources)
+        return attention(cast(AttentionBlock, level.attn[j]), h) if level.attn else h
 
     h = conv([0], model.conv_in)
     skips = [h]
