@@ -390,6 +390,44 @@ void def_attention_block(py::module_& m) {
   });
 }
 
+void def_attention_block_backward(py::module_& m) {
+  m.def("attention_block_backward",
+        [](py::handle grad, py::handle x, int64_t groups, py::handle norm_weight,
+           py::handle norm_bias, py::handle qkv_weight, py::handle qkv_bias, py::handle proj_weight,
+           py::handle proj_bias, int64_t heads, double eps, py::handle dx, py::handle dnorm_weight,
+           py::handle dnorm_bias, py::handle dqkv_weight, py::handle dqkv_bias,
+           py::handle dproj_weight, py::handle dproj_bias, int64_t threads) {
+          for (py::handle weight : {qkv_weight, proj_weight, dqkv_weight, dproj_weight})
+            if (weight.is_none())
+              throw py::value_error("attention_block_backward needs both weights and gradients");
+          Reader read(false);
+          const Shape shape = read.set_shape(x, "x");
+          const int64_t c = shape.c;
+          const Tensor none = read.tensor(py::none(), "y");
+          const AttentionBlock forward{shape,
+                                       groups,
+                                       heads,
+                                       float(eps),
+                                       read.tensor(x, "x"),
+                                       none,
+                                       read.weight(norm_weight, "norm_weight", c),
+                                       read.weight(norm_bias, "norm_bias", c),
+                                       read.weight(qkv_weight, "qkv_weight", 3 * c, c),
+                                       read.weight(qkv_bias, "qkv_bias", 3 * c),
+                                       read.weight(proj_weight, "proj_weight", c, c),
+                                       read.weight(proj_bias, "proj_bias", c)};
+          launch(cpu::attention_block_backward,
+                 AttentionBlockBackward{forward, read.tensor(grad, "grad"), read.tensor(dx, "dx"),
+                                        read.floats(dnorm_weight, "dnorm_weight", c),
+                                        read.floats(dnorm_bias, "dnorm_bias", c),
+                                        read.floats(dqkv_weight, "dqkv_weight", 3 * c, c),
+                                        read.floats(dqkv_bias, "dqkv_bias", 3 * c),
+                                        read.floats(dproj_weight, "dproj_weight", c, c),
+                                        read.floats(dproj_bias, "dproj_bias", c)},
+                 threads);
+        });
+}
+
 template <auto run>
 void def_discretized_log_likelihood(py::module_& m) {
   m.def("discretized_log_likelihood", [](py::handle x, py::handle mean, py::handle log_scale,
@@ -568,6 +606,7 @@ PYBIND11_MODULE(_C, m) {
   def_group_norm_silu<cpu::group_norm_silu>(on_cpu);
   def_group_norm_silu_backward<cpu::group_norm_silu_backward>(on_cpu);
   def_attention_block<cpu::attention_block>(on_cpu);
+  def_attention_block_backward(on_cpu);
   def_discretized_log_likelihood<cpu::discretized_log_likelihood>(on_cpu);
   def_plan(on_cpu);
 #if defined(FASTDDPM_CUDA)

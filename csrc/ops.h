@@ -126,6 +126,15 @@ struct AttentionBlock {
   Matrix proj_weight, proj_bias;  // (C, C), (C,)
 };
 
+// The gradient of attention_block; scores are computed again, a tile of queries at a time.
+struct AttentionBlockBackward {
+  AttentionBlock forward;            // y is not used
+  Tensor grad, dx;                   // like x
+  float *dnorm_weight, *dnorm_bias;  // (C,) or null
+  float *dqkv_weight, *dqkv_bias;    // (3C, C) and (3C,), the latter or null
+  float *dproj_weight, *dproj_bias;  // (C, C) and (C,), the latter or null
+};
+
 // log of the mass that N(mean, exp(log_scale)^2) puts on the pixel's bin [x - 1/255, x + 1/255], in
 // nats, where x is in [-1, 1] with 256 levels and the outer bins are unbounded   (DDPM Eq. 13).
 // Float64 inside.
@@ -141,6 +150,7 @@ void posterior_step(const PosteriorStep& op, int threads);
 void group_norm_silu(const GroupNormSilu& op, int threads);
 void group_norm_silu_backward(const GroupNormSiluBackward& op, int threads);
 void attention_block(const AttentionBlock& op, int threads);
+void attention_block_backward(const AttentionBlockBackward& op, int threads);
 void discretized_log_likelihood(const DiscretizedLogLikelihood& op, int threads);
 }  // namespace cpu
 

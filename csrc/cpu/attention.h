@@ -1,13 +1,30 @@
 // Attention of a tile of queries to all keys of a head: its rows of scores are all that ever
 // exists.
 #pragma once
-#include "../math.h"
+#include "../ops.h"
 #include "gemm.h"
 
 namespace fastddpm {
 namespace {
 
 constexpr int64_t ROWS = 48;  // queries in a tile: whole strips
+
+// The panels of a linear layer's weight (rows, columns): B is its transpose.
+inline void pack_matrix(const Matrix& weight, int64_t rows, int64_t columns, float* panels) {
+  const auto as = [&](auto* data) {
+    pack(data, columns, rows, weight.stride_c, weight.stride_n, panels);
+  };
+  if (weight.dtype == DType::bf16)
+    as(static_cast<const BF16*>(weight.data));
+  else if (weight.dtype == DType::f16)
+    as(static_cast<const F16*>(weight.data));
+  else
+    as(static_cast<const float*>(weight.data));
+}
+
+inline void pack_row(const Matrix& bias, int64_t count, float* row) {
+  if (bias.data) pack_matrix({bias.data, bias.dtype, bias.stride_c, 0}, count, 1, row);
+}
 
 // softmax up to the factor that is returned: x[i] becomes e^{scale (x[i] - max x)}.
 inline float exponentiate(float* __restrict x, int64_t count, float scale) {

@@ -17,23 +17,6 @@ namespace {
 constexpr int64_t WORKING_SET =
     16 * 1024 * 1024;  // bytes of q, k, v that are kept at a time, about
 
-// The panels of a linear layer's weight (rows, columns): B is its transpose.
-void pack_matrix(const Matrix& weight, int64_t rows, int64_t columns, float* panels) {
-  const auto as = [&](auto* data) {
-    pack(data, columns, rows, weight.stride_c, weight.stride_n, panels);
-  };
-  if (weight.dtype == DType::bf16)
-    as(static_cast<const BF16*>(weight.data));
-  else if (weight.dtype == DType::f16)
-    as(static_cast<const F16*>(weight.data));
-  else
-    as(static_cast<const float*>(weight.data));
-}
-
-void pack_row(const Matrix& bias, int64_t count, float* row) {
-  if (bias.data) pack_matrix({bias.data, bias.dtype, bias.stride_c, 0}, count, 1, row);
-}
-
 class Block {
  public:
   Block(const AttentionBlock& op, int threads)

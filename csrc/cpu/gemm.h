@@ -84,5 +84,43 @@ inline void multiply(const float* a, int64_t lda, const float* panels, int64_t m
   }
 }
 
+template <int ROWS>
+inline void add_transposed_strip(const float* a, int64_t lda, const float* panel, int64_t k,
+                                 float* c, int64_t ldc, int64_t columns) {
+  Vector sum[ROWS][2];
+  for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = Vector{};
+  for (int64_t l = 0; l < k; ++l) {
+    const Vector left = load_vector(panel + l * PANEL);
+    const Vector right = load_vector(panel + l * PANEL + WIDTH);
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; ++i) {
+      const Vector x = vector_of(a[l * lda + i]);
+      sum[i][0] = vector_madd(x, left, sum[i][0]);
+      sum[i][1] = vector_madd(x, right, sum[i][1]);
+    }
+  }
+  for (int i = 0; i < ROWS; ++i) {
+    float values[PANEL];
+    store_vector(values, sum[i][0]);
+    store_vector(values + WIDTH, sum[i][1]);
+    for (int64_t j = 0; j < columns; ++j) c[i * ldc + j] += values[j];
+  }
+}
+
+// C (m, n) += A^T B; a: (k, m) by rows.
+inline void add_transposed(const float* a, int64_t lda, const float* panels, int64_t m, int64_t k,
+                           int64_t n, float* c, int64_t ldc) {
+  using Strip = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t, int64_t);
+  static constexpr Strip strips[STRIP] = {add_transposed_strip<1>, add_transposed_strip<2>,
+                                          add_transposed_strip<3>, add_transposed_strip<4>,
+                                          add_transposed_strip<5>, add_transposed_strip<6>};
+  for (int64_t first = 0; first < n; first += PANEL, panels += k * PANEL) {
+    const int64_t columns = n - first < PANEL ? n - first : PANEL;
+    for (int64_t i = 0; i < m; i += STRIP)
+      strips[(m - i < STRIP ? m - i : STRIP) - 1](a + i, lda, panels, k, c + i * ldc + first, ldc,
+                                                  columns);
+  }
+}
+
 }  // namespace
 }  // namespace fastddpm

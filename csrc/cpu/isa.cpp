@@ -36,6 +36,7 @@ struct Isa {
   decltype(&plain::group_norm_silu) group_norm_silu;
   decltype(&plain::group_norm_silu_backward) group_norm_silu_backward;
   decltype(&plain::attention_block) attention_block;
+  decltype(&plain::attention_block_backward) attention_block_backward;
   decltype(&plain::discretized_log_likelihood) discretized_log_likelihood;
 };
 
@@ -48,6 +49,7 @@ struct Isa {
    isa::group_norm_silu,          \
    isa::group_norm_silu_backward, \
    isa::attention_block,          \
+   isa::attention_block_backward, \
    isa::discretized_log_likelihood},
 
 const Isa table[] = {FASTDDPM_EACH_ISA(FASTDDPM_ISA_ROW)};
@@ -156,6 +158,13 @@ void attention_block(const AttentionBlock& op, int threads) {
   check_divides("num_heads", op.heads, op.shape.c);
   require(op.y.dtype != DType::u8, "attention_block: y must be float32, bfloat16 or float16");
   active().attention_block(op, threads);
+}
+
+void attention_block_backward(const AttentionBlockBackward& op, int threads) {
+  check_divides("num_groups", op.forward.groups, op.forward.shape.c);
+  check_divides("num_heads", op.forward.heads, op.forward.shape.c);
+  require(op.dx.dtype != DType::u8, "attention_block: dx must be float32, bfloat16 or float16");
+  active().attention_block_backward(op, threads);
 }
 
 void discretized_log_likelihood(const DiscretizedLogLikelihood& op, int threads) {
