@@ -9,6 +9,13 @@ namespace {
 
 constexpr int64_t ROWS = 48;  // queries in a tile: whole strips
 
+// Images of a group when n images are cut into the fewest groups of about the same size, at most
+// `fit` each.
+inline int64_t equal_groups(int64_t n, int64_t fit) {
+  const int64_t groups = fit > 1 ? (n + fit - 1) / fit : n;
+  return (n + groups - 1) / groups;
+}
+
 // The panels of a linear layer's weight (rows, columns): B is its transpose.
 inline void pack_matrix(const Matrix& weight, int64_t rows, int64_t columns, float* panels) {
   const auto as = [&](auto* data) {

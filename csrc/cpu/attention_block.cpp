@@ -61,8 +61,7 @@ class Block {
 
   int64_t images_at_once() const {
     const int64_t bytes = pixels * 6 * channels * int64_t(sizeof(float));
-    const int64_t fit = WORKING_SET / bytes;
-    return fit < 1 ? 1 : fit < op.shape.n ? fit : op.shape.n;
+    return equal_groups(op.shape.n, WORKING_SET / bytes);
   }
 
   int64_t scratch_size() const {

@@ -16,6 +16,7 @@ namespace FASTDDPM_ISA {
 namespace {
 
 constexpr int64_t WORKING_SET = 32 * 1024 * 1024;  // bytes of images that are at work, about
+constexpr int64_t RUN = 128;                       // pixels in a partial sum of a weight's gradient
 constexpr int64_t COLUMNS_AT_ONCE = 64;            // of a sum over pixels
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -79,8 +80,7 @@ class Backward {
   }
 
   int64_t images_at_once() const {
-    const int64_t fit = WORKING_SET / (pixels * 11 * channels * int64_t(sizeof(float)));
-    return fit < 1 ? 1 : least(fit, shape.n);
+    return equal_groups(shape.n, WORKING_SET / (pixels * 11 * channels * int64_t(sizeof(float))));
   }
 
   int64_t keys_size() const { return packed_size(depth, pixels); }    // k^T or v^T
@@ -212,15 +212,24 @@ class Backward {
 
   // out (m, C) += a^T b over all rows; a: (rows, m), b: (rows, C).
   void weight_gradient(const float* a, int64_t m, const float* b, int64_t rows, float* out) {
-    const int64_t count = round_up(channels, PANEL) / PANEL, strips = (m + ROWS - 1) / ROWS;
+    const int64_t count = round_up(channels, PANEL) / PANEL, blocks = (m + ROWS - 1) / ROWS;
     parallel_for(count, rows * channels, threads, [&](int64_t j, int) {
       pack(b + j * PANEL, rows, least(PANEL, channels - j * PANEL), channels, 1,
            panels.data + j * rows * PANEL);
     });
-    parallel_for(count * strips, rows * m * channels / 16, threads, [&](int64_t job, int) {
-      const int64_t j = job / strips, i = job % strips * ROWS;
-      add_transposed(a + i, m, panels.data + j * rows * PANEL, least(ROWS, m - i), rows,
-                     least(PANEL, channels - j * PANEL), out + i * channels + j * PANEL, channels);
+    parallel_for(blocks, rows * m * channels / 16, threads, [&](int64_t block, int) {
+      const int64_t i = block * ROWS, width = least(ROWS, m - i);
+      float columns[RUN * ROWS];  // of a, side by side: read once for every panel of b
+      for (int64_t first = 0; first < rows; first += RUN) {
+        const int64_t length = least(RUN, rows - first);
+        for (int64_t l = 0; l < length; ++l)
+          __builtin_memcpy(columns + l * width, a + (first + l) * m + i,
+                           size_t(width) * sizeof(float));
+        for (int64_t j = 0; j < count; ++j)
+          add_transposed(columns, width, panels.data + (j * rows + first) * PANEL, width, length,
+                         least(PANEL, channels - j * PANEL), out + i * channels + j * PANEL,
+                         channels);
+      }
     });
   }
 

@@ -99,11 +99,16 @@ inline void add_transposed_strip(const float* a, int64_t lda, const float* panel
       sum[i][1] = vector_madd(x, right, sum[i][1]);
     }
   }
-  for (int i = 0; i < ROWS; ++i) {
-    float values[PANEL];
-    store_vector(values, sum[i][0]);
-    store_vector(values + WIDTH, sum[i][1]);
-    for (int64_t j = 0; j < columns; ++j) c[i * ldc + j] += values[j];
+  for (int i = 0; i < ROWS; ++i, c += ldc) {
+    if (columns == PANEL) {
+      store_vector(c, load_vector(c) + sum[i][0]);
+      store_vector(c + WIDTH, load_vector(c + WIDTH) + sum[i][1]);
+    } else {
+      float values[PANEL];
+      store_vector(values, sum[i][0]);
+      store_vector(values + WIDTH, sum[i][1]);
+      for (int64_t j = 0; j < columns; ++j) c[j] += values[j];
+    }
   }
 }
 
