@@ -16,7 +16,8 @@ from compare import (
 from torch.library import opcheck
 
 from fastddpm import _native, ops, reference
-from fastddpm.ops import dispatch
+
+pytestmark = pytest.mark.backends("reference", "cpu", "triton")  # Triton's is the GPU's
 
 # (N, C, H, W), groups, heads
 CASES = (
@@ -26,15 +27,6 @@ CASES = (
     ((1, 32, 9, 8), 32, 4),
     ((65, 8, 2, 2), 2, 2),
 )
-
-
-@pytest.fixture
-def device(backend, device):
-    """As in every test, but skips where the backend leaves this op to others."""
-    reason = dispatch.load(backend).unsupported("attention_block")
-    if reason is not None:
-        pytest.skip(reason)
-    return device
 
 
 def eager(x, num_groups, norm_w, norm_b, qkv_w, qkv_b, proj_w, proj_b, num_heads=1):
@@ -59,6 +51,7 @@ def inputs(shape, dtype, device, layout="nchw"):
     return x, [p.to(device, dtype) for p in parameters]
 
 
+@pytest.mark.matrix("forward", "backward")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,11 +102,10 @@ def test_every_instruction_set(isa):
     assert_exact(y, truth, eager(x, 3, *parameters, num_heads=2), ulps=16)
 
 
+@pytest.mark.backends("cpu")  # a promise of the native CPU kernels alone
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_same_bits_for_any_threads_and_batch(backend, device, layout):
+def test_same_bits_for_any_threads_and_batch(device, layout):
     x, parameters = inputs((5, 24, 11, 13), torch.float32, device, layout)
-    if backend != "cpu":
-        pytest.skip("a promise of the native CPU kernels alone")
 
     def function(x=x):
         return ops.attention_block(x, 3, *parameters, num_heads=2)
