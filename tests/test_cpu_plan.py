@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -376,3 +379,38 @@ def test_no_images():
     plan = build_plan(tiny_unet(), 8, 8)
     out = torch.empty(0, 1, 8, 8)
     plan.forward(torch.empty(0, 1, 8, 8), time_rows(tiny_unet(), torch.tensor([0]))[0], out, 2)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+FLAGS = {  # those of CMakeLists.txt
+    "plain": (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": (
+        *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512cd"),
+        *("-mavx512dq", "-mavx512vl"),
+    ),
+}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+@pytest.mark.parametrize("isa", sorted({"plain", _native.isa() or "plain"}))
+def test_nothing_is_read_that_was_not_written(isa, tmp_path):
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer, in memory full of NaN."""
+    folder = Path(__file__).parent
+    sources = [
+        f"csrc/cpu/{stem}.cpp" for stem in ("plan", "attention", "convolution", "plan_input")
+    ]
+    subprocess.run(
+        [
+            *("g++", "-std=c++17", "-O1", "-pthread", "-DFASTDDPM_ISA=plain"),
+            *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off"),
+            *("-fno-math-errno", "-fno-trapping-math", *FLAGS[isa]),
+            *(folder / "plan_check.cpp", *(folder.parent / source for source in sources)),
+            *("-o", tmp_path / "check"),
+        ],
+        check=True, timeout=600,
+    )  # fmt: skip
+    run = subprocess.run([tmp_path / "check"], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "0 of the plans are wrong" in run.stdout
