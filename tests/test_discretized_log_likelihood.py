@@ -9,10 +9,17 @@ import math
 import mpmath
 import pytest
 import torch
-from compare import DTYPES, LAYOUTS, double, gradients, in_layout
+from compare import (
+    DTYPES,
+    LAYOUTS,
+    assert_same_for_any_thread_count,
+    double,
+    gradients,
+    in_layout,
+)
 from torch.library import opcheck
 
-from fastddpm import ops, reference
+from fastddpm import _native, ops, reference
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 BINS = LEVELS[[0, 1, 2, 100, 127, 128, 200, 253, 254, 255]]
@@ -165,6 +172,75 @@ def test_float32_to_six_digits(device):
     ):
         a = a.detach().cpu().double()
         assert_relative(a / scale, (b / scale).float().double(), 1e-6, points, floor=tiny)
+
+
+@pytest.fixture(params=_native.isas_available())
+def isa(request):
+    """The C++ backend in each build that this machine runs."""
+    before = _native.isa()
+    _native.use_isa(request.param)
+    with ops.use_backend("cpu"):
+        yield request.param
+    _native.use_isa(before)
+
+
+@functools.cache
+def scattered_points():
+    """Float32 arguments, as float64, all over sigma and the bins, and their exact value.
+
+    Half of the means lie about an edge of the bin, the others up to 400 sigmas away.
+    """
+    n = 240
+    x = LEVELS[torch.randint(256, (n,))]
+    x[: n // 6], x[n // 6 : n // 3] = -1, 1
+    log_scale = torch.empty(n, dtype=torch.float64).uniform_(math.log(1e-4), math.log(10))
+    sigmas = torch.empty(n, dtype=torch.float64).uniform_(-8, 6).exp()
+    near = torch.empty(n, dtype=torch.float64).uniform_(-3 / 255, 3 / 255)
+    far = sigmas * log_scale.exp() * (2 * torch.randint(2, (n,)) - 1)
+    mean = x + torch.where(torch.rand(n) < 0.5, near, far)
+    points = torch.stack((x, mean, log_scale)).float().double()
+    return points, exact_grid(points)[0]
+
+
+def test_every_instruction_set_rounds_once(isa):
+    """What stands in float32 is the exact value, half an ulp or a little more away."""
+    points, value = scattered_points()
+    got = ops.discretized_log_likelihood(*points.float()).double()
+    assert_relative(got, value, 0.5 * 2**-23 + 3e-9, points, floor=1e-37)
+
+
+def test_bits_depend_on_the_arguments_alone(isa):
+    """Not on threads, layout, or the place among the others."""
+    x = LEVELS[torch.randint(256, (2, 3, 83, 67))].float()  # large enough for more threads
+    log_scale = torch.empty_like(x).uniform_(math.log(1e-4), math.log(10))
+    mean = x + torch.randn_like(x) * (log_scale.exp() + 0.01)
+    whole = ops.discretized_log_likelihood(x, mean, log_scale)
+    assert_same_for_any_thread_count(lambda: ops.discretized_log_likelihood(x, mean, log_scale))
+    for layout in LAYOUTS[1:]:
+        laid = [in_layout(v, layout) for v in (x, mean, log_scale)]
+        assert torch.equal(ops.discretized_log_likelihood(*laid), whole)
+    flat = [v.flatten() for v in (x, mean, log_scale, whole)]
+    for first, count in itertools.product((0, 5, 1021), (1, 2, 3, 7, 17, 30)):
+        *part, expected = (v[first : first + count] for v in flat)
+        assert torch.equal(ops.discretized_log_likelihood(*part), expected)
+
+
+def test_what_is_not_finite(device):
+    x = LEVELS[[0, 7, 128, 255]].float()
+    for k in range(3):
+        arguments = [x.clone(), x * 0.9, torch.full_like(x, -3.0)]
+        arguments[k][1:] = torch.nan
+        got = ops.discretized_log_likelihood(*(v.to(device) for v in arguments)).cpu()
+        assert got.isnan().tolist() == [False, True, True, True]
+    wide, narrow = torch.full((4,), 1000.0).to(device), torch.full((4,), -1000.0).to(device)
+    x = x.to(device)
+    near, far = (ops.discretized_log_likelihood(x, x + shift, narrow).cpu() for shift in (0, 0.1))
+    assert near.tolist() == [0, 0, 0, 0]
+    assert far.tolist() == [-math.inf, -math.inf, -math.inf, 0]
+    got = ops.discretized_log_likelihood(x, x * 0.9, wide).cpu().double()
+    inner = math.log(2 / 255) - 0.5 * math.log(2 * math.pi) - 1000
+    expected = torch.tensor([-math.log(2), inner, inner, -math.log(2)], dtype=torch.float64)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
 
 
 def test_edges_are_the_first_and_last_level_only(device):
