@@ -7,7 +7,7 @@
 // cpu:: functions check what they can (they throw std::invalid_argument), use up to `threads`
 // threads, and give the same bits for every thread count and batch size. cuda:: functions take
 // pointers of one device, only queue work on `stream`, and throw std::runtime_error if that fails;
-// a t outside the table gives NaN.
+// a t outside the table takes its nearest row.
 #pragma once
 #include <cstdint>
 

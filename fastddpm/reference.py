@@ -419,8 +419,11 @@ def _compute(*tensors: Tensor) -> torch.dtype:
 
 
 def _coefficients(table: Tensor, t: Tensor, x: Tensor) -> list[Tensor]:
-    """One (N, 1, 1, 1) tensor per column of `table` at t, in the dtype to compute with x in."""
-    rows = table[t].to(_compute(x))
+    """One (N, 1, 1, 1) tensor per column of `table` at t, in the dtype to compute with x in.
+
+    A t outside takes the nearest row, as on a GPU, where torch's index would end the process.
+    """
+    rows = table[t.clamp(0, table.shape[0] - 1)].to(_compute(x))
     return [column.reshape(-1, *[1] * (x.dim() - 1)) for column in rows.unbind(1)]
 
 

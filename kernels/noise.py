@@ -26,7 +26,7 @@ def _noise_kernel(
     BN: tl.constexpr, BA: tl.constexpr, BP: tl.constexpr, FLAT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     n, a, p, inside = tile(N, A, B, D, BN, BA, BP)
-    row, known = timestep(t, n, N, steps)
+    row = timestep(t, n, N, steps)
     if index is None:
         e = load(at(eps, n, a, p, D, FLAT), inside)
     else:
@@ -45,7 +45,7 @@ def _noise_kernel(
     x = load(source, inside)
     if x0[0].dtype.element_ty == tl.uint8:
         x = tl.div_rn(x, 127.5) - 1.0
-    x = coefficient(table, row, known, 0) * x + coefficient(table, row, known, 1) * e
+    x = coefficient(table, row, 0) * x + coefficient(table, row, 1) * e
     tl.store(at(xt, n, a, p, D, FLAT), rounded(x, xt[0].dtype.element_ty), mask=inside)
 
 

@@ -17,28 +17,27 @@ def _posterior_step_kernel(
     BN: tl.constexpr, BA: tl.constexpr, BP: tl.constexpr, FLAT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     n, a, p, inside = tile(N, A, B, D, BN, BA, BP)
-    row, known = timestep(t, n, N, steps)
+    row = timestep(t, n, N, steps)
     mean = load(at(model_output, n, a, p, D, FLAT), inside)
     if PREDICTION != "mean":
         x = load(at(xt, n, a, p, D, FLAT), inside)
         x0 = mean
         if PREDICTION == "eps":
-            x0 = coefficient(table, row, known, 2) * x - coefficient(table, row, known, 3) * x0
+            x0 = coefficient(table, row, 2) * x - coefficient(table, row, 3) * x0
         if CLIP:  # comparisons that keep a NaN
             x0 = tl.where(x0 > 1.0, 1.0, x0)
             x0 = tl.where(x0 < -1.0, -1.0, x0)
-        mean = coefficient(table, row, known, 4) * x0 + coefficient(table, row, known, 5) * x
-    sigma = coefficient(table, row, known, 6)
-    silent = sigma <= 0.0  # not where a t outside the table made sigma NaN
-    drawn = inside & (silent == 0)
+        mean = coefficient(table, row, 4) * x0 + coefficient(table, row, 5) * x
+    sigma = coefficient(table, row, 6)
+    noisy = sigma > 0.0
+    drawn = inside & noisy
     if log_variance is not None:
-        learned = tl.exp(0.5 * load(at(log_variance, n, a, p, D, FLAT), drawn))
-        sigma = tl.where(sigma > 0.0, learned, sigma)
+        sigma = tl.exp(0.5 * load(at(log_variance, n, a, p, D, FLAT), drawn))
     if index is None:
         noise = load(at(z, n, a, p, D, FLAT), drawn)
     else:
         noise = normals(seed, step, index, n, a, p, N, A, B * D, BN, BA, BP, WHOLE)
-    store(at(out, n, a, p, D, FLAT), tl.where(silent, mean, mean + sigma * noise), inside)
+    store(at(out, n, a, p, D, FLAT), tl.where(noisy, mean + sigma * noise, mean), inside)
 
 
 def posterior_step(

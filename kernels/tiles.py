@@ -121,12 +121,12 @@ def at(x, n, a, p, D, FLAT: tl.constexpr):
 
 @triton.jit
 def timestep(t, n, N, steps):
-    """(t, whether the table has it) for the samples n; t: (pointer, stride)."""
+    """t of the samples n, the nearest that the table has; t: (pointer, stride)."""
     value = tl.load(t[0] + n.to(tl.int64) * t[1], mask=n < N, other=0)
-    return value, (value >= 0) & (value < steps)
+    return tl.minimum(tl.maximum(value, 0), steps - 1)
 
 
 @triton.jit
-def coefficient(table, t, known, COLUMN: tl.constexpr):
-    """(R, 1) column of the [T, 8] table at t, NaN where it has no such row."""
-    return tl.load(table + t * 8 + COLUMN, mask=known, other=float("nan"))[:, None]
+def coefficient(table, row, COLUMN: tl.constexpr):
+    """(R, 1) column of these rows of the [T, 8] table."""
+    return tl.load(table + row * 8 + COLUMN)[:, None]

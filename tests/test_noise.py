@@ -17,6 +17,7 @@ from compare import (
 from torch.library import opcheck
 
 from fastddpm import ops, reference
+from fastddpm.ops import checks, library
 
 SHAPES = (
     (1, 1, 1, 1),
@@ -211,6 +212,44 @@ def test_bad_input(options, error, message):
     arguments = {"x0": X, "t": T3, "table": TABLE, "eps": X, **options}
     with pytest.raises(error, match=message):
         ops.noise(**arguments)
+
+
+def test_t_outside_the_table_on_a_device(backend, device, monkeypatch):
+    """Where its values are not read first the nearest row serves; C++ on the CPU reads them."""
+    monkeypatch.setattr(library, "values_in", lambda *_: None)
+    x0, eps = torch.randn(2, 4, 2, 5, 3).to(device)
+    outside = torch.tensor([-1, 1000, -(2**40), 2**40]).to(device)
+    nearest, tab = torch.tensor([0, 999, 0, 999]).to(device), table(device=device)
+    if backend == "cpu":
+        with pytest.raises(ValueError, match=r"t must lie in 0 .. 999; t\[0\] is -1"):
+            ops.noise(x0, outside, tab, eps=eps)
+        return
+    got, expected = (
+        gradients(lambda x0, t=t: ops.noise(x0, t, tab, eps=eps)[0], (x0,), eps)
+        for t in (outside, nearest)
+    )
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    device = property(lambda self: torch.device("cuda", 0))  # type: ignore[assignment]
+
+
+def test_strict_reads_the_t_of_a_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    t = torch.tensor([0, 5, 1000]).as_subclass(OnDevice)
+    monkeypatch.delenv("FASTDDPM_STRICT", raising=False)
+    checks.values_in("t", t, 1000, "999")
+    monkeypatch.setenv("FASTDDPM_STRICT", "1")
+    checks.values_in("t", t, 1001, "1000")
+    with pytest.raises(ValueError, match=r"t must be in 0 .. 999; got 1000"):
+        checks.values_in("t", t, 1000, "999")
+    # What a graph captures runs later, with other values.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    checks.values_in("t", t, 1000, "999")
 
 
 def test_registered_ops():

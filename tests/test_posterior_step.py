@@ -17,6 +17,7 @@ from compare import (
 from torch.library import opcheck
 
 from fastddpm import Schedule, ops, reference
+from fastddpm.ops import library
 
 PREDICTIONS = ("eps", "x0", "mean")
 SHAPES = (
@@ -257,6 +258,32 @@ def test_bad_input(options, error, message):
     arguments = {"xt": X, "model_output": X, "t": T3, "table": TABLE, "z": X, **options}
     with pytest.raises(error, match=message):
         ops.posterior_step(**arguments)
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_t_outside_the_table_on_a_device(backend, device, monkeypatch, drawn):
+    """Where its values are not read first the nearest row serves; C++ on the CPU reads them."""
+    monkeypatch.setattr(library, "values_in", lambda *_: None)
+    xt, eps, z, log_variance = inputs((4, 3, 2, 4), torch.float32, device)
+    outside = torch.tensor([-1, 1000, -(2**40), 2**40]).to(device)
+    nearest, tab = torch.tensor([0, 999, 0, 999]).to(device), table(device=device)
+    noise = {"z": z}
+    if drawn:
+        noise = {"seed": 1, "sample_index": torch.arange(4).to(device), "step": 7}
+
+    def function(t):
+        leaves = xt, eps, log_variance
+        return gradients(
+            lambda xt, eps, v: ops.posterior_step(xt, eps, t, tab, log_variance=v, **noise),
+            leaves, z,
+        )  # fmt: skip
+
+    if backend == "cpu":
+        with pytest.raises(ValueError, match=r"t must lie in 0 .. 999; t\[0\] is -1"):
+            function(outside)
+        return
+    for got, expected in zip(function(outside), function(nearest), strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_registered_ops():

@@ -135,17 +135,6 @@ def test_parameters_of_another_dtype(triton):
         assert torch.equal(got.to(same.dtype), same)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "mean"])
-def test_a_step_outside_the_table_gives_nan(triton, prediction):
-    x = torch.randn(3, 1, 2, 2).to(triton.DEVICE)
-    t, tab = torch.tensor([5, 1000, -1]).to(x.device), table(device=x.device)
-    xt, _ = triton.noise(x, t, tab, eps=x)
-    step = triton.posterior_step(x, x, t, tab, z=x, prediction=prediction)
-    for y in (xt, step):
-        assert y[0].isfinite().all()
-        assert y[1:].isnan().all()
-
-
 def test_offsets_beyond_int32(triton):
     """Two samples that lie more than 2^31 elements apart."""
     if triton.DEVICE != "cpu":

@@ -190,13 +190,12 @@ struct Cursor {
 
 // ---- the table and the stream ------------------------------------------------------------------
 
-// Copies the table's row of t; NaN everywhere if t is outside, since a kernel can't raise an error.
+// Copies the table's row of t, the nearest one if t is outside: a kernel can't raise an error.
 __device__ inline void read_row(const Table& table, const PerSample& t, int64_t n,
                                 float row[COLUMNS]) {
-  const int64_t step = t.data[n * t.stride];
-  const bool inside = step >= 0 && step < table.steps;
-  for (int i = 0; i < COLUMNS; ++i)
-    row[i] = inside ? table.data[step * COLUMNS + i] : bit_cast<float>(0x7fc00000u);
+  const int64_t step = t.data[n * t.stride], last = table.steps - 1;
+  const int64_t inside = step < 0 ? 0 : step > last ? last : step;
+  for (int i = 0; i < COLUMNS; ++i) row[i] = table.data[inside * COLUMNS + i];
 }
 
 __device__ inline Philox stream_of(const Random& random, int64_t n) {

@@ -17,13 +17,13 @@ __global__ void __launch_bounds__(THREADS) posterior_step_tiles(const PosteriorS
     read_row(op.table, op.t, n, row);
 #pragma unroll
     for (int k = 0; k < V; ++k) x[k] = posterior_mean(row, x[k], output[k], op.prediction, op.clip);
-    if (!(row[SIGMA] <= 0.0f)) {  // also where a t outside the table made it NaN
+    if (row[SIGMA] > 0.0f) {
       float z[V];
       if (op.z.data)
         load_vector(sample<X>(op.z, n) + tile * V, z);
       else
         draw_tile<CHANNELS>(stream_of(op.random, n), numel(op.shape), tile, z);
-      if (op.log_variance.data && row[SIGMA] > 0.0f) {
+      if (op.log_variance.data) {
         load_vector(sample<M>(op.log_variance, n) + tile * V, output);
 #pragma unroll
         for (int k = 0; k < V; ++k) x[k] = madd(exponential(0.5f * output[k]), z[k], x[k]);
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(THREADS) posterior_step_quads(const PosteriorS
   FASTDDPM_FOR_JOBS(n, quad, op.shape.n, quads) {
     float row[COLUMNS], z[4];
     read_row(op.table, op.t, n, row);
-    const bool noisy = !(row[SIGMA] <= 0.0f);
+    const bool noisy = row[SIGMA] > 0.0f;
     if (noisy && !op.z.data) normal4(stream_of(op.random, n), uint32_t(quad), z);
     Cursor at(op.shape, n, 4 * quad);
 #pragma unroll
@@ -52,8 +52,7 @@ __global__ void __launch_bounds__(THREADS) posterior_step_quads(const PosteriorS
           posterior_mean(row, at.load(op.xt), at.load(op.model_output), op.prediction, op.clip);
       if (noisy) {
         float sigma = row[SIGMA];
-        if (op.log_variance.data && sigma > 0.0f)
-          sigma = exponential(0.5f * at.load(op.log_variance));
+        if (op.log_variance.data) sigma = exponential(0.5f * at.load(op.log_variance));
         x = madd(sigma, op.z.data ? at.load(op.z) : z[i], x);
       }
       at.store(op.out, x);

@@ -2,8 +2,11 @@
 
 Images are (N, C, H, W) in any memory format; results have that of the first image. float32,
 bfloat16 and float16 are storage types: they may be mixed, and arithmetic is float32. float64
-runs in float64, on the reference. `t` is 0-based. Every op raises TypeError or ValueError, in one
-line that names the argument, for what it can't take.
+runs in float64, on the reference. Every op raises TypeError or ValueError, in one line that names
+the argument, for what it can't take.
+
+`t` is 0-based. On a GPU, where reading it would synchronise, a t outside the table takes the
+nearest row; with FASTDDPM_STRICT=1 it is read, and an error as on the CPU.
 """
 
 from __future__ import annotations

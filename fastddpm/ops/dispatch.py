@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastddpm.ops.checks import strict
 from fastddpm.schedule import check_choice
 
 OPS = (
@@ -121,7 +122,7 @@ def _report_fallback(device: str) -> None:
         return
     reasons = "; ".join(f"{backend.name}: {backend.missing}" for backend in backends)
     message = f"fastddpm runs its slow reference ops on {device} ({reasons})"
-    if os.environ.get("FASTDDPM_STRICT") == "1":
+    if strict():
         raise RuntimeError(f"{message}; FASTDDPM_STRICT=1 makes this an error")
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
