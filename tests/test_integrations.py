@@ -12,7 +12,7 @@ from toy import generator, tiny_unet
 
 import fastddpm
 from fastddpm import UNet
-from fastddpm.integrations.diffusers import unet_options
+from fastddpm.integrations.diffusers import to_diffusers, unet_options
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -74,6 +74,12 @@ def test_a_diffusers_folder_computes_what_diffusers_computes(tmp_path, options):
     # And from a folder of ours once it was saved as one.
     model.save_pretrained(tmp_path / "ours")
     assert_equal_outputs(UNet.from_pretrained(tmp_path / "ours"), theirs)
+    # And back, to the bit.
+    back = to_diffusers(model)
+    assert not back.training
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+    assert_equal_outputs(model, back)
 
 
 def test_defaults_that_a_config_leaves_out_are_diffusers_own(tmp_path):

@@ -1,3 +1,3 @@
-"""Models and files of other projects, read into this one. A file a project; none is imported here,
-so that no peer has to be installed.
+"""Models and files of other projects, read into this one. A file a project; none is imported with
+it, so that no peer has to be installed.
 """

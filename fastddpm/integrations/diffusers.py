@@ -1,5 +1,5 @@
-"""diffusers' UNet2DModel of the google/ddpm-* family: its folders as ours. diffusers itself is not
-needed.
+"""diffusers' UNet2DModel of the google/ddpm-* family: its folders as ours, and our UNet as one.
+diffusers itself is needed for the latter only.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastddpm.checkpoint import load_weights, read_json, read_weights
 from fastddpm.diffusion import Diffusion
-from fastddpm.integrations.port import join_qkv
+from fastddpm.integrations.port import join_qkv, split_qkv
 from fastddpm.schedule import Schedule
 from fastddpm.unet import UNet
 
@@ -101,6 +103,40 @@ def load_folder(
     }
     load_weights(model, join_qkv(weights, files[0]), files[0])
     return model
+
+
+def to_diffusers(model: UNet) -> torch.nn.Module:
+    """A diffusers UNet2DModel of the model's architecture with a copy of its weights, on its device
+    and in its mode. ImportError where diffusers is not installed.
+    """
+    from diffusers import UNet2DModel
+
+    c = model.config
+    attention = [level in c["attention_levels"] for level in range(len(c["channel_mult"]))]
+    net = UNet2DModel(
+        sample_size=tuple(c["image_size"]),
+        block_out_channels=tuple(c["channels"] * m for m in c["channel_mult"]),
+        layers_per_block=c["num_res_blocks"],
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        attention_head_dim=c["head_dim"],
+        norm_num_groups=c["num_groups"],
+        **{
+            name: c[name]
+            for name in (
+                *("in_channels", "out_channels", "norm_eps", "dropout", "downsample_padding"),
+                *("freq_shift", "flip_sin_to_cos"),
+            )
+        },
+    )
+    ours = split_qkv(model.state_dict())
+    weights = {
+        name: ours[_rename(name, len(attention))].reshape(tensor.shape)
+        for name, tensor in net.state_dict().items()
+    }
+    net.load_state_dict(weights)
+    parameter = next(model.parameters())
+    return net.to(parameter.device, parameter.dtype).train(model.training)
 
 
 def unet_options(config: dict[str, Any], source: object) -> dict[str, Any]:

@@ -61,6 +61,21 @@ def join_qkv(
     return joined
 
 
+def split_qkv(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `join_qkv`, all of them matrices."""
+    parts: dict[str, torch.Tensor] = {}
+    for name, tensor in weights.items():
+        block, joint, kind = name.rpartition(".qkv.")
+        if joint:
+            parts |= {
+                f"{block}.{each}.{kind}": part
+                for each, part in zip("qkv", tensor.chunk(3), strict=True)
+            }
+        else:
+            parts[name] = tensor
+    return parts
+
+
 def _architecture(weights: dict[str, torch.Tensor], source: str | os.PathLike) -> dict[str, Any]:
     """UNet's options, from the keys; ValueError when they are no such model's."""
     levels = 1 + max((int(m[1]) for name in weights if (m := re.match(r"down\.(\d+)\.", name))),
