@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -25,13 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout that this file is in
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.nn.functional as F
+from machine import environment, milliseconds
 from tabulate import tabulate
 from torch import Tensor
 
-from fastddpm import Schedule, _native, ops, reference
+from fastddpm import Schedule, ops, reference
 from fastddpm.ops import dispatch
 
 GROUPS = 32
@@ -328,29 +328,6 @@ def copy_bandwidth(quick: bool, repeats: int, least: float) -> float:
     target = torch.empty_like(source)
     seconds = timed({"copy": lambda: target.copy_(source)}, repeats, least)["copy"]
     return 2 * source.numel() * source.itemsize / statistics.median(seconds)
-
-
-def environment() -> dict:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load": [round(load, 2) for load in os.getloadavg()],
-        "isa": _native.isa(),
-        "torch": torch.__version__,
-        "torch isa": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-    }
-
-
-def milliseconds(seconds: list[float]) -> str:
-    low, middle, high = (x * 1e3 for x in (min(seconds), statistics.median(seconds), max(seconds)))
-    return f"{middle:.3g} ({low:.3g}-{high:.3g})"
 
 
 def line(case: Case, bandwidth: float, peers: list[str]) -> dict:

@@ -1,0 +1,452 @@
+"""Times sampling, all implementations in turn on the same weights: fastddpm's engines, diffusers,
+torch.compile, OpenVINO, ONNX Runtime.
+
+    python benchmarks/throughput.py [--json FILE] [--plot FILE.png] [--batches 1,4,16,64]
+        [--model cifar10|fashion-mnist|FOLDER] [--only NAME,...] [--device cuda] [--quick]
+
+First each contestant shows that it computes the same: its eps at two steps against the network in
+float64. One that computes something else is not timed, and the exit code is 1. Then they take
+turns, warm: median and range of the repeats. TFLOP/s count the products of convolutions and dense
+layers, twice their multiply-adds, as the network is written; the ceiling is torch's largest rate
+in a matrix product, measured at the start. No numbers are kept here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout that this file is in
+sys.path.insert(0, str(Path(__file__).parent))
+
+import contestants
+import torch
+from contestants import DTYPES, OURS, PEERS, Job
+from machine import (
+    environment,
+    gemm_ceiling,
+    milliseconds,
+    peak_memory,
+    reset_peak_memory,
+    synchronize,
+)
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from fastddpm import UNet, ops
+from fastddpm.checkpoint import atomic_write, read_tensors, write_tensors
+from fastddpm.engine.eager import Eager
+from fastddpm.precision import has_fast_bf16
+from fastddpm.unet import AttentionBlock
+
+EQUAL = (
+    "All contestants have the same weights, start from the same x_T, take the same steps and use "
+    "the same number of threads. Each lives in a process of its own and all of a batch size at the "
+    "same time, so that they take turns; only one works at a time. Peers are called in inference "
+    "mode and take fastddpm's fused posterior step, so that they differ in the network alone. "
+    "float32 is float32: no TF32. Peak memory is the process's largest resident set while it was "
+    "timed, the libraries' code with it; on a GPU the most that torch's allocator held."
+)
+# rms(error) / rms(eps) at most: peers may round as they like, but not compute something else.
+ALLOWED = {"fp32": 1e-4, "bf16": 5e-2}
+IMAGES_CHECKED = 2  # distinct images in the checked batch, over and over
+T_SAMPLED = 1000
+
+
+# ---- the network ---------------------------------------------------------------------------------
+
+
+def random_weights(model: UNet) -> UNet:
+    """Every parameter random: a fresh model's last layers are all but zero, and hide errors."""
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            scale = 0.1 if p.dim() == 1 else p[0].numel() ** -0.5
+            centre = float("norm" in name and name.endswith("weight"))
+            p.copy_(torch.randn(p.shape, generator=random) * scale + centre)
+    return model.eval()
+
+
+def make_model(name: str, quick: bool) -> UNet:
+    if quick:
+        small = {"channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "image_size": 8}
+        return random_weights(UNet(**small))
+    return random_weights(UNet.cifar10()) if name == "cifar10" else UNet.from_pretrained(name)
+
+
+def flop(model: UNet) -> int:
+    """Of one image-step: 2 a multiply-add of every convolution and dense layer, upsampled images
+    as they are; without attention's q k^T and P v."""
+    total = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        places = output[0, 0].numel() if output.dim() == 4 else 1
+        layers = [module.qkv, module.proj_out] if isinstance(module, AttentionBlock) else [module]
+        total += sum(2 * places * layer.weight.numel() for layer in layers)
+
+    kinds = (nn.Conv2d, nn.Linear, AttentionBlock)
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
+    x = torch.zeros(1, model.in_channels, *model.image_size, dtype=torch.float64)
+    with torch.inference_mode():
+        model.double()(x, torch.zeros(1, dtype=torch.int64))
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def implied_eps(engine: Any, x: Tensor, i: int) -> Tensor:
+    """The eps that the engine's x0 prediction at chain index i stands for, float64: the inverse of
+    Eq. 15."""
+    index = torch.arange(len(x), device=x.device)
+    x0: list[Tensor] = []
+    engine.run(
+        x, seed=0, sample_index=index, start=i + 1, stop=i,
+        on_step=lambda i, x, predicted: x0.append(predicted().double()),
+    )  # fmt: skip
+    ab = float(engine.diffusion.schedule.alphas_cumprod[i])
+    return (x.double() / math.sqrt(ab) - x0[0]) / math.sqrt(1 / ab - 1)
+
+
+def relative_error(eps: Tensor, truth: Tensor) -> float:
+    """rms(eps - truth) / rms(truth), inf where eps has another shape."""
+    if eps.shape != truth.shape:
+        return math.inf
+    return ((eps - truth).square().mean() / truth.square().mean()).sqrt().item()
+
+
+# ---- a contestant in its process -----------------------------------------------------------------
+
+
+class Runner:
+    """A contestant, built."""
+
+    def __init__(self, job: Job):
+        torch.set_num_threads(job.threads)
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True
+        self.device = torch.device(job.device)
+        self.engine = contestants.build(job)
+        self.index = torch.arange(job.batch, device=self.device)
+        self.x = ops.randn((job.batch, *job.shape), seed=0, step=T_SAMPLED, sample_index=self.index)
+
+    def eps(self, path: str, i: int) -> None:
+        """Read x from the file and leave eps there."""
+        x = read_tensors(path)[0]["x"].to(self.device)
+        write_tensors(path, {"eps": implied_eps(self.engine, x, i)})
+
+    def seconds(self, steps: int) -> float:
+        """Of `steps` steps down to the middle of the chain."""
+        middle = self.engine.diffusion.T // 2
+        synchronize(self.device)
+        start = time.perf_counter()
+        self.engine.run(self.x, seed=0, sample_index=self.index, start=middle + steps, stop=middle)
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+    def forget_peak(self) -> None:
+        reset_peak_memory(self.device)
+
+    def memory(self) -> int:
+        return peak_memory(self.device)
+
+
+def serve(job: Job) -> None:
+    """Calls of a Runner's methods as lines of JSON, from stdin to stdout."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is not an answer
+    runner = Runner(job)
+    print("null", file=answers, flush=True)
+    for line in sys.stdin:
+        method, *arguments = json.loads(line)
+        print(json.dumps(getattr(runner, method)(*arguments)), file=answers, flush=True)
+
+
+class Failed(Exception):
+    """A contestant's process ended; the last line that it wrote."""
+
+
+class Remote:
+    """A Runner in a process of its own, with the same methods."""
+
+    def __init__(self, job: Job):
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115
+        if contestants.needs_preparing(job) and self._start("--prepare", job).wait() != 0:
+            raise Failed(self._last_line())
+        self.process = self._start("--serve", job)
+        self._answer()
+
+    def _start(self, role: str, job: Job) -> subprocess.Popen:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads)}
+        return subprocess.Popen(
+            [sys.executable, __file__, role, json.dumps(dataclasses.asdict(job))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+            env=environment,
+        )  # fmt: skip
+
+    def _last_line(self) -> str:
+        self.log.seek(0)
+        lines = self.log.read().decode(errors="replace").strip().splitlines()
+        return lines[-1].strip() if lines else "it ended without a word"
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            raise Failed(self._last_line())
+        return json.loads(line)
+
+    def __getattr__(self, method: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            assert self.process.stdin is not None
+            print(json.dumps([method, *arguments]), file=self.process.stdin, flush=True)
+            return self._answer()
+
+        return call
+
+    def close(self) -> None:
+        self.process.communicate()
+        self.log.close()
+
+
+# ---- check, then time ----------------------------------------------------------------------------
+
+
+def truth(model: UNet, x: Tensor, i: int) -> Tensor:
+    """eps of the float64 network on PyTorch's ops."""
+    engine = Eager(model.double(), model.diffusion, device=x.device, precision="fp32", clip=False)
+    with ops.use_backend("reference"):
+        return implied_eps(engine, x, i)
+
+
+def check(runner: Any, x: Tensor, truths: dict[int, Tensor], folder: Path) -> float:
+    """The largest relative error of eps among the chain indices of `truths`."""
+    path = folder / "parity.safetensors"
+    errors = []
+    for i, expected in truths.items():
+        write_tensors(path, {"x": x})
+        runner.eps(str(path), i)
+        errors.append(relative_error(read_tensors(path)[0]["eps"], expected))
+    return max(errors)
+
+
+def race(jobs: list[Job], model: UNet, options: argparse.Namespace) -> tuple[list[dict], list[str]]:
+    """(a row a contestant, with its error and seconds an image-step; who could not take part).
+
+    A row without "seconds" computed something else."""
+    batch, T = jobs[0].batch, model.diffusion.T
+    distinct = min(batch, IMAGES_CHECKED)
+    x = ops.randn(
+        (distinct, *jobs[0].shape), seed=1, step=T_SAMPLED, sample_index=torch.arange(distinct)
+    )
+    times = -(-batch // distinct)
+    truths = {i: truth(model, x, i).repeat(times, 1, 1, 1)[:batch] for i in (T - 1, T // 2)}
+    x = x.repeat(times, 1, 1, 1)[:batch]
+
+    rows: list[dict[str, Any]] = []
+    missing: list[str] = []
+    running: list[tuple[dict[str, Any], Any, int]] = []
+    for job in jobs:
+        who = f"{job.name} {job.precision}, batch {batch}"
+        try:
+            runner = Remote(job)
+        except Failed as error:
+            missing.append(f"{who}: {error}")
+            continue
+        error = check(runner, x, truths, Path(job.folder))
+        row = {"name": job.name, "precision": job.precision, "batch": batch, "error": error}
+        rows.append(row)
+        if not error <= ALLOWED[job.precision]:
+            print(
+                f"{who} is off by {error:.2g} of eps, allowed {ALLOWED[job.precision]}; not timed",
+                file=sys.stderr,
+            )
+            runner.close()
+            continue
+        print(f"{who}: error {error:.1e}", flush=True)
+        runner.seconds(1)
+        steps = math.ceil(options.least / runner.seconds(1))
+        running.append((row, runner, max(1, min(steps, T // 2))))
+        runner.forget_peak()
+        row["seconds"] = []
+    for _ in range(options.repeats):
+        for row, runner, steps in running:
+            row["seconds"].append(runner.seconds(steps) / (steps * batch))
+    for row, runner, _ in running:
+        row["peak bytes"] = runner.memory()
+        runner.close()
+    return rows, missing
+
+
+def finish(rows: list[dict[str, Any]], per_image: int, ceiling: dict[str, float]) -> None:
+    """Add what follows from the seconds."""
+    for row in rows:
+        if "seconds" not in row:
+            continue
+        seconds = statistics.median(row["seconds"])
+        row["ms"] = seconds * 1e3
+        row["images/s"] = 1 / (seconds * T_SAMPLED)
+        row["TFLOP/s"] = per_image / seconds / 1e12
+        row["of ceiling"] = per_image / seconds / ceiling[row["precision"]]
+        peers = [
+            statistics.median(r["seconds"])
+            for r in rows
+            if r["name"] in PEERS and "seconds" in r
+            and (r["batch"], r["precision"]) == (row["batch"], row["precision"])
+        ]  # fmt: skip
+        if row["name"] in OURS and peers:
+            row["x best peer"] = min(peers) / seconds
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    return tabulate(
+        [
+            {
+                "batch": row["batch"],
+                "": row["name"],
+                "precision": row["precision"],
+                "error": f"{row['error']:.1e}",
+                "ms an image-step": milliseconds(row["seconds"]),
+                f"images/s, {T_SAMPLED} steps": f"{row['images/s']:.3g}",
+                "TFLOP/s": f"{row['TFLOP/s']:.3g}",
+                "of ceiling": f"{row['of ceiling']:.0%}",
+                "x best peer": f"{row['x best peer']:.2f}" if "x best peer" in row else "",
+                "peak MB": f"{row['peak bytes'] / 1e6:.0f}",
+            }
+            for row in rows
+            if "seconds" in row
+        ],
+        headers="keys", tablefmt="simple", disable_numparse=True,
+    )  # fmt: skip
+
+
+def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
+    """Bars of ms an image-step, a panel a batch size."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if "seconds" in row]
+    batches = sorted({row["batch"] for row in rows})
+    most = max(sum(row["batch"] == batch for row in rows) for batch in batches)
+    figure = Figure(figsize=(9, len(batches) * (0.28 * most + 0.9)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(batches), squeeze=False)[:, 0]
+    for axes, batch in zip(panels, batches, strict=True):
+        shown = sorted((r for r in rows if r["batch"] == batch), key=lambda r: -r["ms"])
+        bars = axes.barh(
+            [f"{r['name']} {r['precision']}" for r in shown],
+            [r["ms"] for r in shown],
+            color=["tab:blue" if r["name"] in OURS else "0.7" for r in shown],
+        )
+        axes.bar_label(bars, [f"{r['ms']:.3g}" for r in shown], padding=3, fontsize=8)
+        axes.set(title=f"batch {batch}", xlabel="ms an image-step")
+        axes.margins(x=0.1)
+    figure.suptitle(title, fontsize=10)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def precisions(device: torch.device, asked: str | None) -> tuple[list[str], list[str]]:
+    """(those to time, what is left out)."""
+    if asked:
+        return asked.split(","), []
+    if has_fast_bf16(device):
+        return ["fp32", "bf16"], []
+    return ["fp32"], [
+        "all in bf16: this device has no bfloat16 products (--precisions asks anyway)"
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    parser.add_argument("--json", type=Path, help="write environment and rows to this file")
+    parser.add_argument("--plot", type=Path, help="write a bar chart to this .png file")
+    parser.add_argument("--batches", default="1,4,16,64", help="default: 1,4,16,64")
+    parser.add_argument("--model", default="cifar10", help="cifar10, a bundled name or a folder")
+    parser.add_argument("--only", default="", help="names of contestants, or how they start")
+    parser.add_argument("--precisions", help="fp32,bf16; default: those the device multiplies")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each, default 5")
+    parser.add_argument("--least", type=float, default=1.0, help="seconds a turn, default 1")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
+    for role in ("--prepare", "--serve"):
+        parser.add_argument(role, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    for role, act in ((options.prepare, contestants.prepare), (options.serve, serve)):
+        if role:
+            job = json.loads(role)
+            act(Job(**{**job, "shape": tuple(job["shape"])}))
+            return 0
+    device = torch.device(options.device)
+    torch.set_num_threads(options.threads)
+    chosen, left_out = precisions(device, options.precisions)
+    if unknown := set(chosen) - set(DTYPES):
+        parser.error(f"--precisions must be of fp32, bf16; got {', '.join(sorted(unknown))}")
+    names = [n for n in (*OURS, *PEERS) if n.startswith(tuple(options.only.split(",")))]
+    if not names:
+        parser.error(f"--only must name some of: {', '.join((*OURS, *PEERS))}")
+    entries = []
+    for name in names:
+        for precision in chosen:
+            if reason := contestants.missing(name, precision, device.type):
+                left_out.append(f"{name} {precision}: {reason}")
+            else:
+                entries.append((name, precision))
+
+    facts: dict[str, Any] = {**environment(), "device": str(device), "threads": options.threads}
+    if device.type == "cuda":
+        facts["device"] = torch.cuda.get_device_name(device)
+    for name, value in facts.items():
+        print(f"{name:<10} {value}")
+    ceiling = {p: gemm_ceiling(DTYPES[p], device, quick=options.quick) for p in chosen}
+    for precision, rate in ceiling.items():
+        print(f"{'ceiling':<10} {rate / 1e12:.3g} TFLOP/s, {precision}, torch's matrix product")
+
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(options.model, options.quick)
+        model.save_pretrained(folder)
+        shape = (model.in_channels, *model.image_size)
+        per_image = flop(model)
+        print(f"{'model':<10} {per_image / 1e9:.4g} GFLOP an image-step\n\n{EQUAL}\n")
+        for batch in map(int, options.batches.split(",")):
+            jobs = []
+            for k, (name, precision) in enumerate(entries):
+                own = Path(folder) / f"{batch}-{k}"
+                own.mkdir()
+                jobs.append(Job(
+                    name, precision, folder, batch, str(device), options.threads, shape, str(own)
+                ))  # fmt: skip
+            done, missing = race(jobs, model, options)
+            finish(done, per_image, ceiling)
+            rows += done
+            left_out += missing
+    print("\n" + table(rows))
+    for line in left_out:
+        print(f"not here: {line}")
+    if options.json:
+        report = {
+            "environment": facts, "GFLOP an image-step": per_image / 1e9,
+            "ceiling TFLOP/s": {name: rate / 1e12 for name, rate in ceiling.items()},
+            "equal": EQUAL, "rows": rows, "not here": left_out,
+        }  # fmt: skip
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.plot and any("seconds" in row for row in rows):
+        plot(options.plot, rows, f"{options.model} on {facts['cpu']}, {options.threads} threads")
+    return 0 if all("seconds" in row for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
