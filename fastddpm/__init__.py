@@ -11,6 +11,7 @@ from fastddpm.evaluation import bits_per_dim
 from fastddpm.ops import use_backend
 from fastddpm.sampling import interpolate, sample, sample_progressive, sample_shared_latent
 from fastddpm.schedule import Schedule
+from fastddpm.shards import sample_to_folder
 from fastddpm.training import Trainer
 from fastddpm.unet import UNet
 
@@ -27,5 +28,6 @@ __all__ = [
     "sample",
     "sample_progressive",
     "sample_shared_latent",
+    "sample_to_folder",
     "use_backend",
 ]

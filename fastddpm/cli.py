@@ -16,7 +16,7 @@ import torch
 from tabulate import tabulate
 
 import fastddpm
-from fastddpm import figures
+from fastddpm import figures, ranks, shards
 from fastddpm.checkpoint import CONFIG, build_model, read_json
 from fastddpm.data import open_dataset
 from fastddpm.diffusion import Diffusion
@@ -26,6 +26,9 @@ from fastddpm.schedule import Schedule
 from fastddpm.training import PRESETS, STATE, Trainer, fit
 from fastddpm.unet import UNet
 
+MISTAKES = (
+    ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError, ranks.RankError,
+)  # fmt: skip
 SCHEDULES = ("linear", "quadratic", "constant", "cosine")
 
 
@@ -38,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--threads must be at least 1; got {arguments.threads}")
             torch.set_num_threads(arguments.threads)
         arguments.run(arguments)
-    except (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except MISTAKES as error:
         print(f"fastddpm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -51,13 +54,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _sample(a: argparse.Namespace) -> None:
+    with ranks.launched(a.device) as a.device:
+        _sample_on(a)
+
+
+def _sample_on(a: argparse.Namespace) -> None:
     if a.progressive and a.shared_latent:
         raise ValueError("--progressive and --shared-latent are two pictures: give one of them")
     figure = a.progressive or a.shared_latent
     out = figures.check_output(a.out, kinds=(".png",) if figure else (".png", ".npz", ""))
+    to_folder = not figure and (out.is_dir() or out.suffix == "")
+    if a.shard_size is not None and not to_folder:
+        raise ValueError(f"--shard-size is for an --out that is a folder; got {a.out!r}")
     model = UNet.from_pretrained(a.model).to(a.device)
     options = _sampler_options(a)
     n = a.n if a.n is not None else (8 if figure else 64)
+    samples = f"samples {a.first_index} .. {a.first_index + n - 1} of seed {a.seed}"
     started = time.perf_counter()
     if a.progressive:
         _, x0, times = fastddpm.sample_progressive(
@@ -73,13 +85,23 @@ def _sample(a: argparse.Namespace) -> None:
         )
         images, columns = latents.flatten(0, 1), n
         what = f"a row shares x_t, at t = {', '.join(map(str, rows))} of {T} steps"
+    elif to_folder:
+        drawn = fastddpm.sample_to_folder(
+            model, out, n, seed=a.seed, first_index=a.first_index, shard_size=a.shard_size,
+            batch_size=a.batch_size, **options,
+        )  # fmt: skip
+        what = samples + f", {n - drawn} of them there before" * (drawn < n)
+        n = drawn
     else:
         images = fastddpm.sample(
             model, n, seed=a.seed, first_index=a.first_index, batch_size=a.batch_size, **options
         )
-        columns, what = None, f"samples {a.first_index} .. {a.first_index + n - 1} of seed {a.seed}"
+        columns, what = None, samples
     seconds = time.perf_counter() - started
-    figures.save_samples(images, out, first_index=a.first_index, columns=columns)
+    if ranks.place()[0] != 0:
+        return
+    if not to_folder:
+        figures.save_samples(images, out, columns=columns)
     steps = model.diffusion.T if options.get("steps") is None else options["steps"]
     _report(out, {"images": what, "chain": f"{a.sampler}, {steps} steps"}, seconds, n, model, a)
 
@@ -213,10 +235,21 @@ def _parser() -> argparse.ArgumentParser:
     add = command(
         "sample", _sample, "Draw images from a model (Algorithm 2).", _machine(), _chain()
     )
-    add("--n", type=int, help="images to draw (default: 64; 8 rows or columns of the figures)")
+    add(
+        "-n",  # torchrun takes a --n for one of its own
+        "--n",
+        type=int,
+        help="images to draw (default: 64; 8 rows or columns of the figures)",
+    )
     add("--first-index", type=int, default=0, help="continue a set: the first sample's number")
     add("--steps", type=int, help="a shorter chain of evenly strided steps (default: all)")
-    add("--batch-size", type=int, help="images at a time (default: 64)")
+    add("--batch-size", type=int, help="images at a time (default: what memory holds)")
+    add(
+        "--shard-size",
+        type=int,
+        help="images a .npz file of an --out that is a folder, 0: a .png each "
+        f"(default: 0 for up to {shards.PICTURES}, else {shards.SHARD})",
+    )
     add("--out", default="samples.png", help=f"{figures.FORMATS}; default samples.png")
     add("--progressive", action="store_true", help="show the x0 predictions over time (Fig. 6)")
     add(

@@ -7,19 +7,20 @@ the rest."""
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastddpm import ops, reference
+from fastddpm import ops, ranks, reference
+from fastddpm.batching import Batches, batch_size_for
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine import make_engine
 from fastddpm.engine.eager import Eager, OnStep
 from fastddpm.schedule import Sampler, check_count
-
-MAX_BATCH = 64
 
 
 def sample(
@@ -39,6 +40,7 @@ def sample(
     engine: str = "auto",
     device: torch.device | str | None = None,
     progress: bool = True,
+    distributed: bool = True,
 ) -> torch.Tensor:
     """Draw n images by the reverse process (DDPM Algorithm 2); (n, C, H, W) float32 in about [-1,
     1], on `device`.
@@ -51,15 +53,29 @@ def sample(
     sampler:     "ddpm", or "ddim" with noise eta (0: deterministic given x_T); same seed, same x_T
                  for both
     clip:        clip the x0 prediction to [-1, 1] in every step, as the paper does
+    batch_size:  images at a time; None: as many as memory holds, see `fastddpm.batching`
     precision:   "fp32", "bf16" or "auto";  engine: "cpu_plan", "eager" or "auto", the fastest
+    distributed: where torch.distributed is initialised, each rank draws its own range of the n
+                 samples and gets all n images: every rank must make the call. False: this process
+                 draws alone
 
     Raises ValueError for anything that does not fit, FloatingPointError when a sample is not
-    finite."""
-    chain = _Chain(model, shape, diffusion, steps, sampler, eta, clip, precision, engine, device)
-    batches = _batches(n, batch_size, first_index)
-    with _bar(n, len(batches) * chain.T, progress) as tick:
-        images = [chain.draw(seed, index, on_step=tick) for index in batches]
-    return _finite(torch.cat(images))
+    finite, ranks.RankError when another rank raised."""
+    rank, world = ranks.place() if distributed else (0, 1)
+    together = ranks.together if world > 1 else contextlib.nullcontext
+    with together():
+        chain = Chain(model, shape, diffusion, steps, sampler, eta, clip, precision, engine, device)
+        index = sample_indices(n, first_index)
+        batches = chain.batches(batch_size)
+    if world > 1:
+        ranks.agree(n=n, seed=seed, first_index=first_index, **chain.facts)
+    start, stop = ranks.share(n, rank, world)
+    mine = torch.empty(0, *chain.shape, device=chain.device)
+    with together():
+        with bar(n, chain.T, progress and rank == 0) as steps_bar:
+            parts = chain.draw(seed, index[start:stop], batches, steps_bar)
+        mine = finite(torch.cat([mine, *parts]))
+    return ranks.gather(mine, n) if world > 1 else mine
 
 
 def sample_progressive(
@@ -77,21 +93,21 @@ def sample_progressive(
     Returns (samples (n, C, H, W), x0 predictions (frames, n, C, H, W), the model's steps t they
     were made at), evenly spaced from T - 1 to 0. options: those of `sample` but batch_size."""
     check_count("frames", frames)
-    chain = _Chain(model, **options)
+    chain = Chain(model, **options)
     keep = {round(k) for k in torch.linspace(chain.T - 1, 0, min(frames, chain.T)).tolist()}
     predictions: dict[int, list[torch.Tensor]] = {i: [] for i in sorted(keep, reverse=True)}
-    batches = _batches(n, None, first_index)
-    with _bar(n, len(batches) * chain.T, progress) as tick:
+    parts = sample_indices(n, first_index).split(chain.batches(None).size)
+    with bar(n, chain.T, progress, len(parts) * chain.T) as tick:
 
         def on_step(i, x, x0):
             tick(i, x, x0)
             if i in predictions:
                 predictions[i].append(x0())
 
-        images = [chain.draw(seed, index, on_step=on_step) for index in batches]
+        images = [chain.draw_batch(seed, index, on_step=on_step) for index in parts]
     times = [int(chain.diffusion.schedule.timesteps[i]) for i in predictions]
     return (
-        _finite(torch.cat(images)),
+        finite(torch.cat(images)),
         torch.stack([torch.cat(p) for p in predictions.values()]),
         times,
     )
@@ -114,19 +130,19 @@ def sample_shared_latent(
     the sample `first_index`, whose own noise the first draw of each row follows.
     """
     index = sample_indices(n, first_index)
-    chain = _Chain(model, **options)
+    chain = Chain(model, **options)
     levels, index = _levels(t, 1, chain.T), index.to(chain.device)
     rows: dict[int, torch.Tensor] = {}
     x, at = chain.prior(seed, index[:1]), chain.T
     total = chain.T - min(levels) + sum(set(levels))
-    with _bar(n * len(levels), total, progress) as tick:
+    with bar(n * len(levels), chain.T, progress, total) as tick:
         run = chain.engine.run
         for level in sorted(set(levels), reverse=True):
             x = run(x, seed=seed, sample_index=index[:1], start=at, stop=level, on_step=tick)
             at = level
             shared = x.expand(n, -1, -1, -1)
             rows[level] = run(shared, seed=seed, sample_index=index, start=level, on_step=tick)
-    return _finite(torch.stack([rows[level] for level in levels]))
+    return finite(torch.stack([rows[level] for level in levels]))
 
 
 def interpolate(
@@ -155,7 +171,7 @@ def interpolate(
         )
     if a.dtype != b.dtype or not (a.dtype == torch.uint8 or a.is_floating_point()):
         raise ValueError(f"a and b must be uint8 or float alike; got {a.dtype} and {b.dtype}")
-    chain = _Chain(model, **{"shape": tuple(a.shape), **options})
+    chain = Chain(model, **{"shape": tuple(a.shape), **options})
     levels = _levels(t, 0, chain.T)
     x0 = torch.stack((a, b)).to(chain.device)
     x0 = reference.to_unit(x0) if x0.dtype == torch.uint8 else x0.float()
@@ -163,7 +179,7 @@ def interpolate(
     weight = torch.linspace(0, 1, n, device=chain.device)[:, None, None, None]
     shared = torch.full((n,), 2, dtype=torch.int64, device=chain.device)
     rows = []
-    with _bar(n * len(levels), sum(levels), progress) as tick:
+    with bar(n * len(levels), chain.T, progress, sum(levels)) as tick:
         for level in levels:
             xt = x0
             if level:
@@ -176,11 +192,11 @@ def interpolate(
             rows.append(
                 chain.engine.run(mixed, seed=seed, sample_index=shared, start=level, on_step=tick)
             )
-    images = _finite(torch.stack(rows))
+    images = finite(torch.stack(rows))
     return images if isinstance(t, Iterable) else images[0]
 
 
-class _Chain:
+class Chain:
     """What every function above needs: the engine, the process over `steps` steps, the device and
     the shape.
     """
@@ -215,10 +231,11 @@ class _Chain:
             raise ValueError(
                 f"shape must be (C, H, W), three positive integers; got {tuple(shape)}"
             )
-        self.shape = tuple(shape)
+        self.model, self.shape = model, tuple(shape)
         self.diffusion = full.respace(steps)
         self.T = self.diffusion.T
         self.diffusion.table(self.device, sampler=sampler, eta=eta)
+        self._options = {"sampler": sampler, "eta": float(eta), "clip": bool(clip)}
         self.engine: Eager = make_engine(
             engine,
             model,
@@ -235,35 +252,62 @@ class _Chain:
         step = self.diffusion.schedule.full_steps
         return ops.randn((len(index), *self.shape), seed=seed, step=step, sample_index=index)
 
-    def draw(self, seed: int, index: torch.Tensor, on_step: OnStep) -> torch.Tensor:
-        """x_0 of the samples `index`."""
+    def draw_batch(self, seed: int, index: torch.Tensor, on_step: OnStep) -> torch.Tensor:
+        """x_0 of the samples `index`, all of them at a time."""
         index = index.to(self.device)
         return self.engine.run(
             self.prior(seed, index), seed=seed, sample_index=index, on_step=on_step
         )
 
+    def batches(self, size: int | None) -> Batches:
+        """Of `size` images, or of what memory holds."""
+        if size is None:
+            size = batch_size_for(self.model, self.shape, self.engine.precision, self.device)
+        return Batches(size)
+
+    def draw(
+        self, seed: int, index: torch.Tensor, batches: Batches, steps: Steps, later: int = 0
+    ) -> list[torch.Tensor]:
+        """x_0 of the samples `index`, a tensor a batch."""
+        draw = functools.partial(self.draw_batch, seed, on_step=steps)
+        return batches.draw(draw, index, steps, later)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a set of samples has in common, beside model and seed."""
+        return {"shape": list(self.shape), "steps": self.T, **self._options}
+
+
+class Steps:
+    """The steps of all batches, on a progress bar; an OnStep, and batching's Progress."""
+
+    def __init__(self, bar: tqdm, T: int):
+        self._bar, self._T, self._done = bar, T, 0
+
+    def __call__(self, i: int, x: torch.Tensor, x0: object) -> None:
+        self._bar.update()
+
+    def begin(self, batches: int) -> None:
+        self._bar.n, self._bar.total = self._done, self._done + batches * self._T
+
+    def end(self) -> None:
+        self._done = self._bar.n
+
 
 @contextlib.contextmanager
-def _bar(images: int, total: int, progress: bool) -> Iterator[OnStep]:
-    """A progress bar over the steps of the chain; yields the on_step that advances it."""
-    with tqdm(total=total, desc=f"{images} images", unit="step", disable=not progress) as bar:
-        yield lambda i, x, x0: bar.update() and None
+def bar(images: int, T: int, progress: bool, total: int | None = None) -> Iterator[Steps]:
+    """A progress bar over the steps of the chains, `total` if that is known from the start."""
+    with tqdm(total=total, desc=f"{images} images", unit="step", disable=not progress) as shown:
+        yield Steps(shown, T)
 
 
-def _finite(images: torch.Tensor) -> torch.Tensor:
+def finite(images: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(images).all():
         bad = int((~torch.isfinite(images)).flatten(1).any(dim=1).sum())
         raise FloatingPointError(
             f"{bad} of {len(images)} images are not finite: the model returned NaN or inf"
         )
     return images
-
-
-def _batches(n: int, batch_size: int | None, first_index: int) -> list[torch.Tensor]:
-    index = sample_indices(n, first_index)
-    return list(
-        index.split(check_count("batch_size", MAX_BATCH if batch_size is None else batch_size))
-    )
 
 
 def sample_indices(n: int, first_index: int) -> torch.Tensor:

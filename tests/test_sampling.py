@@ -11,7 +11,7 @@ import torch
 from toy import PREDICTIONS, SCHEDULE, Gaussian, images, tiny_unet, wave
 
 import fastddpm
-from fastddpm import Diffusion, Schedule, ops, reference, sampling
+from fastddpm import Diffusion, Schedule, batching, ops, reference
 
 T = SCHEDULE.T
 DIFFUSION = Diffusion(SCHEDULE)
@@ -341,7 +341,7 @@ def test_the_models_own_diffusion_and_shape_are_the_default():
 def test_progressive_frames_are_the_x0_predictions_at_the_stated_times(
     steps, frames, times, clip, monkeypatch
 ):
-    monkeypatch.setattr(sampling, "MAX_BATCH", 2)  # five samples in three batches
+    monkeypatch.setitem(batching.MOST, "cpu", 2)  # five samples in three batches
     options = {"shape": SHAPE, "diffusion": DIFFUSION, "seed": 2, "progress": False, "clip": clip}
     samples, x0, at = fastddpm.sample_progressive(
         wave, 5, frames=frames, steps=steps, first_index=1, **options

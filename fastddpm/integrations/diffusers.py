@@ -113,7 +113,7 @@ def to_diffusers(model: UNet) -> torch.nn.Module:
 
     c = model.config
     attention = [level in c["attention_levels"] for level in range(len(c["channel_mult"]))]
-    net = UNet2DModel(
+    net: Any = UNet2DModel(
         sample_size=tuple(c["image_size"]),
         block_out_channels=tuple(c["channels"] * m for m in c["channel_mult"]),
         layers_per_block=c["num_res_blocks"],

@@ -1,0 +1,144 @@
+"""How many images go through a model at a time: what memory is good for, and fewer when it runs
+out. No sampling of its own."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fastddpm.diffusion import Model
+from fastddpm.schedule import check_count
+from fastddpm.unet import UNet
+
+MOST = {"cpu": 64, "cuda": 256}  # larger batches gain nothing
+SHARE = 0.5  # of the free memory
+
+
+def batch_size_for(model: Model, shape: Sequence[int], precision: str, device: torch.device) -> int:
+    """Images a batch: MOST, or what half of the free memory holds by `step_bytes` if that is less.
+
+    Of a model that is no UNet nothing is known: MOST, and `Batches` for when it does not fit."""
+    most = MOST.get(device.type, MOST["cpu"])
+    free = free_bytes(device)
+    if free is None or not isinstance(model, UNet):
+        return most
+    return max(1, min(most, int(SHARE * free) // step_bytes(model, shape, precision)))
+
+
+def step_bytes(model: UNet, shape: Sequence[int], precision: str) -> int:
+    """An upper estimate of what one image needs beside the weights while the U-Net runs: all of
+    the skips, and four times the widest input of a block, for its copies on their way through."""
+    c = model.config
+    widths = [c["channels"] * m for m in c["channel_mult"]]
+    skips, widest, previous = c["channels"] * 1.0, 0.0, c["channels"]
+    for level, width in enumerate(widths):
+        share = 0.25**level  # of the pixels
+        skips += c["num_res_blocks"] * width * share
+        if level < len(widths) - 1:
+            skips += width * share / 4
+        above = widths[min(level + 1, len(widths) - 1)]
+        widest = max(widest, (max(width, above) + max(width, previous)) * share)
+        previous = width
+    values = (skips + 4 * widest) * shape[1] * shape[2]
+    return int(values * {"fp32": 4, "bf16": 2}[precision])
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What this process may still take on the device; None where nobody says.
+
+    On a CPU the ranks of one machine share it."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    known = [free for free in (_free_of_system(), _free_of_group()) if free is not None]
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return min(known) // max(1, ranks) if known else None
+
+
+def _free_of_system() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _free_of_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container's limit leaves, by either version of control groups."""
+    version_2 = (root / "memory.max", root / "memory.current")
+    version_1 = (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes")
+    limit, used = version_2 if version_2[0].exists() else version_1
+    try:
+        return int(limit.read_text()) - int(used.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what torch, its CPU allocator and Python raise when memory runs out."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+class Progress(Protocol):
+    """Who is told of each batch."""
+
+    def begin(self, batches: int) -> None:
+        """A batch begins, the first of `batches`; one that began before and did not end failed."""
+
+    def end(self) -> None:
+        """It is done."""
+
+
+class Batches:
+    """Draws samples in batches of `size`, and in smaller ones from where memory ran out.
+
+    Images do not depend on it: each is a function of its index."""
+
+    def __init__(self, size: int):
+        self.size = check_count("batch_size", size)
+        self._told = False
+
+    def draw(
+        self,
+        draw: Callable[[torch.Tensor], torch.Tensor],
+        index: torch.Tensor,
+        progress: Progress,
+        later: int = 0,
+    ) -> list[torch.Tensor]:
+        """draw(part) of each part of `index`, in order. later: images that further calls draw.
+
+        Raises what `draw` does, its out-of-memory error if one image is too much."""
+        images: list[torch.Tensor] = []
+        while len(index):
+            part = index[: self.size]
+            progress.begin(-(-len(index) // self.size) - (-later // self.size))
+            try:
+                images.append(draw(part))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(part) == 1:
+                    raise
+                self._halve(len(part), str(error))
+            else:
+                index = index[len(part) :]
+                progress.end()
+        return images
+
+    def _halve(self, failed: int, why: str) -> None:
+        self.size = -(-failed // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"memory is too small for batches of {failed} images ({why.splitlines()[0]}): "
+                f"fastddpm goes on with half as many, or less; batch_size={self.size} asks for it",
+                RuntimeWarning,
+                stacklevel=4,
+            )

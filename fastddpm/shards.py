@@ -1,0 +1,211 @@
+"""A set of samples in a folder, in files that say what drew them: what is there is kept, what is
+missing is drawn, by one process or several. Algorithm 2 is sampling.py's.
+
+    000123.png                      sample 123
+    00000256-00000512.npz           samples 256 .. 511: uint8 array `images`, NHWC
+
+Files appear whole or not at all. Each holds, in a text chunk or as the array `about`, JSON of the
+model's fingerprint, the seed and the chain; a folder holds one set."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from fastddpm import ranks
+from fastddpm.checkpoint import atomic_write
+from fastddpm.figures import to_pil, to_uint8
+from fastddpm.sampling import Chain, bar, finite, sample_indices
+from fastddpm.schedule import check_count
+from fastddpm.unet import UNet
+
+PICTURES = 1000  # up to so many images a folder has one file an image
+SHARD = 256  # images a file from there on
+
+Range = tuple[int, int]  # of sample indices: from, and up to but without
+
+
+def sample_to_folder(
+    model: UNet,
+    folder: str | Path,
+    n: int,
+    *,
+    seed: int = 0,
+    first_index: int = 0,
+    shard_size: int | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> int:
+    """Draw the samples first_index .. first_index + n - 1 that `folder` lacks; how many it lacked.
+
+    shard_size: images a .npz file; 0: a .png an image; None: 0 for up to PICTURES, else SHARD
+    options:    those of `fastddpm.sample`
+
+    Run again after whatever ended it, it goes on: whole files stay as they are, damaged and
+    half-written ones are drawn again. Where torch.distributed is initialised the ranks share the
+    files that are missing, and all must make the call. Raises ValueError for a folder that holds
+    other samples, naming the file and what differs."""
+    rank, world = ranks.place()
+    folder = Path(folder)
+    with ranks.together():
+        sample_indices(n, first_index)
+        if shard_size is None:
+            shard_size = 0 if n <= PICTURES else SHARD
+        elif shard_size != 0:
+            check_count("shard_size", shard_size)
+        chain = Chain(model, **options)
+        batches = chain.batches(batch_size)
+        about = {"model": fingerprint(model), "seed": seed, **chain.facts}
+        about |= {"precision": chain.engine.precision}
+    ranks.agree(n=n, first_index=first_index, shard_size=shard_size, **about)
+    pieces: list[Range] = []
+    with ranks.together():
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            gaps = missing((first_index, first_index + n), present(folder, about))
+            lacking = sum(stop - start for start, stop in gaps)
+            size = min(shard_size or batches.size, max(1, -(-lacking // world)))
+            pieces = cut(gaps, size)
+            for piece in pieces:
+                _remove_half_written(folder, piece)
+    pieces = ranks.from_first(pieces)
+    mine = pieces[rank::world]
+    left = sum(stop - start for start, stop in mine)
+    with ranks.together(), bar(left, chain.T, progress and rank == 0) as steps:
+        for start, stop in mine:
+            left -= stop - start
+            index = torch.arange(start, stop)
+            images = finite(torch.cat(chain.draw(seed, index, batches, steps, later=left)))
+            write(folder, start, images, about, one_file=shard_size > 0)
+    return sum(stop - start for start, stop in pieces)
+
+
+def fingerprint(model: UNet) -> str:
+    """Of configuration and weights: 16 hexadecimal digits of their SHA-256."""
+    digest = hashlib.sha256(json.dumps([model.config, model.diffusion.to_config()]).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        values = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+# ---- ranges of sample indices --------------------------------------------------------------------
+
+
+def missing(wanted: Range, there: Iterable[Range]) -> list[Range]:
+    """The parts of `wanted` that no range of `there` covers, in order."""
+    gaps, (at, stop) = [], wanted
+    for first, last in sorted(there):
+        if at < min(first, stop):
+            gaps.append((at, min(first, stop)))
+        at = max(at, last)
+    return gaps + [(at, stop)] * (at < stop)
+
+
+def cut(ranges: Iterable[Range], size: int) -> list[Range]:
+    """The ranges in pieces that end at multiples of `size`."""
+    pieces = []
+    for start, stop in ranges:
+        ends = [*range(start - start % size + size, stop, size), stop]
+        pieces += list(zip([start, *ends[:-1]], ends, strict=True))
+    return pieces
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def present(folder: Path, about: dict[str, Any]) -> list[Range]:
+    """The ranges whose whole files lie in the folder; ValueError for a file of another set."""
+    ranges = []
+    for path in sorted(folder.iterdir()):
+        if (indices := _indices(path.name)) is None:
+            continue
+        theirs = _about(path, indices[1] - indices[0])
+        if theirs is not None:
+            _check_same_set(path, theirs, about)
+            ranges.append(indices)
+    return ranges
+
+
+def _indices(name: str) -> Range | None:
+    """Of the samples in a file of this name."""
+    if match := re.fullmatch(r"(\d{6,})\.png", name):
+        return int(match[1]), int(match[1]) + 1
+    if match := re.fullmatch(r"(\d{8,})-(\d{8,})\.npz", name):
+        return int(match[1]), int(match[2])
+    return None
+
+
+def _about(path: Path, count: int) -> dict[str, Any] | None:
+    """What a whole file says of its set, {} if it says nothing; None if it is damaged."""
+    try:
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                text = image.info.get("fastddpm", "{}")
+                image.verify()
+        else:
+            with np.load(path, allow_pickle=False) as file:
+                text = str(file["about"]) if "about" in file else "{}"
+                if len(file["images"]) != count:
+                    return None
+        return json.loads(text)
+    except (OSError, SyntaxError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _check_same_set(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    if not theirs:
+        raise ValueError(f"{path} does not say what drew it: give another folder")
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            raise ValueError(
+                f"{path} is a sample of another set: its {name} is {theirs.get(name)!r} and here "
+                f"{value!r}; give another folder"
+            )
+
+
+def write(
+    folder: Path, first: int, images: torch.Tensor, about: dict[str, Any], *, one_file: bool
+) -> None:
+    """Images in [-1, 1] from sample `first` on as one shard, or each as a picture."""
+    for name, content in _files(first, images, json.dumps(about), one_file):
+        with atomic_write(folder / name) as file:
+            file.write(content)
+
+
+def _files(
+    first: int, images: torch.Tensor, about: str, one_file: bool
+) -> Iterator[tuple[str, bytes]]:
+    buffer = io.BytesIO()
+    if one_file:
+        pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+        np.savez(buffer, images=pixels, about=np.array(about))
+        yield f"{first:08d}-{first + len(images):08d}.npz", buffer.getvalue()
+        return
+    text = PngInfo()
+    text.add_text("fastddpm", about)
+    for k, image in enumerate(images):
+        buffer = io.BytesIO()
+        to_pil(image).save(buffer, format="PNG", pnginfo=text)
+        yield f"{first + k:06d}.png", buffer.getvalue()
+
+
+def _remove_half_written(folder: Path, piece: Range) -> None:
+    """What `atomic_write` left behind when it was killed in one of the piece's files."""
+    for path in folder.glob(".*.*"):
+        indices = _indices(re.sub(r"^\.(.+)\.[^.]+$", r"\1", path.name))
+        if indices is not None and indices[0] < piece[1] and piece[0] < indices[1]:
+            path.unlink(missing_ok=True)

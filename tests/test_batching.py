@@ -1,0 +1,174 @@
+"""Batches: as large as memory allows, and the same images when it does not."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdRef
+from toy import SCHEDULE, tiny_unet, wave
+
+import fastddpm
+from fastddpm import Diffusion, UNet, batching
+from fastddpm.batching import MOST, Batches, batch_size_for, step_bytes
+
+CPU = torch.device("cpu")
+
+
+def draw(n, model=wave, **options) -> torch.Tensor:
+    defaults = {"shape": (2, 3, 5), "diffusion": Diffusion(SCHEDULE), "progress": False}
+    return fastddpm.sample(model, n, **{**defaults, **options})
+
+
+class Small:
+    """A model for which memory runs out above `most` images, in the middle of the chain."""
+
+    def __init__(self, most: int, error: Exception):
+        self.most, self.error, self.sizes = most, error, []
+
+    def __call__(self, x, t):
+        self.sizes.append(len(x))
+        if len(x) > self.most and int(t[0]) == SCHEDULE.T // 2:
+            raise self.error
+        return wave(x, t)
+
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't "
+                 "allocate memory: you tried to allocate 9 bytes."),
+    MemoryError("no more"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+def test_a_batch_that_does_not_fit_is_halved_and_said_so_once(error):
+    model = Small(2, error)
+    with pytest.warns(RuntimeWarning, match="batches of 7 images") as told:
+        x = draw(16, model, batch_size=7)
+    assert len(told) == 1
+    assert torch.equal(x, draw(16))
+    half = SCHEDULE.T // 2
+    assert model.sizes == [7] * half + [4] * half + [2] * SCHEDULE.T * 8  # and no larger one again
+
+
+@pytest.mark.filterwarnings("ignore:memory is too small")
+def test_what_does_not_fit_at_all_is_an_error():
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        draw(4, Small(0, ERRORS[0]))
+
+
+def test_other_errors_are_not_memorys():
+    model = Small(2, RuntimeError("a real mistake"))
+    with warnings.catch_warnings(record=True) as told, pytest.raises(RuntimeError, match="a real"):
+        draw(4, model)
+    assert not told
+    assert set(model.sizes) == {4}
+
+
+@pytest.mark.filterwarnings("ignore:memory is too small")
+def test_the_progress_bar_ends_at_its_total_all_the_same(capsys):
+    draw(16, Small(2, ERRORS[0]), batch_size=7, progress=True)
+    assert f"{8 * SCHEDULE.T}/{8 * SCHEDULE.T}" in capsys.readouterr().err
+
+
+def test_halving_goes_on_in_later_calls():
+    class Silent:
+        def begin(self, batches):
+            left.append(batches)
+
+        def end(self):
+            pass
+
+    left: list[int] = []
+
+    def most_3(part):
+        if len(part) > 3:
+            raise MemoryError("no more")
+        return part
+
+    batches = Batches(4)
+    with pytest.warns(RuntimeWarning, match="batches of 4"):
+        first = batches.draw(most_3, torch.arange(4), Silent(), later=5)
+    second = batches.draw(most_3, torch.arange(4, 9), Silent())
+    assert torch.cat(first + second).tolist() == list(range(9))
+    assert [len(part) for part in second] == [2, 2, 1]
+    assert left == [1 + 2, 2 + 3, 1 + 3, 3, 2, 1]
+
+
+# ---- the estimate --------------------------------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that tensors made within it held at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.alive.setdefault(storage._cdata, (WeakIdRef(storage), storage.nbytes()))
+        self.alive = {k: v for k, v in self.alive.items() if v[0]() is not None}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_size": 32, "channels": 32, "channel_mult": (1, 2, 2, 2), "num_res_blocks": 2},
+        {"image_size": 32, "channels": 32, "channel_mult": (1, 1, 2, 2, 4, 4)},
+        {"image_size": 16, "channels": 32, "channel_mult": (1,), "attention_levels": ()},
+        {"image_size": 16, "channels": 32, "channel_mult": (2, 1), "attention_levels": (0, 1)},
+    ],
+    ids=str,
+)
+def test_the_estimate_is_above_what_the_network_holds_and_not_far(options):
+    model = tiny_unet(**{"num_groups": 4, **options})
+    x = torch.randn(1, 1, *model.image_size)
+    with torch.no_grad(), Live() as live:
+        model(x, torch.zeros(1, dtype=torch.int64))
+    weights = max(p.nbytes for p in model.parameters())
+    estimate = step_bytes(model, (1, *model.image_size), "fp32")
+    assert live.peak - 2 * weights < estimate < 4 * live.peak
+
+
+def test_batches_fill_half_of_the_free_memory(monkeypatch):
+    model, shape = UNet(channels=32), (3, 32, 32)
+    need = step_bytes(model, shape, "fp32")
+    assert step_bytes(model, shape, "bf16") == need // 2
+    for free, expected in ((need * 21, 10), (need, 1), (0, 1), (need * 10**6, MOST["cpu"])):
+        monkeypatch.setattr(batching, "free_bytes", lambda device, free=free: free)
+        assert batch_size_for(model, shape, "fp32", CPU) == expected
+        assert batch_size_for(wave, shape, "fp32", CPU) == MOST["cpu"]
+    monkeypatch.setattr(batching, "free_bytes", lambda device: need * 4)
+    sizes = []
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    fastddpm.sample(model, 3, steps=1, precision="fp32", engine="eager", progress=False)
+    assert sizes == [2, 1]
+
+
+def test_free_memory_is_what_the_system_and_the_group_leave(monkeypatch, tmp_path):
+    system = batching._free_of_system()
+    assert system is None or system > 2**20
+    assert batching._free_of_group(tmp_path) is None
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("5\n")
+    assert batching._free_of_group(tmp_path) is None
+    (tmp_path / "memory.max").write_text("12\n")
+    assert batching._free_of_group(tmp_path) == 7
+    monkeypatch.setattr(batching, "_free_of_system", lambda: 100)
+    monkeypatch.setattr(batching, "_free_of_group", lambda: 60)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert batching.free_bytes(CPU) == 60
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert batching.free_bytes(CPU) == 20
+    monkeypatch.setattr(batching, "_free_of_system", lambda: None)
+    monkeypatch.setattr(batching, "_free_of_group", lambda: None)
+    assert batching.free_bytes(CPU) is None
