@@ -14,15 +14,11 @@ in a matrix product, measured at the start. No numbers are kept here.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import contestants
 import torch
 from contestants import DTYPES, OURS, PEERS, Job
-from machine import (
-    environment,
-    gemm_ceiling,
-    milliseconds,
-    peak_memory,
-    reset_peak_memory,
-    synchronize,
-)
+from machine import environment, gemm_ceiling, milliseconds
+from processes import T_SAMPLED, Failed, Remote, implied_eps
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -60,7 +50,6 @@ EQUAL = (
 # rms(error) / rms(eps) at most: peers may round as they like, but not compute something else.
 ALLOWED = {"fp32": 1e-4, "bf16": 5e-2}
 IMAGES_CHECKED = 2  # distinct images in the checked batch, over and over
-T_SAMPLED = 1000
 
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -105,119 +94,11 @@ def flop(model: UNet) -> int:
     return total
 
 
-def implied_eps(engine: Any, x: Tensor, i: int) -> Tensor:
-    """The eps that the engine's x0 prediction at chain index i stands for, float64: the inverse of
-    Eq. 15."""
-    index = torch.arange(len(x), device=x.device)
-    x0: list[Tensor] = []
-    engine.run(
-        x, seed=0, sample_index=index, start=i + 1, stop=i,
-        on_step=lambda i, x, predicted: x0.append(predicted().double()),
-    )  # fmt: skip
-    ab = float(engine.diffusion.schedule.alphas_cumprod[i])
-    return (x.double() / math.sqrt(ab) - x0[0]) / math.sqrt(1 / ab - 1)
-
-
 def relative_error(eps: Tensor, truth: Tensor) -> float:
     """rms(eps - truth) / rms(truth), inf where eps has another shape."""
     if eps.shape != truth.shape:
         return math.inf
     return ((eps - truth).square().mean() / truth.square().mean()).sqrt().item()
-
-
-# ---- a contestant in its process -----------------------------------------------------------------
-
-
-class Runner:
-    """A contestant, built."""
-
-    def __init__(self, job: Job):
-        torch.set_num_threads(job.threads)
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.benchmark = True
-        self.device = torch.device(job.device)
-        self.engine = contestants.build(job)
-        self.index = torch.arange(job.batch, device=self.device)
-        self.x = ops.randn((job.batch, *job.shape), seed=0, step=T_SAMPLED, sample_index=self.index)
-
-    def eps(self, path: str, i: int) -> None:
-        """Read x from the file and leave eps there."""
-        x = read_tensors(path)[0]["x"].to(self.device)
-        write_tensors(path, {"eps": implied_eps(self.engine, x, i)})
-
-    def seconds(self, steps: int) -> float:
-        """Of `steps` steps down to the middle of the chain."""
-        middle = self.engine.diffusion.T // 2
-        synchronize(self.device)
-        start = time.perf_counter()
-        self.engine.run(self.x, seed=0, sample_index=self.index, start=middle + steps, stop=middle)
-        synchronize(self.device)
-        return time.perf_counter() - start
-
-    def forget_peak(self) -> None:
-        reset_peak_memory(self.device)
-
-    def memory(self) -> int:
-        return peak_memory(self.device)
-
-
-def serve(job: Job) -> None:
-    """Calls of a Runner's methods as lines of JSON, from stdin to stdout."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is not an answer
-    runner = Runner(job)
-    print("null", file=answers, flush=True)
-    for line in sys.stdin:
-        method, *arguments = json.loads(line)
-        print(json.dumps(getattr(runner, method)(*arguments)), file=answers, flush=True)
-
-
-class Failed(Exception):
-    """A contestant's process ended; the last line that it wrote."""
-
-
-class Remote:
-    """A Runner in a process of its own, with the same methods."""
-
-    def __init__(self, job: Job):
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115
-        if contestants.needs_preparing(job) and self._start("--prepare", job).wait() != 0:
-            raise Failed(self._last_line())
-        self.process = self._start("--serve", job)
-        self._answer()
-
-    def _start(self, role: str, job: Job) -> subprocess.Popen:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads)}
-        return subprocess.Popen(
-            [sys.executable, __file__, role, json.dumps(dataclasses.asdict(job))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
-            env=environment,
-        )  # fmt: skip
-
-    def _last_line(self) -> str:
-        self.log.seek(0)
-        lines = self.log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1].strip() if lines else "it ended without a word"
-
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            raise Failed(self._last_line())
-        return json.loads(line)
-
-    def __getattr__(self, method: str) -> Any:
-        def call(*arguments: Any) -> Any:
-            assert self.process.stdin is not None
-            print(json.dumps([method, *arguments]), file=self.process.stdin, flush=True)
-            return self._answer()
-
-        return call
-
-    def close(self) -> None:
-        self.process.communicate()
-        self.log.close()
 
 
 # ---- check, then time ----------------------------------------------------------------------------
@@ -381,14 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="turns of each, default 5")
     parser.add_argument("--least", type=float, default=1.0, help="seconds a turn, default 1")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
-    for role in ("--prepare", "--serve"):
-        parser.add_argument(role, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    for role, act in ((options.prepare, contestants.prepare), (options.serve, serve)):
-        if role:
-            job = json.loads(role)
-            act(Job(**{**job, "shape": tuple(job["shape"])}))
-            return 0
     device = torch.device(options.device)
     torch.set_num_threads(options.threads)
     chosen, left_out = precisions(device, options.precisions)

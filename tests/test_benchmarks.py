@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -9,23 +10,40 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import fastddpm
 from fastddpm import reference
 from fastddpm.ops import dispatch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.fixture
-def benchmark():
+@contextlib.contextmanager
+def script(name: str):
+    """The module benchmarks/NAME.py."""
     if dispatch.load("cpu").missing:
         pytest.skip(dispatch.load("cpu").missing)
-    spec = importlib.util.spec_from_file_location("benchmark_ops", BENCHMARKS / "ops.py")
+    path = list(sys.path)
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+    sys.path[:] = path
+
+
+@pytest.fixture
+def benchmark():
+    with script("ops") as module:
+        yield module
+
+
+@pytest.fixture
+def throughput():
+    with script("throughput") as module:
+        yield module
 
 
 QUICK = ("--quick", "--peers", "eager", "--repeats", "2")
@@ -65,3 +83,120 @@ def test_unknown_peers(benchmark, capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--peers", "jax"])
     assert "must be of eager, compile; got jax" in capsys.readouterr().err
+
+
+# ---- throughput ----------------------------------------------------------------------------------
+
+RACE = ("--quick", "--repeats=2", "--least=0.001", "--threads=1", "--precisions=fp32")
+
+
+@pytest.fixture
+def in_process(throughput, monkeypatch):
+    """Contestants in this process, for tests that replace one."""
+
+    class Local(throughput.Remote.runs):
+        def close(self):
+            pass
+
+    monkeypatch.setattr(throughput, "Remote", Local)
+    monkeypatch.setattr(throughput.contestants, "needs_preparing", lambda job: False)
+    return throughput
+
+
+def test_throughput(throughput, tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    files = (f"--json={tmp_path / 'x.json'}", f"--plot={tmp_path / 'x.png'}")
+    only = "--only=fastddpm,diffusers NCHW"
+    assert throughput.main([*RACE, *files, only, "--batches=3"]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    names = [row["name"] for row in report["rows"]]
+    assert {"fastddpm eager", "diffusers NCHW"} <= set(names)
+    assert len(names) == len(set(names))
+    for row in report["rows"]:
+        assert (row["precision"], row["batch"]) == ("fp32", 3)
+        assert 0 < row["error"] < throughput.ALLOWED["fp32"]
+        assert len(row["seconds"]) == 2
+        assert min(row["seconds"]) > 0
+        assert row["ms"] == pytest.approx(1e3 * sum(row["seconds"]) / 2)
+        assert row["images/s"] * row["ms"] == pytest.approx(1.0)  # at 1000 steps
+        assert row["TFLOP/s"] * row["ms"] == pytest.approx(report["GFLOP an image-step"])
+        assert row["peak bytes"] > 10e6
+        # Equality comes first.
+        said = f"{row['name']} fp32, batch 3: error {row['error']:.1e}"
+        assert printed.index(said) < printed.index("ms an image-step")
+        assert ("x best peer" in row) == (row["name"] in throughput.OURS)
+    assert report["environment"]["torch"] == torch.__version__
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.width > image.height > 100
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, t: torch.zeros_like(x),
+        lambda x, t: torch.full_like(x, torch.nan),
+        lambda x, t: x + t[:, None, None, None] / 1000,
+    ],
+    ids=["zero", "nan", "another"],
+)
+def test_a_contestant_that_computes_something_else_is_not_timed(
+    in_process, monkeypatch, capsys, wrong
+):
+    peer = in_process.contestants.Peer(lambda job: wrong, needs=())
+    monkeypatch.setitem(in_process.PEERS, "diffusers NCHW", peer)
+    only = "--only=fastddpm eager,diffusers NCHW"
+    assert in_process.main([*RACE, only, "--batches=2"]) == 1
+    captured = capsys.readouterr()
+    assert "diffusers NCHW fp32, batch 2 is off by" in captured.err
+    table = captured.out[captured.out.index("ms an image-step") :]
+    assert "fastddpm eager" in table
+    assert "diffusers" not in table
+
+
+def test_who_is_missing_is_named_with_the_reason(in_process, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "openvino" else found(name)
+    )
+    assert in_process.main([*RACE, "--only=fastddpm eager,OpenVINO", "--batches=1"]) == 0
+    assert "not here: OpenVINO fp32: openvino not installed" in capsys.readouterr().out
+
+
+def test_a_contestant_that_does_not_start_says_why(throughput, tmp_path):
+    job = throughput.Job("fastddpm eager", "fp32", "nowhere", 1, "cpu", 1, (3, 8, 8), str(tmp_path))
+    with pytest.raises(throughput.Failed, match="FileNotFoundError: model 'nowhere'"):
+        throughput.Remote(job)
+
+
+def test_an_engine_that_another_stands_in_for_does_not_take_part(in_process, monkeypatch, tmp_path):
+    contestants = in_process.contestants
+    fastddpm.UNet(channels=32, channel_mult=(1, 1), image_size=8).save_pretrained(tmp_path)
+    monkeypatch.setitem(contestants.OURS, "fastddpm other", "other")
+    monkeypatch.setattr(
+        contestants,
+        "make_engine",
+        lambda name, *a, **k: fastddpm.engine.make_engine("eager", *a, **k),
+    )
+    job = in_process.Job("fastddpm other", "fp32", str(tmp_path), 1, "cpu", 1, (3, 8, 8), "")
+    with pytest.raises(ValueError, match="can't run here: eager fp32 runs in its place"):
+        contestants.build(job)
+
+
+def test_the_work_of_the_cifar10_network(throughput):
+    """12.108 GFLOP an image-step, and its parts by hand for one of a single block a level."""
+    assert throughput.flop(fastddpm.UNet.cifar10()) == pytest.approx(12.108e9, rel=1e-4)
+    small = fastddpm.UNet(
+        channels=4, channel_mult=(1,), num_res_blocks=1, attention_levels=(), num_groups=1,
+        image_size=2,
+    )  # fmt: skip
+    dense = 4 * 16 + 16 * 16 + 5 * 16 * 4  # of the time embedding, and into the 5 blocks
+    convs = 3 * 4 * 9 + 3 * 2 * 4 * 4 * 9 + 2 * (8 * 4 + 4 * 4) * 9 + 2 * 8 * 4 + 4 * 3 * 9
+    attention = 4 * 4 * 4
+    assert throughput.flop(small) == 2 * (dense + 4 * (convs + attention))
+
+
+def test_unknown_contestants(throughput, capsys):
+    with pytest.raises(SystemExit):
+        throughput.main(["--only=jax"])
+    assert "--only must name some of: fastddpm" in capsys.readouterr().err
