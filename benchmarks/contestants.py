@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm import UNet
-from fastddpm.engine import EngineName, make_engine
+from fastddpm.engine import EngineName, choose, make_engine
 from fastddpm.engine.eager import Eager
 from fastddpm.integrations.diffusers import to_diffusers
 
@@ -195,7 +195,13 @@ OURS = {f"fastddpm {name}": name for name in get_args(EngineName) if name != "au
 
 def missing(name: str, precision: str, device: str) -> str | None:
     """Why `name` can't take part, as far as can be said before it is built; or None."""
-    return None if name in OURS else PEERS[name].missing(precision, device)
+    if name in PEERS:
+        return PEERS[name].missing(precision, device)
+    try:
+        choose(OURS[name], nn.Identity(), torch.device(device), precision)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def needs_preparing(job: Job) -> bool:

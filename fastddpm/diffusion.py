@@ -100,7 +100,10 @@ class Diffusion:
         """The step that the model was trained with for each chain index t."""
         if self.schedule.full_steps == self.T:
             return t
-        return torch.from_numpy(self.schedule.timesteps).to(t.device)[t]
+        key = (str(t.device), "timesteps", 0.0)
+        if key not in self._tables:
+            self._tables[key] = torch.from_numpy(self.schedule.timesteps).to(t.device)
+        return self._tables[key][t]
 
     def model_output(self, model: Model, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """model(x_t, its own step) at the chain indices t: (N, C, H, W) float32, or 2C channels for

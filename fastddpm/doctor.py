@@ -15,7 +15,7 @@ from tabulate import tabulate
 from fastddpm import _native
 from fastddpm.checkpoint import bundled_models
 from fastddpm.diffusion import Model
-from fastddpm.engine import choose, cpu_plan
+from fastddpm.engine import choose, cpu_plan, cuda_graph
 from fastddpm.ops import dispatch
 from fastddpm.precision import has_fast_bf16, resolve_precision
 from fastddpm.unet import UNet
@@ -99,7 +99,12 @@ def _engines() -> list[tuple[str, str]]:
     cpu = torch.device("cpu")
     reason = cpu_plan.unsupported(UNet(channels=32), cpu, resolve_precision("auto", cpu))
     plan = "'auto' uses it" if reason is None else f"'auto' does not use it: {reason}"
+    graph = cuda_graph.unsupported(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return [
+        (
+            "cuda_graph",
+            "a model as one graph launch a step; " + (graph or "'auto' uses it for a UNet"),
+        ),
         ("cpu_plan", f"a fastddpm.UNet on the CPU as one native call a step; {plan}"),
         ("eager", "any model, on any device torch has; what 'auto' uses for all others"),
     ]

@@ -54,7 +54,8 @@ def sample(
                  for both
     clip:        clip the x0 prediction to [-1, 1] in every step, as the paper does
     batch_size:  images at a time; None: as many as memory holds, see `fastddpm.batching`
-    precision:   "fp32", "bf16" or "auto";  engine: "cpu_plan", "eager" or "auto", the fastest
+    precision:   "fp32", "bf16" or "auto"
+    engine:      "cpu_plan", "cuda_graph", "eager" or "auto", the fastest
     distributed: where torch.distributed is initialised, each rank draws its own range of the n
                  samples and gets all n images: every rank must make the call. False: this process
                  draws alone

@@ -7,22 +7,21 @@ returns x at its end."""
 from __future__ import annotations
 
 import functools
-import os
-import warnings
 from typing import Any, Literal, get_args
 
 import torch
 
 from fastddpm.diffusion import Diffusion, Model
-from fastddpm.engine import cpu_plan
+from fastddpm.engine import cpu_plan, cuda_graph
 from fastddpm.engine.cpu_plan import CpuPlan
+from fastddpm.engine.cuda_graph import CudaGraph
 from fastddpm.engine.eager import Eager
 from fastddpm.ops import dispatch
 from fastddpm.precision import resolve_precision
 from fastddpm.schedule import Sampler, check_choice
 from fastddpm.unet import UNet
 
-EngineName = Literal["auto", "cpu_plan", "eager"]
+EngineName = Literal["auto", "cpu_plan", "cuda_graph", "eager"]
 
 
 def make_engine(
@@ -54,7 +53,13 @@ def choose(
     precision = resolve_precision(precision, device)
     if name == "cpu_plan":
         return CpuPlan, precision
+    if name == "cuda_graph":
+        if reason := cuda_graph.unsupported(device):
+            raise ValueError(f"engine 'cuda_graph' can't run here: {reason}")
+        return CudaGraph, precision
     if name == "auto":
+        if device.type == "cuda" and isinstance(model, UNet):
+            return CudaGraph, precision
         reason = cpu_plan.unsupported(model, device, precision)
         if reason is None:
             return CpuPlan, precision
@@ -67,7 +72,4 @@ def choose(
 @functools.cache
 def _report_fallback(reason: str) -> None:
     """Say once that a U-Net that should run as a plan does not."""
-    message = f"fastddpm samples with the engine 'eager', not 'cpu_plan': {reason}"
-    if os.environ.get("FASTDDPM_STRICT") == "1":
-        raise RuntimeError(f"{message}; FASTDDPM_STRICT=1 makes this an error")
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    dispatch.report_slower(f"fastddpm samples with the engine 'eager', not 'cpu_plan': {reason}")

@@ -121,10 +121,14 @@ def _report_fallback(device: str) -> None:
     if not backends or any(backend.missing is None for backend in backends):
         return
     reasons = "; ".join(f"{backend.name}: {backend.missing}" for backend in backends)
-    message = f"fastddpm runs its slow reference ops on {device} ({reasons})"
+    report_slower(f"fastddpm runs its slow reference ops on {device} ({reasons})")
+
+
+def report_slower(message: str) -> None:
+    """Warn of what runs slower than was to be expected; FASTDDPM_STRICT=1 makes it an error."""
     if strict():
         raise RuntimeError(f"{message}; FASTDDPM_STRICT=1 makes this an error")
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 class use_backend:  # a function to its users
