@@ -126,6 +126,7 @@ def test_the_256_masses_sum_to_one(device, mean, sigma):
     assert abs(total.exp().sum().item() - 1) < 1e-12
 
 
+@pytest.mark.matrix("forward")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backends(device, layout, dtype):
@@ -252,11 +253,16 @@ def test_edges_are_the_first_and_last_level_only(device):
     assert value[1:3].max() < -30
 
 
+@pytest.mark.matrix("backward")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients(device, dtype):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients(device, dtype, layout):
     points = grid(SIGMAS[2:5])
     points = points[:, torch.randperm(points.shape[1])[:120]].reshape(3, 2, 3, 5, 4)
-    x, mean, log_scale = (p.to(device, dtype) for p in points)
+    x, mean, log_scale = (
+        in_layout(p.to(device, dtype), LAYOUTS[(LAYOUTS.index(layout) + k) % 4])
+        for k, p in enumerate(points)
+    )
     grad = torch.randn(()).to(device, dtype).expand(x.shape)  # as from y.sum()
     _, dmean, dlog_scale = gradients(
         lambda mean, log_scale: ops.discretized_log_likelihood(x, mean, log_scale),

@@ -41,6 +41,7 @@ def images(shape, dtype):
     return (torch.rand(shape) * 2 - 1).to(dtype)
 
 
+@pytest.mark.matrix("forward")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,9 +99,12 @@ def test_the_step_word_is_t_unless_given(device):
     )
 
 
+@pytest.mark.matrix("backward")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients(device, dtype):
-    x0, eps = images((3, 2, 5, 4), dtype).to(device), torch.randn(3, 2, 5, 4).to(device, dtype)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients(device, dtype, layout):
+    x0 = in_layout(images((3, 2, 5, 4), dtype).to(device), layout)
+    eps = in_layout(torch.randn(3, 2, 5, 4).to(device, dtype), layout)
     t, tab = timesteps(3).to(device), table(device=device)
     flip = torch.tensor([True, False, True]).to(device)
     grad = torch.randn(()).to(device, dtype).expand(x0.shape)  # as from y.sum()

@@ -48,6 +48,7 @@ def inputs(shape, dtype, device, layout="nchw"):
     return [in_layout(x.to(device, dtype), LAYOUTS[(first + k) % 4]) for k, x in enumerate(tensors)]
 
 
+@pytest.mark.matrix("forward")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -159,10 +160,12 @@ def test_half_precision_outputs_of_a_float32_chain(device):
     assert torch.equal(got, same)
 
 
+@pytest.mark.matrix("backward")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_gradients(device, dtype, prediction):
-    tensors = inputs((4, 2, 5, 4), dtype, device)
+def test_gradients(device, dtype, layout, prediction):
+    tensors = inputs((4, 2, 5, 4), dtype, device, layout)
     tensors[1][tensors[1].abs() == 1] = 0.5  # at the clip's kink torch's versions differ
     t, tab = timesteps(4).to(device), table(device=device)
     grad = torch.randn(()).to(device, dtype).expand(4, 2, 5, 4)  # as from y.sum()
