@@ -16,7 +16,8 @@ namespace {
 
 constexpr int64_t BLOCK = 16 * 1024;  // elements in a block of pixels, about
 constexpr int64_t PIXEL_LINE = 256;   // elements in a line of pixels, at least
-constexpr int64_t PLANE_LINE = 64;    // elements in a line of one channel
+constexpr int64_t PLANE_LINE = 64;    // elements in a line of one channel, at most
+constexpr int64_t PLANE_STEP = 16;    // which such a line is a multiple of
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -36,12 +37,19 @@ struct Cut {
       blocks = (channels * plane + block - 1) / block;
       width = channels;
     } else {
-      line = PLANE_LINE;
+      line = least(PLANE_LINE, (plane - 1) / PLANE_STEP * PLANE_STEP + PLANE_STEP);
       block = plane;
       blocks = channels;
       width = 1;
     }
     step = line < CHUNK ? CHUNK / line * line : line;
+  }
+
+  int64_t elements() const { return samples * channels * plane; }
+
+  // How many threads find work.
+  int64_t team(int threads) const {
+    return elements() < SERIAL_ELEMENTS ? 1 : least(threads, samples * blocks);
   }
 
   int64_t first(int64_t b) const { return b * block; }
@@ -119,6 +127,18 @@ void apply_gradient(const float* __restrict x, const float* __restrict grad, int
 
 // ---- one call ----------------------------------------------------------------------------------
 
+// Row n of a matrix, or `missing` where it is not given.
+void read(const Matrix& m, int64_t n, int64_t channels, float missing, float* __restrict out) {
+  if (m.data)
+    load({static_cast<char*>(m.data) + n * m.stride_n * element_size(m.dtype),
+          m.dtype,
+          {1, 1, channels},
+          {0, 0, m.stride_c}},
+         0, channels, out);
+  else
+    for (int64_t c = 0; c < channels; ++c) out[c] = missing;
+}
+
 float element(const Matrix& m, int64_t n, int64_t c, float missing) {
   if (!m.data) return missing;
   const int64_t at = n * m.stride_n + c * m.stride_c;
@@ -140,11 +160,14 @@ class Pass {
       : op(op),
         cut(op.shape, op.x),
         per_group(op.shape.c / op.groups),
-        rest(op.shape.n * op.groups),
-        rstd(op.shape.n * op.groups),
-        coefficients(op.shape.n * (OFFSET + 1) * op.shape.c),
-        partial(op.shape.n * cut.blocks * 2 * cut.width),
-        scratch(threads * (ROWS * cut.line + 3 * cut.step)) {}
+        memory(2 * statistics() + sums() + all_coefficients() +
+                   cut.team(threads) * (ROWS * cut.line + 3 * cut.step),
+               false),
+        rest(memory.data),
+        rstd(rest + statistics()),
+        partial(rstd + statistics()),
+        coefficients(partial + sums()),
+        scratch(coefficients + all_coefficients()) {}
 
   const GroupNormSilu& op;
   const Cut cut;
@@ -183,6 +206,15 @@ class Pass {
   }
 
   void spread_finish(int64_t n) {
+    // Weight, bias and modulation, the latter where slope and offset will be.
+    float* __restrict scale = coefficient(n, SCALE);
+    float* __restrict shift = coefficient(n, SHIFT);
+    float* __restrict gain = coefficient(n, SLOPE);
+    float* __restrict addend = coefficient(n, OFFSET);
+    read(op.weight, 0, op.shape.c, 1.0f, scale);
+    read(op.bias, 0, op.shape.c, 0.0f, shift);
+    read(op.scale, n, op.shape.c, 0.0f, gain);
+    read(op.shift, n, op.shape.c, 0.0f, addend);
     for (int64_t g = 0; g < op.groups; ++g) {
       double sum = 0.0, squares = 0.0;
       for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c)
@@ -191,16 +223,14 @@ class Pass {
       const double left = sum / elements(), raw = squares / elements() - left * left;
       const double variance = raw < 0.0 ? 0.0 : raw;
       const int64_t at = n * op.groups + g;
-      rest.data[at] = float(left);
-      rstd.data[at] = float(1.0 / sqrt(variance + double(op.eps)));
+      const float remainder = float(left), r = float(1.0 / sqrt(variance + double(op.eps)));
+      rest[at] = remainder;
+      rstd[at] = r;
       if (op.mean) op.mean[at] = float(double(coefficient(n, CENTRE)[g * per_group]) + left);
-      if (op.rstd) op.rstd[at] = rstd.data[at];
+      if (op.rstd) op.rstd[at] = r;
       for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
-        const float gain = 1.0f + element(op.scale, n, c, 0.0f);
-        const float scale = rstd.data[at] * element(op.weight, 0, c, 1.0f) * gain;
-        const float shift = madd(gain, element(op.bias, 0, c, 0.0f), element(op.shift, n, c, 0.0f));
-        coefficient(n, SCALE)[c] = scale;
-        coefficient(n, SHIFT)[c] = madd(-rest.data[at], scale, shift);
+        scale[c] = r * scale[c] * (1.0f + gain[c]);
+        shift[c] = madd(-remainder, scale[c], madd(1.0f + gain[c], shift[c], addend[c]));
       }
     }
   }
@@ -241,7 +271,7 @@ class Pass {
                        int64_t n) {
     for (int64_t g = 0; g < op.groups; ++g) {
       const int64_t at = n * op.groups + g;
-      const double r = rstd.data[at], left = rest.data[at];
+      const double r = rstd[at], left = rest[at];
       double p = 0.0, q = 0.0;
       for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
         const double sum = total(n, 0, c), product = r * (total(n, 1, c) - left * sum);
@@ -284,19 +314,24 @@ class Pass {
   }
 
  private:
-  Scratch<float> rest, rstd;    // (N, G): what float32 left of the mean; 1 / sqrt(var + eps)
-  Scratch<float> coefficients;  // (N, OFFSET + 1, C)
-  Scratch<float> partial;       // (N, blocks, 2, width): the sums over a block
-  Scratch<float> scratch;       // (threads, ROWS lines and 3 buffers of step elements)
+  Scratch<float> memory;  // of all that follows: five allocations would outlast a small call
+  float *const rest, *const rstd;  // (N, G): what float32 left of the mean; 1 / sqrt(var + eps)
+  float* const partial;            // (N, blocks, 2, width): the sums over a block
+  float* const coefficients;       // (N, OFFSET + 1, C)
+  float* const scratch;            // (threads, ROWS lines and 3 buffers of step elements)
+
+  int64_t statistics() const { return op.shape.n * op.groups; }
+  int64_t sums() const { return op.shape.n * cut.blocks * 2 * cut.width; }
+  int64_t all_coefficients() const { return op.shape.n * (OFFSET + 1) * op.shape.c; }
 
   double elements() const { return double(per_group * cut.plane); }
 
   float* coefficient(int64_t n, Row row) {
-    return coefficients.data + (n * (OFFSET + 1) + row) * op.shape.c;
+    return coefficients + (n * (OFFSET + 1) + row) * op.shape.c;
   }
 
   float* row(int thread, Row row) {
-    return scratch.data + thread * (ROWS * cut.line + 3 * cut.step) + row * cut.line;
+    return scratch + thread * (ROWS * cut.line + 3 * cut.step) + row * cut.line;
   }
 
   float* buffer(int thread, int which) { return row(thread, ROWS) + which * cut.step; }
@@ -312,7 +347,7 @@ class Pass {
     const float* source = coefficient(n, which);
     float* line = row(thread, which);
     if (cut.order == Order::chw)
-      for (int64_t i = 0; i < PLANE_LINE; ++i) line[i] = source[b];
+      for (int64_t i = 0; i < cut.line; ++i) line[i] = source[b];
     else
       for (int64_t at = 0; at < cut.line; at += cut.channels)
         __builtin_memcpy(line + at, source, size_t(cut.channels) * sizeof(float));
@@ -345,10 +380,10 @@ class Pass {
   }
 
   void fold(int64_t n, int64_t b, int which, float* line) {
-    float* out = partial.data + ((n * cut.blocks + b) * 2 + which) * cut.width;
+    float* out = partial + ((n * cut.blocks + b) * 2 + which) * cut.width;
     if (cut.width == 1) {
-      for (int64_t at = 16; at < PLANE_LINE; at += 16)
-        for (int64_t i = 0; i < 16; ++i) line[i] += line[at + i];
+      for (int64_t at = PLANE_STEP; at < cut.line; at += PLANE_STEP)
+        for (int64_t i = 0; i < PLANE_STEP; ++i) line[i] += line[at + i];
       float sum = 0.0f;
       for (int64_t i = 0; i < 4; ++i) sum += (line[i] + line[i + 4]) + (line[i + 8] + line[i + 12]);
       *out = sum;
@@ -361,7 +396,7 @@ class Pass {
 
   // The sum over a channel of sample n.
   double total(int64_t n, int which, int64_t c) const {
-    const float* sums = partial.data + (n * cut.blocks * 2 + which) * cut.width;
+    const float* sums = partial + (n * cut.blocks * 2 + which) * cut.width;
     if (cut.width == 1) return sums[c * 2];
     double sum = 0.0;
     for (int64_t b = 0; b < cut.blocks; ++b) sum += sums[b * 2 * cut.width + c];
@@ -384,7 +419,7 @@ Phase<Block, Finish> phase(Block block, Finish finish) {
 // for that, all threads share the blocks of one phase after another.
 template <class... Phases>
 void run(const Cut& cut, int threads, const Phases&... phases) {
-  const int64_t elements = cut.samples * cut.channels * cut.plane;
+  const int64_t elements = cut.elements();
   if (cut.samples % threads == 0 || cut.samples >= 4 * threads || elements < SERIAL_ELEMENTS) {
     parallel_for(cut.samples, elements, threads, [&](int64_t n, int thread) {
       const auto whole = [&](const auto& phase) {

@@ -72,11 +72,11 @@ void parallel_run(int64_t jobs, int threads, void (*body)(void*, int64_t, int), 
 
 const char* threading() { return runtime() ? "libgomp" : "none (libgomp.so.1 not found)"; }
 
-void* scratch_alloc(int64_t bytes) {
+void* scratch_alloc(int64_t bytes, bool zeroed) {
   const size_t rounded = (size_t(bytes) + 127) / 64 * 64;
   void* data = std::aligned_alloc(64, rounded);
   if (!data) throw std::bad_alloc();
-  return std::memset(data, 0, rounded);
+  return zeroed ? std::memset(data, 0, rounded) : data;
 }
 
 void scratch_free(void* data) { std::free(data); }

@@ -15,8 +15,8 @@ void parallel_run(int64_t jobs, int threads, void (*body)(void*, int64_t, int), 
 // Which runtime the threads come from, for reports: "libgomp" or why there is none.
 const char* threading();
 
-// Zeroed, 64-byte aligned; throws std::bad_alloc. Freed by scratch_free.
-void* scratch_alloc(int64_t bytes);
+// 64-byte aligned; throws std::bad_alloc. Freed by scratch_free.
+void* scratch_alloc(int64_t bytes, bool zeroed = true);
 void scratch_free(void* data);
 
 }  // namespace cpu
@@ -39,8 +39,8 @@ inline void parallel_for(int64_t jobs, int64_t elements, int threads, const Body
 template <class T>
 struct Scratch {
   T* data;
-  explicit Scratch(int64_t count)
-      : data(static_cast<T*>(cpu::scratch_alloc(count * int64_t(sizeof(T))))) {}
+  explicit Scratch(int64_t count, bool zeroed = true)
+      : data(static_cast<T*>(cpu::scratch_alloc(count * int64_t(sizeof(T)), zeroed))) {}
   ~Scratch() { cpu::scratch_free(data); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
