@@ -1,5 +1,5 @@
-"""What people look at and where it goes: image grids, the loss plot, samples as png, npz or a
-folder. No models.
+"""What people look at and where it goes: image grids, the loss plot, samples as png or npz. No
+models, and no sets in folders: shards.py.
 """
 
 from __future__ import annotations
@@ -85,27 +85,18 @@ def check_output(path: str | os.PathLike, *, kinds: Sequence[str] = (".png", ".n
 
 
 def save_samples(
-    images: torch.Tensor,
-    path: str | os.PathLike,
-    *,
-    first_index: int = 0,
-    columns: int | None = None,
+    images: torch.Tensor, path: str | os.PathLike, *, columns: int | None = None
 ) -> Path:
-    """Write images as FORMATS says; files appear whole or not at all."""
-    path = check_output(path)
-    if path.suffix.lower() == ".png" and not path.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Write images into one file, .png or .npz, as FORMATS says; whole or not at all."""
+    path = check_output(path, kinds=(".png", ".npz"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() == ".png":
         save_image(grid(images, columns), path)
-    elif path.suffix.lower() == ".npz" and not path.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    else:
         buffer = io.BytesIO()
         np.savez(buffer, images=to_uint8(images).permute(0, 2, 3, 1).cpu().numpy())
         with atomic_write(path) as file:
             file.write(buffer.getvalue())
-    else:
-        path.mkdir(parents=True, exist_ok=True)
-        for k, image in enumerate(images):
-            save_image(to_pil(image), path / f"{first_index + k:06d}.png")
     return path
 
 

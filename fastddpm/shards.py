@@ -60,6 +60,11 @@ def sample_to_folder(
     rank, world = ranks.place()
     folder = Path(folder)
     with ranks.together():
+        if not isinstance(model, UNet):
+            raise ValueError(
+                "a folder's files name their model by its fingerprint: model must be a "
+                f"fastddpm.UNet; got {type(model).__name__}"
+            )
         sample_indices(n, first_index)
         if shard_size is None:
             shard_size = 0 if n <= PICTURES else SHARD

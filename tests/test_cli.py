@@ -241,7 +241,9 @@ def test_every_option_of_train_arrives(call, data, tmp_path):
 
 
 def test_a_run_on_pictures_is_resumed_at_its_own_size(call, tmp_path):
-    figures.save_samples(images(4, 1, 16, 12), tmp_path / "pictures")
+    (tmp_path / "pictures").mkdir()
+    for k, image in enumerate(images(4, 1, 16, 12)):
+        figures.save_image(figures.to_pil(image), tmp_path / "pictures" / f"{k}.png")
     arguments = ("train", "--data=pictures", "--out=run", *SHORT)
     report = call(*arguments, "--steps=1", "--image-size=8", "--channels=1")
     assert row(report, "data").startswith("4 images 1x8x8")

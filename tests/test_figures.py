@@ -14,6 +14,7 @@ from fastddpm.figures import (
     grid,
     loss_plot,
     read_image,
+    save_image,
     save_samples,
     to_pil,
     to_uint8,
@@ -93,18 +94,6 @@ def test_npz_of_samples(tmp_path, channels):
         assert np.array_equal(file["images"], x.permute(0, 2, 3, 1).numpy())
 
 
-def test_folder_of_samples(tmp_path):
-    x = images(3, 1, 4, 5)
-    path = save_samples(x, tmp_path / "new" / "folder", first_index=98)
-    assert sorted(p.name for p in path.iterdir()) == ["000098.png", "000099.png", "000100.png"]
-    for k in range(3):
-        with Image.open(path / f"{98 + k:06d}.png") as picture:
-            assert np.array_equal(np.asarray(picture), x[k, 0].numpy())
-    # An existing folder is one whatever its name.
-    (tmp_path / "old.png").mkdir()
-    assert (save_samples(x, tmp_path / "old.png") / "000002.png").is_file()
-
-
 @pytest.mark.parametrize("name", ["x.png", "x.npz"])
 def test_a_failed_write_leaves_the_old_file(tmp_path, name, monkeypatch):
     path = tmp_path / name
@@ -174,8 +163,8 @@ def test_loss_plot_is_a_picture_of_the_losses(tmp_path, losses):
 
 def test_read_image_takes_size_and_channels(tmp_path):
     x = images(3, 6, 6)
-    save_samples(x[None], tmp_path)
     path = tmp_path / "000000.png"
+    save_image(to_pil(x), path)
     assert torch.equal(read_image(path, (6, 6), 3), x)
     assert read_image(path, (3, 2), 1).shape == (1, 3, 2)
     with pytest.raises(ValueError, match=r"no\.png can't be read"):

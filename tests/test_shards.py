@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy import tiny_unet
+from toy import tiny_unet, wave
 
 import fastddpm
 from fastddpm import cli, shards
@@ -198,6 +198,11 @@ def test_mistakes_are_named_before_the_folder_is_made(model, tmp_path, options, 
     assert not (tmp_path / "x").exists()
 
 
+def test_only_a_unet_has_a_fingerprint(tmp_path):
+    with pytest.raises(ValueError, match=r"model must be a fastddpm\.UNet; got function"):
+        sample_to_folder(wave, tmp_path, 2, shape=(1, 8, 8))
+
+
 def test_nan_is_not_written(tmp_path):
     broken = tiny_unet()
     with torch.no_grad():
@@ -305,3 +310,11 @@ def test_the_command_refuses_another_set_in_one_line(model, tmp_path, monkeypatc
     assert "its seed is 0 and here 5; give another folder\n" in capsys.readouterr().err
     assert cli.main([*arguments[:-2], "--out=x.npz", "--shard-size=2"]) == 2
     assert "--shard-size is for an --out that is a folder; got 'x.npz'" in capsys.readouterr().err
+
+
+def test_an_existing_folder_is_one_whatever_its_name(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(model, tmp_path / "model")
+    (tmp_path / "old.png").mkdir()
+    assert cli.main(["sample", "--model=model", "--n=1", "--out=old.png", "--quiet"]) == 0
+    assert sorted(stamps(tmp_path / "old.png")) == ["000000.png"]
