@@ -6,6 +6,7 @@ with its own fused posterior step, so that networks are all that a peer differs 
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -202,6 +203,16 @@ def missing(name: str, precision: str, device: str) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def versions() -> dict[str, str]:
+    """Of the peers' packages that are installed."""
+    packages = dict.fromkeys(package for peer in PEERS.values() for package in peer.needs)
+    return {
+        package: importlib.metadata.version(package)
+        for package in packages
+        if importlib.util.find_spec(package) is not None
+    }
 
 
 def needs_preparing(job: Job) -> bool:

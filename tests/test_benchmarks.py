@@ -163,6 +163,19 @@ def test_who_is_missing_is_named_with_the_reason(in_process, monkeypatch, capsys
     assert "not here: OpenVINO fp32: openvino not installed" in capsys.readouterr().out
 
 
+def test_a_contestant_that_fails_is_left_out_with_the_reason(in_process, monkeypatch, capsys):
+    def failing(x, t):
+        raise in_process.Failed("no compiler was found")
+
+    peer = in_process.contestants.Peer(lambda job: failing, needs=())
+    monkeypatch.setitem(in_process.PEERS, "diffusers NCHW", peer)
+    only = "--only=fastddpm eager,diffusers NCHW"
+    assert in_process.main([*RACE, only, "--batches=1"]) == 0
+    printed = capsys.readouterr().out
+    assert "not here: diffusers NCHW fp32, batch 1: no compiler was found" in printed
+    assert "fastddpm eager" in printed[printed.index("ms an image-step") :]
+
+
 def test_a_contestant_that_does_not_start_says_why(throughput, tmp_path):
     job = throughput.Job("fastddpm eager", "fp32", "nowhere", 1, "cpu", 1, (3, 8, 8), str(tmp_path))
     with pytest.raises(throughput.Failed, match="FileNotFoundError: model 'nowhere'"):
