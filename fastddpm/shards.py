@@ -26,6 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from fastddpm import ranks
 from fastddpm.checkpoint import atomic_write
 from fastddpm.figures import to_pil, to_uint8
+from fastddpm.ops.checks import seed_word
 from fastddpm.sampling import Chain, bar, finite, sample_indices
 from fastddpm.schedule import check_count
 from fastddpm.unet import UNet
@@ -65,14 +66,16 @@ def sample_to_folder(
                 "a folder's files name their model by its fingerprint: model must be a "
                 f"fastddpm.UNet; got {type(model).__name__}"
             )
+        seed_word(seed)
         sample_indices(n, first_index)
+        n, first_index = int(n), int(first_index)  # NumPy's are taken too
         if shard_size is None:
             shard_size = 0 if n <= PICTURES else SHARD
         elif shard_size != 0:
             check_count("shard_size", shard_size)
         chain = Chain(model, **options)
         batches = chain.batches(batch_size)
-        about = {"model": fingerprint(model), "seed": seed, **chain.facts}
+        about = {"model": fingerprint(model), "seed": int(seed), **chain.facts}
         about |= {"precision": chain.engine.precision}
     ranks.agree(n=n, first_index=first_index, shard_size=shard_size, **about)
     pieces: list[Range] = []

@@ -145,7 +145,8 @@ def test_damaged_pictures_are_drawn_again(model, tmp_path):
 
 
 def test_a_set_is_continued_in_any_pieces(model, tmp_path):
-    sample_to_folder(model, tmp_path, 3, first_index=4, shard_size=2, **OPTIONS)
+    numbers = {"seed": np.int64(0), "first_index": np.int64(4)}
+    sample_to_folder(model, tmp_path, 3, shard_size=2, **numbers, **OPTIONS)
     assert sample_to_folder(model, tmp_path, 6, shard_size=4, **OPTIONS) == 4
     assert sample_to_folder(model, tmp_path, 9, **OPTIONS) == 2  # pictures beside the shards
     assert_set(tmp_path, model, 9)
@@ -187,6 +188,7 @@ def test_pictures_of_unknown_origin_are_not_overwritten(model, tmp_path):
     [
         ({"n": 0}, "n must be an integer of at least 1; got 0"),
         ({"first_index": -1}, "first_index must be"),
+        ({"seed": -1}, "seed must be"),
         ({"shard_size": -1}, "shard_size must be"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"steps": 0}, "steps must be"),
