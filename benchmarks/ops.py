@@ -38,7 +38,7 @@ GROUPS = 32
 T = 1000
 EQUAL = (
     "All contestants of a row get the same tensors, dtypes and memory format (NHWC), the same "
-    "threads, and allocate their results. Backward rows time the gradient alone: eager torch keeps "
+    "threads, and allocate their results. Backward rows time the gradients alone: eager keeps "
     "the forward pass's statistics, fastddpm and the compiled formula compute them again. Where "
     "noise is drawn the peers draw with torch.randn instead of the reproducible Philox stream, so "
     "only fastddpm's values are checked. Eager torch has no discretized_log_likelihood that is "
@@ -51,6 +51,7 @@ class Case:
     """One row: functions without arguments that compute the same, and how to judge them.
 
     truth: the float64 result;  bytes: what has to move at least
+    Of several results, the gradients of one op, the first is judged: that of the images.
     checked: the contestants whose values have to be those of `truth`
     """
 
@@ -58,7 +59,7 @@ class Case:
     shape: tuple[int, ...]
     dtype: torch.dtype
     contestants: dict[str, Callable]
-    truth: Callable[[], Tensor]
+    truth: Callable[[], Tensor | tuple[Tensor, ...]]
     bytes: int
     checked: tuple[str, ...] = ("fastddpm", "eager", "compile")
     errors: dict[str, float] = field(default_factory=dict)
@@ -146,11 +147,11 @@ def posterior_case(shape, dtype, drawn: bool) -> Case:
     )  # fmt: skip
 
 
-def gradient(function: Callable, leaf: Tensor, others: list[Tensor], grad: Tensor) -> Callable:
-    """A function that gives the gradient of `leaf`, and computes those of the others too."""
-    leaves = [x.detach().requires_grad_() for x in (leaf, *others)]
+def gradient(function: Callable, inputs: list[Tensor], grad: Tensor) -> Callable:
+    """A function that gives the gradients of all inputs."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
     y = function(*leaves)
-    return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)[0]
+    return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
 
 
 def norm_case(shape, dtype, backward: bool) -> Case:
@@ -164,15 +165,16 @@ def norm_case(shape, dtype, backward: bool) -> Case:
         return F.silu(F.group_norm(x, GROUPS, weight, bias, 1e-6))
 
     def formula(grad=grad, x=x, weight=weight, bias=bias):
+        # All of them: a compiler leaves out what is not returned.
         return reference.group_norm_silu_backward(
             grad, x, GROUPS, weight, bias, 1e-6, None, None, True
-        )[0]
+        )[:3]
 
     exact = [y.double() for y in (x, weight, bias)]
     if backward:
         contestants = {
-            "fastddpm": gradient(fused, x, [weight, bias], grad),
-            "eager": gradient(eager, x, [weight, bias], grad),
+            "fastddpm": gradient(fused, [x, weight, bias], grad),
+            "eager": gradient(eager, [x, weight, bias], grad),
             "compile": formula,
         }
     else:
@@ -207,13 +209,13 @@ def attention_case(shape, dtype, backward: bool) -> Case:
         return x + projected.reshape(n, h, w, c).permute(0, 3, 1, 2)
 
     def formula(grad=grad, x=x, p=parameters):
-        return reference.attention_block_backward(grad, x, GROUPS, *p, 1, 1e-6)[0]
+        return reference.attention_block_backward(grad, x, GROUPS, *p, 1, 1e-6)
 
     exact = [y.double() for y in (x, *parameters)]
     if backward:
         contestants = {
-            "fastddpm": gradient(fused, x, parameters, grad),
-            "eager": gradient(eager, x, parameters, grad),
+            "fastddpm": gradient(fused, [x, *parameters], grad),
+            "eager": gradient(eager, [x, *parameters], grad),
             "compile": formula,
         }
     else:
@@ -286,13 +288,17 @@ def cases(quick: bool) -> Iterator[Callable[[], Case]]:
 # ---- check, then time ----------------------------------------------------------------------------
 
 
+def first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return result if isinstance(result, Tensor) else result[0]
+
+
 def check(case: Case) -> str | None:
     """Fill in case.errors; what is wrong with the values, or None."""
-    truth = case.truth()
+    truth = first(case.truth())
     size = truth.abs().max().item()
     for name, function in case.contestants.items():
         if name in case.checked:
-            case.errors[name] = (function().double() - truth).abs().max().item() / size
+            case.errors[name] = (first(function()).double() - truth).abs().max().item() / size
     ulps = 16 * torch.finfo(case.dtype).eps
     # Peers may round as they like, but not compute something else: bfloat16 in eager steps errs
     # by several percent.
