@@ -179,7 +179,8 @@ def _tiles(tokens, dtype, dim, owned, looped, widest, results):
     owned, looped = tokens.rows(owned if half else 32), tokens.rows(looped if half else 32)
     bv = min(width, widest if half else 64)
     looped = min(looped, 32) if bv > 128 else looped
-    return owned, looped, min(width, 128 if half else 32), bv, 8 if bv * results > 64 else 4
+    bd = min(width, 128 if half else 64 // results)
+    return owned, looped, bd, bv, 8 if bv * results > 64 else 4
 
 
 class _Block:

@@ -1,11 +1,13 @@
 """Compiles every Triton kernel for a GPU that need not be there, through the functions that launch
-them: `python compile_triton.py 80 bfloat16` prints one JSON line for each kernel that came out.
+them: `python compile_triton.py 80 bfloat16 float32` prints one JSON line for each kernel that came
+out, in the first dtype one for each way to compile it.
 
 A child process of test_triton.py: there the interpreter is on, and nothing is compiled.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -54,7 +56,7 @@ class Driver:
         return True
 
 
-def report(kernel: CompiledKernel) -> None:
+def report(kernel: CompiledKernel, dtype: str) -> None:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -65,6 +67,7 @@ def report(kernel: CompiledKernel) -> None:
     words = dict(w.split(":") for line in usage.splitlines() for w in line.split() if ":" in w[:-1])
     line = {
         "kernel": kernel.name,
+        "dtype": dtype,
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
     }
@@ -72,40 +75,60 @@ def report(kernel: CompiledKernel) -> None:
     print(json.dumps(line), flush=True)
 
 
-def init_handles(kernel: CompiledKernel) -> None:
+def init_handles(kernel: CompiledKernel, dtype: str) -> None:
     if kernel.module is None:
-        report(kernel)
+        report(kernel, dtype)
         kernel.module = kernel.function = "compiled"
         kernel._run = lambda *arguments: None
 
 
-def launch_everything(dtype: torch.dtype) -> None:
+def image(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def launch_attention(x: torch.Tensor, groups: int, heads: int) -> None:
+    c = x.shape[1]
+    vector, square, wide = torch.zeros(c), torch.zeros(c, c), torch.zeros(3 * c, c)
+    parameters = groups, vector, vector, wide, wide[:, 0], square, vector
+    attention_block.attention_block(x, *parameters, num_heads=heads)
+    attention_block.attention_block_backward(x, x, *parameters, heads, 1e-6)
+
+
+def launch_every_kernel(dtype: torch.dtype) -> None:
     t, table, stream = torch.tensor([0, 999]), Schedule.linear().table(), {"seed": 3}
     stream["sample_index"] = torch.arange(2)
-    x = torch.zeros(2, 64, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    x = image(2, 64, 8, 8, dtype=dtype)
     c, m = torch.zeros(64), torch.zeros(2, 64)
     philox.randn(x.shape, step=5, dtype=dtype, **stream)
     noise.noise(x.byte(), t, table, dtype=dtype, flip=t > 0, **stream)
     posterior_step.posterior_step(x, x, t, table, out=x, **stream)
-    posterior_step.posterior_step(x, x, t, table, z=x, log_variance=x)
     discretized_log_likelihood.discretized_log_likelihood(x, x, x)
-    for image in (x, torch.zeros(2, 64, 64, 64, dtype=dtype)):  # in one tile, and in many
-        group_norm_silu.group_norm_silu(image, 8, c, c, scale=m, shift=m)
-        group_norm_silu.group_norm_silu_backward(image, image, 8, c, c, 1e-6, m, m, True)
+    group_norm_silu.group_norm_silu(x, 8, c, c, scale=m, shift=m)
+    group_norm_silu.group_norm_silu_backward(x, x, 8, c, c, 1e-6, m, m, True)
+    launch_attention(image(1, 512, 8, 8, dtype=dtype), 32, HEADS[0])
+
+
+def launch_other_ways(dtype: torch.dtype) -> None:
+    t, table = torch.tensor([0, 999]), Schedule.linear().table()
+    x, many_tiles = image(2, 64, 8, 8, dtype=dtype), torch.zeros(2, 64, 64, 64, dtype=dtype)
+    c, m = torch.zeros(64), torch.zeros(2, 64)
+    posterior_step.posterior_step(x, x, t, table, z=x, log_variance=x)
+    group_norm_silu.group_norm_silu(many_tiles, 8, c, c, scale=m, shift=m)
+    group_norm_silu.group_norm_silu_backward(many_tiles, many_tiles, 8, c, c, 1e-6, m, m, True)
+    launch_attention(image(1, 512, 8, 8, dtype=dtype), 32, HEADS[1])
     x = torch.zeros(1, 4, 1, 1, dtype=dtype)  # sizes of 1 are constants to the compiler
     noise.noise(x, t[:1], table, eps=x, flip=t[:1] > 0)
-    posterior_step.posterior_step(x, x, t[:1], table, seed=1, sample_index=t[:1])
+    posterior_step.posterior_step(x, x, t[:1], table[:1], seed=1, sample_index=t[:1])
     group_norm_silu.group_norm_silu(x, 4, c[:4], c[:4])
     group_norm_silu.group_norm_silu_backward(x, x, 4, c[:4], c[:4], 1e-6, None, None, True)
-    x = torch.zeros(1, 512, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    c, square, wide = torch.zeros(512), torch.zeros(512, 512), torch.zeros(3 * 512, 512)
-    parameters = 32, c, c, wide, wide[:, 0], square, c
-    for heads in HEADS:
-        attention_block.attention_block(x, *parameters, num_heads=heads)
-        attention_block.attention_block_backward(x, x, *parameters, heads, 1e-6)
+    launch_attention(torch.zeros(1, 16, 1, 1, dtype=dtype), 4, 1)
 
 
 if __name__ == "__main__":
-    CompiledKernel._init_handles = init_handles
     triton.runtime.driver.set_active(Driver(int(sys.argv[1])))
-    launch_everything(getattr(torch, sys.argv[2]))
+    for place, name in enumerate(sys.argv[2:]):
+        CompiledKernel._init_handles = functools.partialmethod(init_handles, name)
+        dtype = getattr(torch, name)
+        launch_every_kernel(dtype)
+        if place == 0:
+            launch_other_ways(dtype)

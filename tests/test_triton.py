@@ -23,6 +23,7 @@ KERNELS = {
     "_weight_gradient_kernel", "_attention_kernel", "_delta_kernel", "_dq_kernel", "_dkv_kernel",
     "_discretized_log_likelihood_kernel",
 }  # fmt: skip
+DTYPES = "bfloat16", "float32", "float16"  # the first in every way that a kernel is compiled
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
@@ -76,6 +77,7 @@ def check_attention(triton, shape, groups, heads, dtype, layout="nhwc", gain=1.0
         ((1, 16, 2, 3), 4, 1),  # heads of 16
         ((1, 96, 3, 3), 32, 2),  # of 48: no power of two
         ((1, 160, 2, 2), 32, 1),  # wider than a tile of scores, no multiple of it
+        ((2, 32, 1, 1), 4, 2),  # one token
         ((2, 8, 11, 7), 2, 2),  # more tokens than a tile, no multiple of it
     ],
     ids=str,
@@ -186,7 +188,7 @@ def test_without_interpreter_and_gpu_it_is_missing_with_the_reason():
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """{compute capability: what compile_triton.py printed}, both made at the same time."""
+    """{compute capability: the lines of compile_triton.py}, both made at the same time."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -197,7 +199,7 @@ def compiled(tmp_path_factory):
     environment |= {"PYTHONPATH": str(HERE.parent)}
     children = {
         capability: subprocess.Popen(
-            [sys.executable, HERE / "compile_triton.py", str(capability), "bfloat16"],
+            [sys.executable, HERE / "compile_triton.py", str(capability), *DTYPES],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for capability in (80, 90)
@@ -205,14 +207,18 @@ def compiled(tmp_path_factory):
     outputs = {capability: child.communicate() for capability, child in children.items()}
     for capability, child in children.items():
         assert child.returncode == 0, outputs[capability][1]
-    return {capability: output for capability, (output, _) in outputs.items()}
+    return {
+        capability: [json.loads(line) for line in output.splitlines()]
+        for capability, (output, _) in outputs.items()
+    }
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_compiles(compiled, capability):
+def test_every_kernel_compiles(compiled, capability, dtype):
     """For GPUs that need not be there: no local memory, and shared memory that every one has."""
-    kernels = [json.loads(line) for line in compiled[capability].splitlines()]
+    kernels = [kernel for kernel in compiled[capability] if kernel["dtype"] == dtype]
     assert {kernel["kernel"] for kernel in kernels} == KERNELS
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel
