@@ -136,9 +136,9 @@ class Upsample(nn.Module):
         plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
         if not plain or torch.is_autocast_enabled("cpu"):
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        c_out, c_in = weight.shape[:2]
-        taps = weight.flip(2, 3).reshape(-1, 1, 3, 3)
-        pairs = F.conv2d(taps, taps.new_ones(1, 1, 2, 2), padding=1).view(c_out, c_in, 4, 4)
+        taps = F.pad(weight.flip(2, 3), (1, 1, 1, 1))
+        rows = taps[:, :, 1:] + taps[:, :, :-1]
+        pairs = rows[:, :, :, 1:] + rows[:, :, :, :-1]
         return F.conv_transpose2d(x, pairs.transpose(0, 1), bias, stride=2, padding=1)
 
 

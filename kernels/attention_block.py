@@ -216,7 +216,8 @@ class _Block:
             DIM=self.dim, BM=rows, BD=columns,
         )  # fmt: skip
         owned, looped, bd, bv, warps = _tiles(self.tokens, self.qkv.dtype, self.dim, 64, 32, 128, 2)
-        for kernel, bm, bn in ((_dq_kernel, owned, looped), (_dkv_kernel, looped, owned)):
+        queries = min(looped, 16) if bv > 64 else looped  # more of them spill on sm_100
+        for kernel, bm, bn in ((_dq_kernel, owned, looped), (_dkv_kernel, queries, owned)):
             kernel[self.grid(owned, bv)](
                 self.qkv, dmixed, log_sum, delta, dqkv, self.tokens.length, self.heads,
                 self.scale, self.slope,

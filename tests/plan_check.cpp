@@ -29,10 +29,10 @@ void parallel_run(int64_t jobs, int threads, void (*body)(void*, int64_t, int), 
   for (std::thread& member : team) member.join();
 }
 
-void* scratch_alloc(int64_t bytes) {
+void* scratch_alloc(int64_t bytes, bool zeroed) {
   void* data = nullptr;
   if (posix_memalign(&data, 64, size_t(bytes ? bytes : 1))) throw std::bad_alloc();
-  return std::memset(data, 0xff, size_t(bytes));
+  return std::memset(data, zeroed ? 0 : 0xff, size_t(bytes));
 }
 
 void scratch_free(void* data) { std::free(data); }

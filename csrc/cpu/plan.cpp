@@ -57,8 +57,9 @@ const PlanKernels& kernels_in_use() {
 
 using Buffer = std::unique_ptr<float, void (*)(void*)>;
 
-Buffer allocate(int64_t floats) {
-  return {static_cast<float*>(scratch_alloc(floats * int64_t(sizeof(float)))), scratch_free};
+Buffer allocate(int64_t floats, bool zeroed) {
+  return {static_cast<float*>(scratch_alloc(floats * int64_t(sizeof(float)), zeroed)),
+          scratch_free};
 }
 
 constexpr int64_t LINE = 16;                      // floats: activations begin at cache lines
@@ -302,7 +303,7 @@ struct Plan::State {
       if (needed <= floats) return;
       buffer.reset();
       floats = 0;
-      buffer = allocate(needed);
+      buffer = allocate(needed, false);
       floats = needed;
     };
     grow(arena_memory, arena_floats, slots * capacity * arena);
@@ -408,7 +409,7 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
   }
   layer.weight_floats =
       s.kernels.packed_weight_size(layer.algorithm, layer.c_in, layer.c_out, layer.kernel);
-  layer.weight = allocate(layer.weight_floats);
+  layer.weight = allocate(layer.weight_floats, true);
   s.kernels.pack_weight(layer.algorithm, spec.weight, layer.c_in, layer.c_out, layer.kernel,
                         layer.weight.get());
   s.weights += layer.weight_floats * int64_t(sizeof(float));
