@@ -6,6 +6,7 @@ mid.attn_1, ...), except that q, k and v are one `qkv`."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -136,9 +137,9 @@ class Upsample(nn.Module):
         plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
         if not plain or torch.is_autocast_enabled("cpu"):
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        taps = F.pad(weight.flip(2, 3), (1, 1, 1, 1))
-        rows = taps[:, :, 1:] + taps[:, :, :-1]
-        pairs = rows[:, :, :, 1:] + rows[:, :, :, :-1]
+        taps, pairs = weight.flip(2, 3), weight.new_zeros(*weight.shape[:2], 4, 4)
+        for i, j in itertools.product((0, 1), (0, 1)):
+            pairs[:, :, i : i + 3, j : j + 3] += taps
         return F.conv_transpose2d(x, pairs.transpose(0, 1), bias, stride=2, padding=1)
 
 
