@@ -15,7 +15,6 @@ from fastddpm import _native
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine.eager import Eager
 from fastddpm.ops import dispatch
-from fastddpm.schedule import Sampler
 from fastddpm.unet import (
     AttentionBlock,
     Downsample,
@@ -71,15 +70,12 @@ class CpuPlan(Eager):
         *,
         device: torch.device,
         precision: str = "auto",
-        sampler: Sampler = "ddpm",
-        eta: float = 0.0,
-        clip: bool = True,
+        **options: Any,
     ):
         precision = "fp32" if precision == "auto" else precision
         if reason := unsupported(model, device, precision):
             raise ValueError(f"engine 'cpu_plan' can't run here: {reason}")
         assert isinstance(model, UNet)
-        options: dict[str, Any] = {"sampler": sampler, "eta": eta, "clip": clip}
         super().__init__(model, diffusion, device=device, precision=precision, **options)
         self._unet = model
         self._steps = diffusion.model_t(torch.arange(diffusion.T))
