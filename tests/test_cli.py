@@ -89,9 +89,7 @@ def test_sample_writes_a_grid(call, model, tmp_path):
     assert row(report, "images") == "samples 0 .. 4 of seed 3"
     assert row(report, "chain") == f"ddpm, {T} steps"
     assert re.fullmatch(r"\d+\.\d s, \d+\.\d\d images/s", row(report, "time"))
-    assert re.match(
-        r"engine (cpu_plan, fp32|eager, bf16), cpu with \d+ threads, ", row(report, "ran")
-    )
+    assert re.match(r"engine cpu_plan, (fp32|bf16), cpu with \d+ threads, ", row(report, "ran"))
 
 
 @pytest.mark.parametrize(

@@ -476,7 +476,7 @@ def run_checks(folder: Path, objects: list[Path], *algorithms: str) -> None:
     assert "0 of the plans are wrong" in run.stdout
 
 
-COMMON = ("plan_check", "plan", "plan_input", "attention", "convolution")
+COMMON = ("plan_check", "plan", "plan_run", "plan_input", "attention", "convolution")
 BF16 = ("attention_bf16", "convolution_bf16")
 
 

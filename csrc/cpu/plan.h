@@ -77,8 +77,9 @@ class Plan {
   int64_t peak_bytes() const;    // allocated so far: arena, workspaces and weights
   const char* isa() const;
 
- private:
   struct State;
+
+ private:
   std::unique_ptr<State> state;
 };
 

@@ -1,0 +1,314 @@
+// Runs plans: memory for the images at hand, which thread takes which of them, and every layer's
+// call of its kernels.
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <tuple>
+
+#include "plan_state.h"
+#include "view.h"
+
+namespace fastddpm {
+namespace cpu {
+namespace {
+
+constexpr int64_t GROUP_BYTES = 2 * 1024 * 1024;  // of the activations of a thread's images, about
+
+}  // namespace
+
+Convolution Plan::State::convolution(const Layer& layer, int64_t images) const {
+  const Activation &y = activations[layer.y], &x = activations[layer.sources[0]];
+  Convolution op{};
+  op.algorithm = layer.algorithm;
+  op.images = images, op.c_in = layer.c_in, op.c_out = layer.c_out;
+  if (layer.prepared < 0 && layer.sources.size() == 2) {
+    op.c_in_2 = activations[layer.sources[1]].channels;
+    op.c_in -= op.c_in_2;
+  }
+  op.kernel = layer.kernel, op.stride = layer.stride,
+  op.pixel = layer.prepared < 0 ? op.c_in : layer.pixel;
+  op.rows = x.height * layer.repeat + layer.before + layer.after;
+  op.columns = x.width * layer.repeat + layer.before + layer.after;
+  op.height = y.height, op.width = y.width;
+  op.weight = layer.weight.get();
+  return op;
+}
+
+ConvolutionBf16 Plan::State::convolution_bf16(const Layer& layer, int64_t images) const {
+  const Activation &y = activations[layer.y], &x = activations[layer.sources[0]];
+  ConvolutionBf16 op{};
+  op.images = images, op.c_in = layer.c_in, op.c_out = layer.c_out;
+  op.kernel = layer.kernel, op.stride = layer.stride, op.repeated = layer.repeated;
+  op.rows = x.height * layer.repeat + layer.before + layer.after;
+  op.columns = x.width * layer.repeat + layer.before + layer.after;
+  op.pixel = layer.pixel, op.image = layer.image;
+  op.height = y.height, op.width = y.width;
+  op.weight = reinterpret_cast<const BF16*>(layer.weight.get());
+  return op;
+}
+
+Attention Plan::State::attention(const Layer& layer, int64_t images) const {
+  const Activation& y = activations[layer.y];
+  return {images, y.height * y.width, y.channels, layer.heads, nullptr, nullptr};
+}
+
+// Per thread of an outer loop, or of all threads of an inner one: biases, then what kernels need.
+int64_t Plan::State::workspace(int64_t images, int threads) const {
+  int64_t most = 0, bias = 0;
+  for (const Layer& layer : layers) {
+    bias = std::max(bias, layer.c_out);
+    if (layer.kind == Layer::ATTENTION) {
+      const auto needs = bf16 ? kernels.attention_workspace_bf16 : kernels.attention_workspace;
+      most = std::max(most, needs(attention(layer, images), threads));
+    } else if (!bf16) {
+      most = std::max(most, kernels.convolution_workspace(convolution(layer, images), threads));
+    }
+  }
+  return (bias + LINE - 1) / LINE * LINE + (most + LINE - 1) / LINE * LINE + LINE;
+}
+
+// Memory for n images, of which each thread takes `share` at a time where a segment runs by
+// image; 0: none does.
+void Plan::State::reserve(int64_t n, int64_t share, int threads) {
+  if (output < 0) throw std::invalid_argument("the plan is not finished");
+  const auto grow = [&](Buffer& buffer, int64_t& floats, int64_t needed) {
+    if (needed <= floats) return;
+    buffer.reset();
+    floats = 0;
+    buffer = allocate(needed, false);
+    floats = needed;
+  };
+  int64_t local = 0, work = 0;
+  for (const Segment& segment : segments)
+    if (segment.by_image && share) {
+      local = std::max(local, threads * share * segment.arena);
+      work = std::max(work, threads * workspace(share, 1));
+    } else {
+      local = std::max(local, n * segment.arena);
+      work = std::max(work, workspace(n, threads));
+    }
+  grow(arena_memory, arena_floats, n * arena);
+  grow(local_memory, local_floats, local);
+  grow(workspace_memory, workspace_floats, work);
+  peak = std::max(peak, (arena_floats + local_floats + workspace_floats) * int64_t(sizeof(float)));
+}
+
+namespace {
+
+// A segment's layers on a group of images.
+struct Run {
+  const Plan::State& plan;
+  const float* time;
+  int64_t first, images;  // the group's
+  int threads;
+  int64_t capacity, local_capacity;  // images that there is memory for
+  float *arena, *local, *workspace;
+
+  Run(const Plan::State& plan, int64_t n, const float* time, int threads)  // all images
+      : plan(plan),
+        time(time),
+        first(0),
+        images(n),
+        threads(threads),
+        capacity(n),
+        local_capacity(n),
+        arena(plan.arena_memory.get()),
+        local(plan.local_memory.get()),
+        workspace(plan.workspace_memory.get()) {}
+
+  // Group `job` of `share` images at most, on one thread.
+  Run(const Plan::State& plan, int64_t n, const float* time, const Segment& segment, int64_t job,
+      int64_t share, int thread)
+      : Run(plan, n, time, 1) {
+    first = job * share, images = std::min(share, n - first);
+    local += thread * share * segment.arena, local_capacity = share;
+    workspace += thread * plan.workspace(share, 1);
+  }
+
+  float* memory(int64_t id) const {
+    const Activation& a = plan.activations[id];
+    if (a.segment >= 0) return local + a.offset * local_capacity;
+    return arena + a.offset * capacity + first * a.floats;
+  }
+
+  // Means of the group's images, then from the second pointer on their sums of squares.
+  std::pair<float*, float*> statistics(int64_t id) const {
+    const Activation& a = plan.activations[plan.activations[id].statistics];
+    const int64_t channels = plan.activations[id].channels;
+    if (a.segment >= 0) {
+      float* mean = local + a.offset * local_capacity;
+      return {mean, mean + local_capacity * channels};
+    }
+    float* mean = arena + a.offset * capacity + first * channels;
+    return {mean, mean + capacity * channels};
+  }
+
+  void write_statistics(int64_t id) const {
+    const Activation& x = plan.activations[id];
+    if (x.statistics < 0) return;
+    const auto [mean, squares] = statistics(id);
+    plan.kernels.channel_statistics(
+        {images, x.height * x.width, x.channels, memory(id), mean, squares}, threads);
+  }
+
+  void run_input(const Layer& layer) const {
+    const Activation& x = plan.activations[layer.sources[0]];
+    PrepareInput op{};
+    op.images = images, op.height = x.height, op.width = x.width;
+    for (size_t s = 0; s < layer.sources.size(); ++s) {
+      op.channels[s] = plan.activations[layer.sources[s]].channels;
+      op.source[s] = memory(layer.sources[s]);
+    }
+    if (layer.norm.groups) {
+      GroupCoefficients norm{};
+      norm.images = images, norm.pixels = x.height * x.width, norm.groups = layer.norm.groups;
+      for (size_t s = 0; s < layer.sources.size(); ++s) {
+        norm.channels[s] = op.channels[s];
+        std::tie(norm.mean[s], norm.squares[s]) = statistics(layer.sources[s]);
+      }
+      norm.eps = layer.norm.eps;
+      norm.weight = layer.norm.weight.data(), norm.bias = layer.norm.bias.data();
+      norm.centre = memory(layer.coefficients);
+      norm.scale = norm.centre + images * layer.c_in;
+      norm.shift = norm.scale + images * layer.c_in;
+      plan.kernels.group_coefficients(norm, threads);
+      op.centre = norm.centre, op.scale = norm.scale, op.shift = norm.shift;
+    }
+    op.silu = layer.norm.silu;
+    op.repeat = layer.repeat, op.before = layer.before, op.after = layer.after;
+    op.pixel = layer.pixel, op.image = layer.image;
+    if (plan.bf16)
+      op.out_bf16 = reinterpret_cast<BF16*>(memory(layer.prepared));
+    else
+      op.out = memory(layer.prepared);
+    plan.kernels.prepare_input(op, threads);
+  }
+
+  void run_attention(const Layer& layer) const {
+    Attention op = plan.attention(layer, images);
+    op.qkv = memory(layer.sources[0]), op.y = memory(layer.y);
+    (plan.bf16 ? plan.kernels.attention_bf16 : plan.kernels.attention)(op, workspace, threads);
+  }
+
+  void run_convolution(const Layer& layer) const {
+    const float* bias = layer.bias.data();
+    float* scratch = workspace;
+    if (layer.time_offset >= 0) {
+      for (int64_t c = 0; c < layer.c_out; ++c)
+        scratch[c] = layer.bias[c] + time[layer.time_offset + c];
+      bias = scratch;
+      scratch += lines(layer.c_out);
+    }
+    if (layer.prepared >= 0) run_input(layer);
+    const float* x = memory(layer.prepared >= 0 ? layer.prepared : layer.sources[0]);
+    const float* residual = layer.residual >= 0 ? memory(layer.residual) : nullptr;
+    if (plan.bf16) {
+      ConvolutionBf16 op = plan.convolution_bf16(layer, images);
+      op.x = reinterpret_cast<const BF16*>(x);
+      op.bias = bias, op.residual = residual, op.y = memory(layer.y);
+      return plan.kernels.convolution_bf16(op, threads);
+    }
+    Convolution op = plan.convolution(layer, images);
+    op.x = x, op.bias = bias, op.residual = residual, op.y = memory(layer.y);
+    if (op.c_in_2) op.x_2 = memory(layer.sources[1]);
+    plan.kernels.convolution(op, scratch, threads);
+  }
+
+  void run_layer(const Layer& layer) const {
+    if (layer.kind == Layer::ATTENTION)
+      run_attention(layer);
+    else
+      run_convolution(layer);
+    write_statistics(layer.y);
+  }
+
+  // The group's images of x into the arena, and of the result out of it.
+  void run_load(const Tensor& x) const {
+    const int64_t count = numel(plan.shape(0, 1));
+    parallel_for(images, images * count, threads, [&](int64_t i, int) {
+      load(view(x, plan.shape(0, 1), first + i, Order::hwc), 0, count, memory(0) + i * count);
+    });
+    write_statistics(0);
+  }
+
+  void run_store(const Tensor& out) const {
+    const int64_t count = numel(plan.shape(plan.output, 1));
+    for (int64_t i = 0; i < images; ++i)
+      store(view(out, plan.shape(plan.output, 1), first + i, Order::hwc), 0, count,
+            memory(plan.output) + i * count);
+  }
+};
+
+// All n images through the layers, one after the other on all threads; visit(run, index) after
+// layer `index`, stop at the first for which it is false.
+template <class Visit>
+void one_by_one(Plan::State& plan, const Tensor& x, int64_t n, const float* time, int threads,
+                const Visit& visit) {
+  plan.reserve(n, 0, threads);
+  const Run run(plan, n, time, threads);
+  run.run_load(x);
+  for (size_t i = 0; i < plan.layers.size(); ++i) {
+    run.run_layer(plan.layers[i]);
+    if (!visit(run, i)) return;
+  }
+}
+
+}  // namespace
+
+void Plan::forward(const Tensor& x, int64_t n, const float* time, const Tensor& out, int threads,
+                   int64_t group) {
+  State& s = *state;
+  if (n == 0) return;
+  int64_t share = 0;
+  if (n >= threads) {
+    int64_t bytes = 1;
+    for (const Segment& segment : s.segments)
+      if (segment.by_image) bytes = std::max(bytes, segment.arena * int64_t(sizeof(float)));
+    const int64_t fit = std::max<int64_t>(1, GROUP_BYTES / bytes);
+    share = std::min(group > 0 ? group : fit, (n + threads - 1) / threads);
+  }
+  s.reserve(n, share, threads);
+  for (const Segment& segment : s.segments) {
+    const auto run_layers = [&](const Run& run) {
+      if (segment.first == 0) run.run_load(x);
+      for (int64_t i = segment.first; i < segment.last; ++i) run.run_layer(s.layers[size_t(i)]);
+      if (segment.last == int64_t(s.layers.size())) run.run_store(out);
+    };
+    if (!segment.by_image || !share) {
+      run_layers(Run(s, n, time, threads));
+      continue;
+    }
+    parallel_for((n + share - 1) / share, SERIAL_ELEMENTS, threads, [&](int64_t job, int thread) {
+      run_layers(Run(s, n, time, segment, job, share, thread));
+    });
+  }
+}
+
+std::vector<double> Plan::profile(const Tensor& x, int64_t n, const float* time, const Tensor& out,
+                                  int threads) {
+  using Clock = std::chrono::steady_clock;
+  std::vector<double> seconds;
+  Clock::time_point last = Clock::now();
+  one_by_one(*state, x, n, time, threads, [&](const Run& run, size_t i) {
+    const Clock::time_point now = Clock::now();
+    seconds.push_back(std::chrono::duration<double>(now - last).count());
+    if (i + 1 == state->layers.size()) run.run_store(out);
+    last = Clock::now();
+    return true;
+  });
+  return seconds;
+}
+
+std::string Plan::not_finite(const Tensor& x, int64_t n, const float* time, int threads) {
+  std::string name;
+  one_by_one(*state, x, n, time, threads, [&](const Run& run, size_t i) {
+    const Layer& layer = state->layers[i];
+    const bool finite = all_finite(run.memory(layer.y), n * numel(state->shape(layer.y, 1)));
+    if (!finite) name = layer.name;
+    return finite;
+  });
+  return name;
+}
+
+}  // namespace cpu
+}  // namespace fastddpm
