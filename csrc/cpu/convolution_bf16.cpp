@@ -45,23 +45,31 @@ struct Taps {
   }
 };
 
-// y = c + bias (+ residual) for the outputs of a tile that are wanted.
+// out = sum + bias (+ residual) for the first `count` channels of a block.
+inline void write_pixel(const float* sum, const float* bias, const float* residual, int64_t count,
+                        float* __restrict out) {
+  if (residual)
+    for (int64_t j = 0; j < count; ++j) out[j] = sum[j] + bias[j] + residual[j];
+  else
+    for (int64_t j = 0; j < count; ++j) out[j] = sum[j] + bias[j];
+}
+
+// y from the sums of a tile, the outputs that are wanted.
 void write_tile(const ConvolutionBf16& op, const Tiling& tiling, int64_t tile, int64_t phase,
-                int64_t first, const float* c) {
+                int64_t first, const float* sums) {
   const int64_t image = tile / tiling.tiles, begin = tile % tiling.tiles * TILE;
   const int64_t columns = least(BLOCK, op.c_out - first);
   int64_t y = begin / tiling.pitch, x = begin % tiling.pitch;
-  for (int64_t i = 0; i < least(TILE, tiling.length - begin); ++i, ++x) {
+  for (int64_t i = 0; i < least(TILE, tiling.length - begin); ++i, ++x, sums += BLOCK) {
     if (x == tiling.pitch) x = 0, ++y;
     if (x >= tiling.width) continue;
     const int64_t row = image * op.height + y * tiling.repeat + phase / 2;
     const int64_t at = (row * op.width + x * tiling.repeat + phase % 2) * op.c_out + first;
-    const float *sum = c + i * BLOCK, *bias = op.bias + first;
-    float* __restrict out = op.y + at;
-    if (op.residual)
-      for (int64_t j = 0; j < columns; ++j) out[j] = sum[j] + bias[j] + op.residual[at + j];
+    const float *bias = op.bias + first, *residual = op.residual ? op.residual + at : nullptr;
+    if (columns == BLOCK)
+      write_pixel(sums, bias, residual, BLOCK, op.y + at);  // a count that the compiler knows
     else
-      for (int64_t j = 0; j < columns; ++j) out[j] = sum[j] + bias[j];
+      write_pixel(sums, bias, residual, columns, op.y + at);
   }
 }
 
