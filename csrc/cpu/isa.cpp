@@ -38,19 +38,21 @@ struct Isa {
   decltype(&plain::attention_block) attention_block;
   decltype(&plain::attention_block_backward) attention_block_backward;
   decltype(&plain::discretized_log_likelihood) discretized_log_likelihood;
+  decltype(&plain::peak_flops) peak_flops;
 };
 
-#define FASTDDPM_ISA_ROW(isa)     \
-  {#isa,                          \
-   has_##isa(),                   \
-   isa::randn,                    \
-   isa::noise,                    \
-   isa::posterior_step,           \
-   isa::group_norm_silu,          \
-   isa::group_norm_silu_backward, \
-   isa::attention_block,          \
-   isa::attention_block_backward, \
-   isa::discretized_log_likelihood},
+#define FASTDDPM_ISA_ROW(isa)       \
+  {#isa,                            \
+   has_##isa(),                     \
+   isa::randn,                      \
+   isa::noise,                      \
+   isa::posterior_step,             \
+   isa::group_norm_silu,            \
+   isa::group_norm_silu_backward,   \
+   isa::attention_block,            \
+   isa::attention_block_backward,   \
+   isa::discretized_log_likelihood, \
+   isa::peak_flops},
 
 const Isa table[] = {FASTDDPM_EACH_ISA(FASTDDPM_ISA_ROW)};
 
@@ -119,6 +121,15 @@ void isas(bool available, const char* names[MAX_ISAS]) {
 const char* isa() { return active().name; }
 
 void use_isa(const char* name) { current() = find(name); }
+
+double peak_flops(int threads, double seconds, const char* precision) {
+  if (std::strcmp(precision, "fp32"))
+    throw std::invalid_argument("peak_flops: precision must be 'fp32'; got '" +
+                                std::string(precision) + "'");
+  require(threads >= 1, "peak_flops: threads must be at least 1");
+  require(seconds >= 0.0 && seconds <= 60.0, "peak_flops: seconds must lie in 0 .. 60");
+  return active().peak_flops(threads, seconds);
+}
 
 // ---- the ops: what would lead out of bounds is refused here, before any kernel runs
 // ------------------

@@ -23,6 +23,7 @@
   void attention_block(const AttentionBlock&, int threads);                      \
   void attention_block_backward(const AttentionBlockBackward&, int threads);     \
   void discretized_log_likelihood(const DiscretizedLogLikelihood&, int threads); \
+  double peak_flops(int threads, double seconds);                                \
   }
 
 namespace fastddpm {
@@ -43,6 +44,10 @@ const char* isa();
 // Throws std::invalid_argument, listing the choices, if the name is unknown or this machine lacks
 // it.
 void use_isa(const char* name);
+
+// FLOP/s: multiply-adds from registers on `threads` threads, the best of the repeats that fit into
+// `seconds`. precision: "fp32".
+double peak_flops(int threads, double seconds, const char* precision);
 
 }  // namespace cpu
 }  // namespace fastddpm
