@@ -9,7 +9,7 @@ from fastddpm import _native
 if _native.C is None:
     pytest.skip(_native.reason, allow_module_level=True)
 
-LANES = {"plain": 4, "avx2": 8, "avx512": 16}
+LANES = {"plain": 4, "avx2": 8}  # others: 16
 
 
 def peak_flops(*arguments):
@@ -26,7 +26,7 @@ def test_the_rate_is_one_that_a_core_can_have(isa):
         rate = max(peak_flops(1, 0.02) for _ in range(3))
     finally:
         _native.use_isa(before)
-    assert LANES[isa] * 2 * 1e9 / 3 < rate < LANES[isa] * 2 * 4 * 7e9
+    assert LANES.get(isa, 16) * 2 * 1e9 / 3 < rate < LANES.get(isa, 16) * 2 * 4 * 7e9
 
 
 def test_threads_add_up():
