@@ -41,14 +41,16 @@ def ceiling(
     dtype: torch.dtype, device: torch.device, threads: int, *, quick: bool = False
 ) -> tuple[float | None, str]:
     """(FLOP/s that a product can reach in dtype, what that is; or None, why it is not known):
-    multiply-adds from registers on a CPU, torch's matrix products elsewhere."""
+    multiply-adds from registers on a CPU's cores, `threads` or all, torch's matrix products
+    elsewhere."""
     if device.type != "cpu":
         return gemm_ceiling(dtype, device, quick=quick), "torch's matrix product"
     if _native.C is None:
         return None, f"{_native.reason}"
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     try:
-        rate = _native.C.cpu.peak_flops(threads, 0.02 if quick else 0.5, precision)
+        cores = min(threads, os.cpu_count() or threads)
+        rate = _native.C.cpu.peak_flops(cores, 0.02 if quick else 0.5, precision)
     except ValueError as error:
         return None, str(error)
     return rate, f"multiply-adds from registers, {_native.isa()}"

@@ -45,8 +45,8 @@ const char* isa();
 // it.
 void use_isa(const char* name);
 
-// FLOP/s: multiply-adds from registers on `threads` threads, the best of the repeats that fit into
-// `seconds`. precision: "fp32".
+// FLOP/s: multiply-adds from registers on `threads` threads, each on a core of its own, the best of
+// the repeats that fit into `seconds`. precision: "fp32".
 double peak_flops(int threads, double seconds, const char* precision);
 
 }  // namespace cpu

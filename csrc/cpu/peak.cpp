@@ -10,23 +10,22 @@ namespace fastddpm {
 namespace {
 
 constexpr int CHAINS = 12;  // independent sums: 4 cycles of latency at 3 multiply-adds a cycle
-constexpr int64_t ROUNDS = 1 << 14;
-constexpr int REPEATS = 5;         // at least
-constexpr double SHORTEST = 2e-3;  // seconds of a repeat, far above what waking the threads takes
+constexpr int64_t ROUNDS = 1 << 19;  // about a millisecond
+constexpr int REPEATS = 5;           // at least
 
-double now() {
+double seconds_of(clockid_t clock) {
   timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
+  clock_gettime(clock, &t);
   return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
 }
 
-// `rounds` multiply-adds of each chain; the sum of all, so that none can be left out.
-float multiply_adds(int64_t rounds) {
+// ROUNDS multiply-adds of each chain; the sum of all, so that none can be left out.
+float multiply_adds() {
   volatile float half = 0.5f, one = 1.0f;  // unknown to the compiler; every chain tends to 2
   const Vector factor = vector_of(half), term = vector_of(one);
   Vector sum[CHAINS];
   for (int i = 0; i < CHAINS; ++i) sum[i] = vector_of(float(i) * one);
-  for (int64_t round = 0; round < rounds; ++round)
+  for (int64_t round = 0; round < ROUNDS; ++round)
 #pragma GCC unroll 12
     for (int i = 0; i < CHAINS; ++i) sum[i] = vector_madd(sum[i], factor, term);
   Vector all = sum[0];
@@ -40,23 +39,25 @@ float multiply_adds(int64_t rounds) {
 
 namespace FASTDDPM_ISA {
 
+// A thread's clock is its own time on a core: what other processes take is not counted.
 double peak_flops(int threads, double seconds) {
-  Scratch<float> sums(threads);
-  const auto run = [&](int64_t rounds) {
-    const double start = now();
-    parallel_for(threads, SERIAL_ELEMENTS, threads,
-                 [&](int64_t job, int) { sums.data[job] = multiply_adds(rounds); });
-    volatile float seen = 0.0f;
-    for (int i = 0; i < threads; ++i) seen = seen + sums.data[i];
-    return now() - start;
-  };
-  int64_t rounds = ROUNDS;
-  while (run(rounds) < SHORTEST) rounds *= 2;
-  const double flop = 2.0 * double(WIDTH * CHAINS) * double(rounds) * threads;
-  const double end = now() + seconds;
+  const double flop = 2.0 * double(WIDTH * CHAINS * ROUNDS);
+  Scratch<float> sums(threads), taken(threads);
+  volatile float seen = 0.0f;
   double best = 0.0;
-  for (int i = 0; i < REPEATS || now() < end; ++i) {
-    const double rate = flop / run(rounds);
+  const double end = seconds_of(CLOCK_MONOTONIC) + seconds;
+  for (int i = 0; i < REPEATS || seconds_of(CLOCK_MONOTONIC) < end; ++i) {
+    parallel_for(threads, SERIAL_ELEMENTS, threads, [&](int64_t, int thread) {
+      const double start = seconds_of(CLOCK_THREAD_CPUTIME_ID);
+      sums.data[thread] = multiply_adds();
+      taken.data[thread] = float(seconds_of(CLOCK_THREAD_CPUTIME_ID) - start);
+    });
+    double rate = 0.0;
+    for (int thread = 0; thread < threads; ++thread)
+      if (taken.data[thread] > 0.0f) {
+        seen = seen + sums.data[thread];
+        rate += flop / double(taken.data[thread]);
+      }
     if (rate > best) best = rate;
   }
   return best;
