@@ -111,7 +111,7 @@ def race(jobs: list[Job], model: UNet, options: argparse.Namespace) -> tuple[lis
     times = -(-batch // distinct)
     checked = (T - 1, T // 2)
     truths = {i: torch_eps(model, torch.float64, x, i) for i in checked}
-    allowed = ALLOWED.get(precision, math.inf)
+    allowed, theirs = ALLOWED.get(precision, math.inf), 0.0
     if precision == "bf16":
         theirs = max(
             relative_error(torch_eps(model, torch.bfloat16, x, i), truths[i]) for i in checked
@@ -145,7 +145,11 @@ def race(jobs: list[Job], model: UNet, options: argparse.Namespace) -> tuple[lis
         except Failed as failure:
             missing.append(f"{who}: {failure}")
             continue
-        print(f"{who}: error {row['error']:.1e}", flush=True)
+        said = f"{who}: error {row['error']:.1e}"
+        if theirs:
+            row["of PyTorch's error"] = row["error"] / theirs
+            said += f", {row['error'] / theirs:.2f} of PyTorch's own"
+        print(said, flush=True)
         steps = max(1, min(math.ceil(options.least / once), T // 2))
         turns = max(1, min(options.repeats, int(options.limit / (steps * once))))
         running.append(Turns(who, row | {"seconds": []}, runner, steps, turns))

@@ -271,7 +271,9 @@ def test_bf16_is_measured_by_torchs_own(in_process, monkeypatch, tmp_path, capsy
     }  # fmt: skip
     for row in rows.values():
         assert 2e-3 < row["allowed"] < 0.1
-    assert rows["fastddpm eager"]["error"] > 1e-4
+    ours = rows["fastddpm eager"]
+    assert ours["error"] > 1e-4
+    assert ours["of PyTorch's error"] == pytest.approx(2 * ours["error"] / ours["allowed"])
     assert "diffusers NCHW bf16, batch 1 is off by 0.1" in capsys.readouterr().err
 
 
