@@ -1,11 +1,13 @@
 """Times the layers of cpu_plan, a row for each distinct shape, against torch's conv2d.
 
     python benchmarks/convolutions.py [--model cifar10|fashion-mnist|FOLDER] [--batch 16]
-        [--algorithm auto|direct|winograd_2|winograd_4] [--json FILE] [--quick]
+        [--precision fp32|bf16] [--algorithm auto|direct|winograd_2|winograd_4] [--json FILE]
+        [--quick]
 
-First each shape shows that it computes the same: a plan of it alone, and torch's conv2d, against
-the sums in float64. One that computes something else is not timed, and the exit code is 1. Then the
-whole plan and torch's conv2d of each shape take turns, all batch images on all threads.
+First each shape shows that it computes the same: a plan of it alone, and torch's conv2d in the same
+precision, against the sums in float64. One that computes something else is not timed, and the exit
+code is 1. Then the whole plan and torch's conv2d of each shape take turns, all batch images on all
+threads.
 
 A layer's time is the median of the plan's profiles, and holds what the plan does with the layer:
 GroupNorm, SiLU and upsampling on the way in, bias, time embedding, residual and the result's
@@ -42,7 +44,9 @@ from fastddpm.engine.cpu_plan import build_plan, time_rows, unsupported
 from fastddpm.unet import Downsample, Upsample
 
 CPU = torch.device("cpu")
-ALLOWED = 1e-4  # rms(error) / rms(y): all may round as they like, but not compute something else
+# rms(error) / rms(y) at most: all may round as they like, but not compute something else
+ALLOWED = {"fp32": 1e-4, "bf16": 1e-2}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LEAST = 2e-3  # seconds of a turn of conv2d
 
 
@@ -121,14 +125,15 @@ def layers_of(model: UNet, plan: Any) -> list[Layers]:
 
 
 @torch.inference_mode()
-def check(layers: Layers, algorithm: str) -> tuple[float, float]:
+def check(layers: Layers, algorithm: str, precision: str) -> tuple[float, float]:
     """The errors of the plan's convolution and of torch's, relative to the sums in float64."""
     shape, weight, bias = layers.shape, layers.weight, layers.bias
     assert weight is not None
     assert bias is not None
     x = layers.input(1)
     before, after = layers.border
-    plan = _native.C.cpu.Plan(x.shape[2], x.shape[3], shape.c_in)
+    bf16 = precision == "bf16"
+    plan = _native.C.cpu.Plan(x.shape[2], x.shape[3], shape.c_in, bf16=bf16)
     y = plan.convolution(
         "it", [0], weight.reshape(shape.c_out, -1).contiguous(), bias.tolist(), shape.kernel,
         stride=shape.stride, before=before, after=after, repeat=shape.repeat, algorithm=algorithm,
@@ -140,6 +145,7 @@ def check(layers: Layers, algorithm: str) -> tuple[float, float]:
     plan.forward(x, torch.empty(0), ours, torch.get_num_threads())
     x, padding = layers.padded(x)
     truth = F.conv2d(x.double(), weight.double(), bias.double(), shape.stride, padding)
+    x, weight, bias = (tensor.to(DTYPES[precision]) for tensor in (x, weight, bias))
     theirs = F.conv2d(x, weight, bias, shape.stride, padding)
     return relative_error(ours, truth), relative_error(theirs, truth)
 
@@ -148,11 +154,13 @@ class Conv2d:
     """torch's, ready to be timed."""
 
     @torch.inference_mode()
-    def __init__(self, layers: Layers, batch: int):
+    def __init__(self, layers: Layers, batch: int, dtype: torch.dtype):
         assert layers.weight is not None
+        assert layers.bias is not None
         x, padding = layers.padded(layers.input(batch))
-        weight = layers.weight.contiguous(memory_format=torch.channels_last)
-        self.arguments = (x, weight, layers.bias, layers.shape.stride, padding)
+        weight = layers.weight.to(dtype, memory_format=torch.channels_last)
+        bias = layers.bias.to(dtype)
+        self.arguments = (x.to(dtype), weight, bias, layers.shape.stride, padding)
         self.calls = 1
         self.calls = math.ceil(LEAST / self.seconds())
 
@@ -167,7 +175,7 @@ class Conv2d:
 
 
 def measure(
-    model: UNet, plan: Any, shapes: list[Layers], batch: int, repeats: int
+    model: UNet, plan: Any, shapes: list[Layers], dtype: torch.dtype, batch: int, repeats: int
 ) -> tuple[list[float], list[float]]:
     """(median seconds of each layer of the plan, seconds of its whole forward in each turn)."""
     x = torch.randn(batch, model.in_channels, *model.image_size)
@@ -175,7 +183,8 @@ def measure(
     out = torch.empty(batch, model.config["out_channels"], *model.image_size)
     out = out.contiguous(memory_format=torch.channels_last)
     row, threads = time_rows(model, torch.tensor([500]))[0], torch.get_num_threads()
-    contestants = [(layers, Conv2d(layers, batch)) for layers in shapes if layers.shape.kernel]
+    convolutions = [layers for layers in shapes if layers.shape.kernel]
+    contestants = [(layers, Conv2d(layers, batch, dtype)) for layers in convolutions]
     profiles: list[list[float]] = []
     whole: list[float] = []
     plan.profile(x, row, out, threads)
@@ -238,7 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write environment and rows to this file")
     parser.add_argument("--model", default="cifar10", help="cifar10, a bundled name or a folder")
     parser.add_argument("--batch", type=int, default=16, help="images, default 16")
-    parser.add_argument("--algorithm", default="auto", help="of the 3x3 convolutions")
+    parser.add_argument("--precision", choices=DTYPES, default="fp32")
+    parser.add_argument("--algorithm", default="auto", help="of the 3x3 convolutions in fp32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7, help="turns, default 7")
     parser.add_argument("--quick", action="store_true", help="a tiny cifar10, to see that it runs")
@@ -248,15 +258,17 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     try:
         model = make_model(options.model, options.quick)
-        if reason := unsupported(model, CPU, "fp32"):
+        if reason := unsupported(model, CPU):
             parser.error(reason)
-        plan = build_plan(model, *model.image_size, options.algorithm)
+        plan = build_plan(model, *model.image_size, options.algorithm, options.precision)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     facts = {**environment(), "model": options.model, "batch": options.batch}
+    facts["precision"] = options.precision
     for name, value in facts.items():
         print(f"{name:<12} {value}")
-    rate, what = ceiling(torch.float32, CPU, options.threads, quick=options.quick)
+    dtype, allowed = DTYPES[options.precision], ALLOWED[options.precision]
+    rate, what = ceiling(dtype, CPU, options.threads, quick=options.quick)
     print(f"{'ceiling':<12} {rate / 1e9:.3g} GFLOP/s: {what}\n" if rate else f"no ceiling: {what}")
 
     shapes = layers_of(model, plan)
@@ -264,14 +276,14 @@ def main(arguments: list[str] | None = None) -> int:
     for layers in shapes:
         if not layers.shape.kernel:
             continue
-        layers.errors = check(layers, options.algorithm)
+        layers.errors = check(layers, options.algorithm, options.precision)
         for who, error in zip(("cpu_plan", "conv2d"), layers.errors, strict=True):
-            if not error <= ALLOWED:
+            if not error <= allowed:
                 wrong += 1
                 print(f"{who} is off by {error:.2g} in {layers.shape}", file=sys.stderr)
     if wrong:
         return 1
-    seconds, whole = measure(model, plan, shapes, options.batch, options.repeats)
+    seconds, whole = measure(model, plan, shapes, dtype, options.batch, options.repeats)
     rows = rows_of(shapes, seconds, options.batch, rate)
     print(table(rows, shapes))
     totals = {

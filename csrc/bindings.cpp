@@ -502,7 +502,8 @@ void def_plan(py::module_& m) {
   using cpu::Plan;
   using namespace py::literals;
   py::class_<Plan>(m, "Plan", "A network as a list of native calls; see csrc/cpu/plan.h.")
-      .def(py::init<int64_t, int64_t, int64_t>(), "height"_a, "width"_a, "channels"_a)
+      .def(py::init<int64_t, int64_t, int64_t, bool>(), "height"_a, "width"_a, "channels"_a,
+           "bf16"_a = false)
       .def("convolution", add_convolution, "name"_a, "sources"_a, "weight"_a, "bias"_a, "kernel"_a,
            py::kw_only(), "time_offset"_a = -1, "norm"_a = py::none(), "residual"_a = -1,
            "stride"_a = 1, "before"_a = 0, "after"_a = 0, "repeat"_a = 1, "algorithm"_a = "auto")
@@ -609,6 +610,8 @@ PYBIND11_MODULE(_C, m) {
   def_attention_block_backward(on_cpu);
   def_discretized_log_likelihood<cpu::discretized_log_likelihood>(on_cpu);
   def_plan(on_cpu);
+  on_cpu.def("multiplies_bf16", &cpu::multiplies_bf16,
+             "Whether the instruction set in use multiplies bfloat16.");
   on_cpu.def("peak_flops", &cpu::peak_flops, py::arg("threads"), py::arg("seconds") = 0.3,
              py::arg("precision") = "fp32", py::call_guard<py::gil_scoped_release>(),
              "FLOP/s of multiply-adds from registers, the best of several repeats.");

@@ -17,7 +17,7 @@ from fastddpm.checkpoint import bundled_models
 from fastddpm.diffusion import Model
 from fastddpm.engine import choose, cpu_plan, cuda_graph
 from fastddpm.ops import dispatch
-from fastddpm.precision import has_fast_bf16, resolve_precision
+from fastddpm.precision import has_fast_bf16
 from fastddpm.unet import UNet
 
 
@@ -97,8 +97,10 @@ def _devices() -> list[tuple[str, str]]:
 
 def _engines() -> list[tuple[str, str]]:
     cpu = torch.device("cpu")
-    reason = cpu_plan.unsupported(UNet(channels=32), cpu, resolve_precision("auto", cpu))
-    plan = "'auto' uses it" if reason is None else f"'auto' does not use it: {reason}"
+    reason = cpu_plan.unsupported(UNet(channels=32), cpu)
+    plan = f"'auto' uses it, in {cpu_plan.best_precision()}"
+    if reason is not None:
+        plan = f"'auto' does not use it: {reason}"
     graph = cuda_graph.unsupported(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return [
         (

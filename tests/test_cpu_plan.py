@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 import shutil
@@ -17,8 +18,8 @@ from toy import SCHEDULE, generator, tiny_unet
 
 import fastddpm
 from fastddpm import Diffusion, UNet, _native
-from fastddpm.engine import choose, make_engine
-from fastddpm.engine.cpu_plan import build_plan, time_rows, unsupported
+from fastddpm.engine import choose, cpu_plan, make_engine
+from fastddpm.engine.cpu_plan import CpuPlan, build_plan, time_rows, unsupported
 
 pytestmark = pytest.mark.skipif(_native.C is None, reason="plans need the native module")
 
@@ -37,6 +38,11 @@ def isa(request):
 
 def random(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator(seed))
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Values that bfloat16 holds: a plan in bfloat16 hands them on as they are."""
+    return x.bfloat16().float()
 
 
 class Layer:
@@ -59,13 +65,13 @@ class Layer:
         self.sizes = c_in if isinstance(c_in, tuple) else (c_in,)
         self.size, self.n, self.kernel, self.norm, self.time = size, n, kernel, norm, time
         c = sum(self.sizes)
-        self.x = 3 + 2 * random(n, c, *size, seed=1)
+        self.x = rounded(3 + 2 * random(n, c, *size, seed=1))
         self.weight = random(c_out, c, kernel, kernel, seed=2) / (c * kernel**2) ** 0.5
         self.bias, self.gamma, self.beta = (random(k, seed=3 + k) for k in (c_out, c, c))
         self.row = random(c_out + 2, seed=6) if time else random(0, seed=6)
         self.residual = None
         if residual:
-            self.residual = random(*self.expected(torch.float32).shape, seed=7)
+            self.residual = rounded(random(*self.expected(torch.float32).shape, seed=7))
 
     def expected(self, dtype) -> torch.Tensor:
         x, weight, bias = self.x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
@@ -87,7 +93,8 @@ class Layer:
         if self.residual is not None:
             assert self.residual.shape[2:] == self.x.shape[2:]
             x = torch.cat((x, self.residual), dim=1)
-        plan = _native.C.cpu.Plan(*self.size, x.shape[1])
+        bf16 = algorithm == "bf16"
+        plan = _native.C.cpu.Plan(*self.size, x.shape[1], bf16=bf16)
         first = 0
         for c in (*self.sizes, *([] if self.residual is None else [expected.shape[1]])):
             pick = torch.zeros(c, x.shape[1])
@@ -114,6 +121,9 @@ class Layer:
 
     def check(self, algorithm: str, **options) -> None:
         truth, eager = self.expected(torch.float64), self.expected(torch.float32)
+        if algorithm == "bf16":
+            assert_exact(self.actual(algorithm, **options), truth, self.expected(torch.bfloat16))
+            return
         factor = FACTOR[algorithm]
         spread = eager.double() + (factor - 1) * (
             eager.double() - truth
@@ -122,46 +132,51 @@ class Layer:
 
 
 ALGORITHMS = ("direct", "winograd_2", "winograd_4")
+LAYERS = (*ALGORITHMS, "bf16")
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", LAYERS)
 @pytest.mark.parametrize(("c_in", "c_out"), [(1, 1), (3, 7), (5, 16), (16, 33), (40, 3), (48, 64)])
 def test_convolution_of_any_channel_count(isa, algorithm, c_in, c_out):
     Layer(c_in, c_out, 3).check(algorithm)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (4, 4), (9, 6), (13, 1)], ids=str)
+@pytest.mark.parametrize("algorithm", LAYERS)
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (4, 4), (9, 6), (13, 1), (3, 32)], ids=str)
 def test_convolution_of_any_size(isa, algorithm, size):
     Layer(6, 20, 3, size=size).check(algorithm)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", LAYERS)
 def test_convolution_with_everything(isa, algorithm):
     options = {"norm": 3, "residual": True, "time": True}
     Layer((5, 13), 10, 3, size=(6, 5), n=2, **options).check(algorithm, threads=2)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 33])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", LAYERS)
 def test_batches(algorithm, n):
     Layer(8, 24, 3, size=(3, 5), n=n, norm=4).check(algorithm, threads=2)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_upsampling(isa, algorithm):
-    Layer(9, 18, 3, size=(3, 4), repeat=2).check(algorithm)
+@pytest.mark.parametrize("size", [(1, 1), (3, 4), (2, 16)], ids=str)
+@pytest.mark.parametrize("algorithm", LAYERS)
+def test_upsampling(isa, algorithm, size):
+    Layer(9, 35, 3, size=size, repeat=2).check(algorithm)
 
 
+@pytest.mark.parametrize("algorithm", ["direct", "bf16"])
 @pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 1), (0, 0), (1, 0)])
-def test_stride_two(isa, before, after):
-    Layer(9, 18, 3, size=(6, 8), stride=2, before=before, after=after).check("direct")
+@pytest.mark.parametrize("size", [(6, 8), (4, 32), (5, 33)], ids=str)
+def test_stride_two(isa, size, before, after, algorithm):
+    Layer(9, 18, 3, size=size, stride=2, before=before, after=after).check(algorithm)
 
 
 @pytest.mark.parametrize("c_in", [4, (4, 3), (16, 16)], ids=str)
 @pytest.mark.parametrize("norm", [0, 1])
-def test_one_by_one(isa, c_in, norm):
-    Layer(c_in, 21, 1, norm=norm, residual=True).check("direct")
+@pytest.mark.parametrize("algorithm", ["direct", "bf16"])
+def test_one_by_one(isa, c_in, norm, algorithm):
+    Layer(c_in, 21, 1, norm=norm, residual=True).check(algorithm)
 
 
 def test_a_group_lies_across_two_sources(isa):
@@ -175,10 +190,11 @@ def test_norm_of_a_large_mean_with_a_small_spread(isa):
 
 
 @pytest.mark.parametrize(("heads", "pixels"), [(1, (1, 1)), (2, (7, 7)), (3, (9, 11))], ids=str)
-def test_attention(isa, heads, pixels):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention(isa, heads, pixels, dtype):
     n, c = 3, 24
     qkv = random(n, 3 * c, *pixels, seed=5)
-    plan = _native.C.cpu.Plan(*pixels, 3 * c)
+    plan = _native.C.cpu.Plan(*pixels, 3 * c, bf16=dtype == torch.bfloat16)
     plan.finish(plan.attention("attention", 0, heads))
     out = torch.full((n, c, *pixels), torch.nan)
     plan.forward(qkv, None, out, 2)
@@ -190,7 +206,7 @@ def test_attention(isa, heads, pixels):
         y = torch.softmax(q @ k.transpose(-1, -2) / (c // heads) ** 0.5, dim=-1) @ v
         return y.transpose(-1, -2).reshape(n, c, *pixels)
 
-    assert_exact(out, formula(torch.float64), formula(torch.float32), ulps=8)
+    assert_exact(out, formula(torch.float64), formula(dtype), ulps=8)
 
 
 # ---- whole networks ------------------------------------------------------------------------------
@@ -210,8 +226,8 @@ NETWORKS = {
 }  # fmt: skip
 
 
-def forward(model: UNet, x, t: int, *, algorithm="auto", threads=2, group=0) -> torch.Tensor:
-    plan = build_plan(model, *x.shape[2:], algorithm)
+def forward(model: UNet, x, t: int, *, threads=2, group=0, **options) -> torch.Tensor:
+    plan = build_plan(model, *x.shape[2:], **options)
     out = x.new_full((len(x), model.config["out_channels"], *x.shape[2:]), torch.nan)
     plan.forward(x, time_rows(model, torch.tensor([t]))[0], out, threads, group)
     return out
@@ -231,11 +247,27 @@ def test_unet(name, algorithm):
     assert_exact(actual, truth, spread, ulps=16 * FACTOR[algorithm])
 
 
+@pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
-def test_bits_do_not_depend_on_batch_threads_or_group(isa):
+def test_unet_in_bfloat16_errs_no_more_than_torch(name):
+    model = tiny_unet(**NETWORKS[name]).eval()
+    x, t = random(3, model.in_channels, *model.image_size, seed=1), torch.full((3,), 7)
+    actual = forward(model, x, 7, precision="bf16")
+    truth = copy.deepcopy(model).double()(x.double(), t)
+    torchs = model.bfloat16()(x.bfloat16(), t).double()
+    error, allowed = ((y - truth).square().mean().sqrt() for y in (actual.double(), torchs))
+    assert 0 < error <= allowed
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@torch.no_grad()
+def test_bits_do_not_depend_on_batch_threads_or_group(isa, precision):
     model = tiny_unet(image_size=12).eval()
     x = random(9, 1, 12, 12, seed=2)
-    plan, row = build_plan(model, 12, 12), time_rows(model, torch.tensor([3]))[0]
+    plan, row = (
+        build_plan(model, 12, 12, precision=precision),
+        time_rows(model, torch.tensor([3]))[0],
+    )
     expected = torch.empty_like(x)
     plan.forward(x, row, expected, 1)
     for n, threads, group in itertools.product((1, 2, 9), (1, 2, 3), (0, 1, 4)):
@@ -284,9 +316,20 @@ def test_auto_takes_the_plan_and_draws_what_eager_draws():
     assert (short - same).abs().max() < 1e-4
 
 
-def test_bf16_and_other_models_run_in_eager():
+def test_bf16_is_the_plans_where_it_is_asked_for_or_fast(monkeypatch):
     model = tiny_unet()
-    assert choose("auto", model, CPU, "bf16")[0].name == "eager"
+    assert choose("auto", model, CPU, "bf16") == (CpuPlan, "bf16")
+    for precision in ("fp32", "bf16"):
+        monkeypatch.setattr(cpu_plan, "best_precision", lambda p=precision: p)
+        assert choose("auto", model, CPU, "auto") == (CpuPlan, precision)
+    options = {"seed": 5, "progress": False}
+    exact = fastddpm.sample(model, 5, precision="fp32", **options)
+    close = fastddpm.sample(model, 5, precision="bf16", **options)
+    assert 0 < (close - exact).abs().max() < 0.1
+
+
+def test_other_models_run_in_eager():
+    model = tiny_unet()
     assert choose("auto", lambda x, t: x, CPU, "auto")[0].name == "eager"
     with fastddpm.use_backend("reference"):
         assert choose("auto", model, CPU, "fp32")[0].name == "eager"
@@ -315,13 +358,13 @@ def hooked() -> UNet:
         (foreign, "fp32", r"mid.block_1.conv1 \(Wrapped\) is not a part"),
         (hooked, "fp32", r"mid.attn_1 \(AttentionBlock\) has a forward hook"),
         (lambda: tiny_unet().double(), "fp32", "is torch.float64, not float32"),
-        (tiny_unet, "bf16", "not bf16"),
+        (lambda: tiny_unet().bfloat16(), "bf16", "is torch.bfloat16, not float32"),
         (lambda: nn.Identity(), "fp32", "Identity is not a fastddpm.UNet"),
     ],
 )  # fmt: skip
 def test_what_a_plan_can_not_run_is_named(model, precision, reason):
     model = model()
-    assert re.search(reason, unsupported(model, CPU, precision))
+    assert re.search(reason, unsupported(model, CPU))
     with pytest.raises(ValueError, match=f"engine 'cpu_plan' can't run here: .*{reason}"):
         make_engine("cpu_plan", model, Diffusion(SCHEDULE), device=CPU, precision=precision)
 
@@ -393,24 +436,65 @@ FLAGS = {  # those of CMakeLists.txt
 }
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
-@pytest.mark.parametrize("isa", sorted({"plain", _native.isa() or "plain"}))
-def test_nothing_is_read_that_was_not_written(isa, tmp_path):
-    """Under AddressSanitizer and UndefinedBehaviorSanitizer, in memory full of NaN."""
-    folder = Path(__file__).parent
-    sources = [
-        f"csrc/cpu/{stem}.cpp" for stem in ("plan", "attention", "convolution", "plan_input")
-    ]
+SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+EMULATED = {"avx512_bf16": "__AVX512BF16__", "amx_bf16": "__AMX_BF16__"}
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """compiled(stem, *flags): the object file of a source, made once, with sanitizers in it."""
+    folder, made = tmp_path_factory.mktemp("objects"), {}
+
+    def compile_(stem: str, *flags: str) -> Path:
+        if (stem, flags) not in made:
+            source = TESTS / f"{stem}.cpp"
+            if not source.exists():
+                source = TESTS.parent / f"csrc/cpu/{stem}.cpp"
+            made[stem, flags] = folder / f"{len(made)}.o"
+            subprocess.run(
+                [
+                    *("g++", "-std=c++17", "-O1", "-pthread", "-DFASTDDPM_ISA=plain", *SANITIZED),
+                    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", *flags),
+                    *("-c", source, "-o", made[stem, flags]),
+                ],
+                check=True, timeout=600,
+            )  # fmt: skip
+        return made[stem, flags]
+
+    return compile_
+
+
+def run_checks(folder: Path, objects: list[Path], *algorithms: str) -> None:
     subprocess.run(
-        [
-            *("g++", "-std=c++17", "-O1", "-pthread", "-DFASTDDPM_ISA=plain"),
-            *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off"),
-            *("-fno-math-errno", "-fno-trapping-math", *FLAGS[isa]),
-            *(folder / "plan_check.cpp", *(folder.parent / source for source in sources)),
-            *("-o", tmp_path / "check"),
-        ],
-        check=True, timeout=600,
-    )  # fmt: skip
-    run = subprocess.run([tmp_path / "check"], capture_output=True, text=True, timeout=600)
+        ["g++", "-pthread", *SANITIZED, *objects, "-o", folder / "check"], check=True, timeout=600
+    )
+    run = subprocess.run(
+        [folder / "check", *algorithms], capture_output=True, text=True, timeout=600
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "0 of the plans are wrong" in run.stdout
+
+
+COMMON = ("plan_check", "plan", "plan_input", "attention", "convolution")
+BF16 = ("attention_bf16", "convolution_bf16")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+@pytest.mark.parametrize("isa", sorted({"plain", _native.isa() or "plain"} & FLAGS.keys()))
+def test_nothing_is_read_that_was_not_written(isa, compiled, tmp_path):
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer, in memory full of NaN."""
+    run_checks(
+        tmp_path,
+        [compiled(stem, *FLAGS[isa]) for stem in (*COMMON, *BF16)],
+        *("direct", "winograd_2", "winograd_4", "bf16"),
+    )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+@pytest.mark.parametrize("isa", EMULATED)
+def test_bf16_instructions(isa, compiled, tmp_path):
+    """The same for kernels of bfloat16 instructions, which run on any processor here."""
+    emulator = ("-include", str(TESTS / "bf16_emulator.h"), "-Wno-psabi", f"-D{EMULATED[isa]}")
+    objects = [compiled(stem) for stem in COMMON]
+    run_checks(tmp_path, objects + [compiled(stem, *emulator) for stem in BF16], "bf16")

@@ -213,10 +213,11 @@ void pack_winograd(const float* weight, int64_t c_in, int64_t c_out, float* pack
 
 }  // namespace
 
-// The fewest cycles by a count of vector operations and of the bytes of weights that stream past:
-// shapes alone decide, so that results depend on neither batch nor threads.
+// The fewest cycles for one image by a count of vector operations and of the bytes of weights that
+// stream past where they are too many for the cache. Shapes alone decide, so that results depend on
+// neither batch nor threads: a large batch, whose images share the stream, gives up a little.
 Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t width) {
-  constexpr double IMAGES = 8, BYTES = 8;  // that share a pass over the weights; a cycle
+  constexpr double BYTES = 8, CACHE = 2 * 1024 * 1024;  // bytes a cycle; bytes that stay
   const double outputs = double(ceil_div(c_out, PANEL) * 2);
   const auto cost = [&](int64_t m) {
     const double points = m ? double((m + 2) * (m + 2)) : 9.0;
@@ -225,7 +226,7 @@ Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t wi
     const double transforms =
         m ? tiles * points * 3 * (double(ceil_div(c_in, WIDTH)) + outputs) : 0.0;
     const double bytes = points * double(c_in) * outputs * WIDTH * 4;
-    const double streaming = bytes > 256 * 1024 ? bytes / BYTES / IMAGES : 0.0;
+    const double streaming = bytes > CACHE ? bytes / BYTES : 0.0;
     return products + transforms + streaming;
   };
   const double direct = cost(0), two = cost(2), four = cost(4);

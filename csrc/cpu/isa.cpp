@@ -8,6 +8,11 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastddpm {
 namespace cpu {
 namespace {
@@ -27,9 +32,55 @@ bool has_avx512() {
 }
 #endif
 
+#if defined(FASTDDPM_X86_BF16)
+// Products of small whole numbers, which are exact: an instruction set whose kernels get them wrong
+// here is not used.
+bool multiplies(void (*convolution)(const ConvolutionBf16&, int),
+                void (*pack)(const float*, int64_t, int64_t, int64_t, bool, BF16*)) {
+  constexpr int64_t PIXELS = 48, C_IN = 64, C_OUT = 40;
+  float weight[C_OUT * C_IN], bias[C_OUT] = {};
+  static BF16 x[PIXELS * C_IN], packed[2 * 32 * C_IN];
+  static float y[PIXELS * C_OUT];
+  for (int64_t i = 0; i < PIXELS * C_IN; ++i) x[i] = from_float<BF16>(float(i * 7 % 11 - 5));
+  for (int64_t i = 0; i < C_OUT * C_IN; ++i) weight[i] = float(i * 5 % 13 - 6);
+  pack(weight, C_IN, C_OUT, 1, false, packed);
+  convolution({1, C_IN, C_OUT, 1, 1, false, 1, PIXELS, C_IN, PIXELS * C_IN, 1, PIXELS, x, packed,
+               bias, nullptr, y},
+              1);
+  for (int64_t i = 0; i < PIXELS; ++i)
+    for (int64_t o = 0; o < C_OUT; ++o) {
+      float sum = 0.0f;
+      for (int64_t c = 0; c < C_IN; ++c) sum += to_float(x[i * C_IN + c]) * weight[o * C_IN + c];
+      if (y[i * C_OUT + o] != sum) return false;
+    }
+  return true;
+}
+
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+         multiplies(avx512_bf16::convolution_bf16, avx512_bf16::pack_weight_bf16);
+}
+
+// The operating system saves the tiles of a process that asked for them.
+bool tiles_permitted() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_amx_bf16() {
+  return has_avx512_bf16() && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("amx-bf16") && tiles_permitted() &&
+         multiplies(amx_bf16::convolution_bf16, amx_bf16::pack_weight_bf16);
+}
+#endif
+
 struct Isa {
   const char* name;
-  bool available;
+  bool available, bf16;
   decltype(&plain::randn) randn;
   decltype(&plain::noise) noise;
   decltype(&plain::posterior_step) posterior_step;
@@ -41,18 +92,19 @@ struct Isa {
   decltype(&plain::peak_flops) peak_flops;
 };
 
-#define FASTDDPM_ISA_ROW(isa)       \
-  {#isa,                            \
-   has_##isa(),                     \
-   isa::randn,                      \
-   isa::noise,                      \
-   isa::posterior_step,             \
-   isa::group_norm_silu,            \
-   isa::group_norm_silu_backward,   \
-   isa::attention_block,            \
-   isa::attention_block_backward,   \
-   isa::discretized_log_likelihood, \
-   isa::peak_flops},
+#define FASTDDPM_ISA_ROW(isa, base)      \
+  {#isa,                                 \
+   has_##isa(),                          \
+   std::strstr(#isa, "bf16") != nullptr, \
+   base::randn,                          \
+   base::noise,                          \
+   base::posterior_step,                 \
+   base::group_norm_silu,                \
+   base::group_norm_silu_backward,       \
+   base::attention_block,                \
+   base::attention_block_backward,       \
+   base::discretized_log_likelihood,     \
+   base::peak_flops},
 
 const Isa table[] = {FASTDDPM_EACH_ISA(FASTDDPM_ISA_ROW)};
 
@@ -121,6 +173,8 @@ void isas(bool available, const char* names[MAX_ISAS]) {
 const char* isa() { return active().name; }
 
 void use_isa(const char* name) { current() = find(name); }
+
+bool multiplies_bf16() { return active().bf16; }
 
 double peak_flops(int threads, double seconds, const char* precision) {
   if (std::strcmp(precision, "fp32"))

@@ -1,19 +1,24 @@
 // Run-time choice of the instruction set. Every kernel file is compiled once per instruction set,
 // into the namespace FASTDDPM_ISA with that set's compiler flags, and offers its entry point there;
-// isa.cpp calls the one in use. Kernel files keep helpers in unnamed namespaces and use no library
-// templates.
+// isa.cpp calls the one in use. The sets that multiply bfloat16 have kernels of their own for that
+// alone and share the others with avx512. Kernel files keep helpers in unnamed namespaces and use
+// no library templates.
 #pragma once
 #include "../ops.h"
 #include "plan_ops.h"
 
-// Calls X(namespace) for each compiled instruction set, weakest first.
-#if defined(FASTDDPM_X86)
-#define FASTDDPM_EACH_ISA(X) X(plain) X(avx2) X(avx512)
+// Calls X(namespace, namespace of the kernels without bfloat16 products) for each compiled
+// instruction set, weakest first.
+#if defined(FASTDDPM_X86_BF16)
+#define FASTDDPM_EACH_ISA(X) \
+  X(plain, plain) X(avx2, avx2) X(avx512, avx512) X(avx512_bf16, avx512) X(amx_bf16, avx512)
+#elif defined(FASTDDPM_X86)
+#define FASTDDPM_EACH_ISA(X) X(plain, plain) X(avx2, avx2) X(avx512, avx512)
 #else
-#define FASTDDPM_EACH_ISA(X) X(plain)
+#define FASTDDPM_EACH_ISA(X) X(plain, plain)
 #endif
 
-#define FASTDDPM_DECLARE_OPS(isa)                                                \
+#define FASTDDPM_DECLARE_OPS(isa, base)                                          \
   namespace isa {                                                                \
   void randn(const Randn&, int threads);                                         \
   void noise(const Noise&, int threads);                                         \
@@ -29,6 +34,7 @@
 namespace fastddpm {
 
 FASTDDPM_EACH_ISA(FASTDDPM_DECLARE_OPS)
+FASTDDPM_EACH_ISA(FASTDDPM_DECLARE_PLAN_OPS)
 
 namespace cpu {
 
@@ -44,6 +50,9 @@ const char* isa();
 // Throws std::invalid_argument, listing the choices, if the name is unknown or this machine lacks
 // it.
 void use_isa(const char* name);
+
+// Whether the one in use multiplies bfloat16: it is then faster than float32.
+bool multiplies_bf16();
 
 // FLOP/s: multiply-adds from registers on `threads` threads, each on a core of its own, the best of
 // the repeats that fit into `seconds`. precision: "fp32".

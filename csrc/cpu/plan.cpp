@@ -12,7 +12,6 @@
 #include "view.h"
 
 namespace fastddpm {
-FASTDDPM_EACH_ISA(FASTDDPM_DECLARE_PLAN_OPS)
 
 namespace cpu {
 
@@ -29,23 +28,33 @@ struct PlanKernels {
   decltype(&plain::packed_weight_size) packed_weight_size;
   decltype(&plain::pack_weight) pack_weight;
   decltype(&plain::vector_width) vector_width;
+  decltype(&plain::convolution_bf16) convolution_bf16;
+  decltype(&plain::attention_bf16) attention_bf16;
+  decltype(&plain::attention_workspace_bf16) attention_workspace_bf16;
+  decltype(&plain::packed_weight_size_bf16) packed_weight_size_bf16;
+  decltype(&plain::pack_weight_bf16) pack_weight_bf16;
 };
 
 namespace {
 
-#define FASTDDPM_PLAN_ROW(isa) \
-  {#isa,                       \
-   isa::channel_statistics,    \
-   isa::group_coefficients,    \
-   isa::prepare_input,         \
-   isa::convolution,           \
-   isa::attention,             \
-   isa::convolution_workspace, \
-   isa::attention_workspace,   \
-   isa::best_algorithm,        \
-   isa::packed_weight_size,    \
-   isa::pack_weight,           \
-   isa::vector_width},
+#define FASTDDPM_PLAN_ROW(isa, base) \
+  {#isa,                             \
+   base::channel_statistics,         \
+   base::group_coefficients,         \
+   base::prepare_input,              \
+   base::convolution,                \
+   base::attention,                  \
+   base::convolution_workspace,      \
+   base::attention_workspace,        \
+   base::best_algorithm,             \
+   base::packed_weight_size,         \
+   base::pack_weight,                \
+   base::vector_width,               \
+   isa::convolution_bf16,            \
+   isa::attention_bf16,              \
+   isa::attention_workspace_bf16,    \
+   isa::packed_weight_size_bf16,     \
+   isa::pack_weight_bf16},
 
 const PlanKernels table[] = {FASTDDPM_EACH_ISA(FASTDDPM_PLAN_ROW)};
 
@@ -63,6 +72,8 @@ Buffer allocate(int64_t floats, bool zeroed) {
 }
 
 constexpr int64_t LINE = 16;                      // floats: activations begin at cache lines
+constexpr int64_t STEP = 32;                      // channels: bfloat16 pixels are whole steps
+constexpr int64_t OVERREAD = 15;                  // pixels: see ConvolutionBf16
 constexpr int64_t GROUP_BYTES = 2 * 1024 * 1024;  // of a group's activations, about
 constexpr int64_t SHARED_WEIGHT_BYTES = 16 * 1024 * 1024;  // more do not stay in a shared cache
 
@@ -81,7 +92,8 @@ struct Layer {
   // A convolution's:
   Algorithm algorithm = Algorithm::direct;
   int64_t c_in = 0, c_out = 0, kernel = 1, stride = 1, before = 0, after = 0, repeat = 1;
-  int64_t time_offset = -1, pixel = 0;
+  int64_t time_offset = -1, pixel = 0, image = 0;  // values of the prepared input
+  bool repeated = false;                           // the kernel repeats the pixels, not `repeat`
   Norm norm;
   std::vector<float> bias;
   Buffer weight{nullptr, scratch_free};
@@ -106,6 +118,7 @@ struct Plan::State {
   const PlanKernels& kernels = kernels_in_use();
   std::vector<Activation> activations;
   std::vector<Layer> layers;
+  bool bf16 = false;
   int64_t output = -1, arena = 0, time_size = 0, weights = 0;
   int64_t peak = 0, arena_floats = 0, workspace_floats = 0;
   Buffer arena_memory{nullptr, scratch_free}, workspace_memory{nullptr, scratch_free};
@@ -139,6 +152,48 @@ struct Plan::State {
       activations[id].statistics = statistics;
     }
     activations[activations[id].statistics].last = int64_t(layers.size());
+  }
+
+  // Sets what follows from the algorithm: how the input has to lie.
+  void choose_algorithm(Layer& layer, const std::string& asked, int64_t height, int64_t width) {
+    const bool square = layer.kernel == 3 && layer.stride == 1;
+    if (bf16) {
+      if (asked != "auto" && asked != "bf16")
+        refuse(layer.name, "algorithm must be 'auto' or 'bf16' in bfloat16; got '" + asked + "'");
+      layer.pixel = (layer.c_in + STEP - 1) / STEP * STEP;
+      layer.repeated = square && layer.repeat == 2 && layer.before == 1 && layer.after == 1;
+      if (layer.repeated) layer.repeat = 1;
+      return;
+    }
+    if (asked == "auto")
+      layer.algorithm = square ? kernels.best_algorithm(layer.c_in, layer.c_out, height, width)
+                               : Algorithm::direct;
+    else if (asked == "winograd_2" || asked == "winograd_4")
+      layer.algorithm = square ? Algorithm(asked.back() - '0') : Algorithm::direct;
+    else if (asked != "direct")
+      refuse(layer.name, "algorithm must be 'auto', 'direct', 'winograd_2' or 'winograd_4'; got '" +
+                             asked + "'");
+    layer.pixel = layer.c_in;
+    if (const int64_t m = int64_t(layer.algorithm)) {
+      // Whole tiles and whole vectors can be read: what the image lacks is zeros.
+      const int64_t vector = kernels.vector_width();
+      layer.pixel = (layer.c_in + vector - 1) / vector * vector;
+      layer.after += std::max((height + m - 1) / m * m - height, (width + m - 1) / m * m - width);
+    }
+  }
+
+  void pack(Layer& layer, const float* weight) {
+    const int64_t c_in = layer.c_in, c_out = layer.c_out, kernel = layer.kernel;
+    layer.weight_floats =
+        bf16 ? kernels.packed_weight_size_bf16(c_in, c_out, kernel, layer.repeated) / 2
+             : kernels.packed_weight_size(layer.algorithm, c_in, c_out, kernel);
+    layer.weight = allocate(layer.weight_floats, true);
+    if (bf16)
+      kernels.pack_weight_bf16(weight, c_in, c_out, kernel, layer.repeated,
+                               reinterpret_cast<BF16*>(layer.weight.get()));
+    else
+      kernels.pack_weight(layer.algorithm, weight, c_in, c_out, kernel, layer.weight.get());
+    weights += layer.weight_floats * int64_t(sizeof(float));
   }
 
   // First fit, largest first: two activations share memory if no layer needs both.
@@ -193,6 +248,19 @@ struct Plan::State {
     return op;
   }
 
+  ConvolutionBf16 convolution_bf16(const Layer& layer, int64_t images) const {
+    const Activation &y = activations[layer.y], &x = activations[layer.sources[0]];
+    ConvolutionBf16 op{};
+    op.images = images, op.c_in = layer.c_in, op.c_out = layer.c_out;
+    op.kernel = layer.kernel, op.stride = layer.stride, op.repeated = layer.repeated;
+    op.rows = x.height * layer.repeat + layer.before + layer.after;
+    op.columns = x.width * layer.repeat + layer.before + layer.after;
+    op.pixel = layer.pixel, op.image = layer.image;
+    op.height = y.height, op.width = y.width;
+    op.weight = reinterpret_cast<const BF16*>(layer.weight.get());
+    return op;
+  }
+
   Attention attention(const Layer& layer, int64_t images) const {
     const Activation& y = activations[layer.y];
     return {images, y.height * y.width, y.channels, layer.heads, nullptr, nullptr};
@@ -203,10 +271,12 @@ struct Plan::State {
     int64_t most = 0, bias = 0;
     for (const Layer& layer : layers) {
       bias = std::max(bias, layer.c_out);
-      most =
-          std::max(most, layer.kind == Layer::ATTENTION
-                             ? kernels.attention_workspace(attention(layer, images), threads)
-                             : kernels.convolution_workspace(convolution(layer, images), threads));
+      if (layer.kind == Layer::ATTENTION) {
+        const auto needs = bf16 ? kernels.attention_workspace_bf16 : kernels.attention_workspace;
+        most = std::max(most, needs(attention(layer, images), threads));
+      } else if (!bf16) {
+        most = std::max(most, kernels.convolution_workspace(convolution(layer, images), threads));
+      }
     }
     return (bias + LINE - 1) / LINE * LINE + (most + LINE - 1) / LINE * LINE + LINE;
   }
@@ -246,32 +316,49 @@ struct Plan::State {
     }
     op.silu = layer.norm.silu;
     op.repeat = layer.repeat, op.before = layer.before, op.after = layer.after;
-    op.pixel = layer.pixel, op.out = memory(run, layer.prepared);
+    op.pixel = layer.pixel, op.image = layer.image;
+    if (bf16)
+      op.out_bf16 = reinterpret_cast<BF16*>(memory(run, layer.prepared));
+    else
+      op.out = memory(run, layer.prepared);
     kernels.prepare_input(op, run.threads);
   }
 
-  void run_layer(const Run& run, const Layer& layer) const {
-    if (layer.kind == Layer::ATTENTION) {
-      Attention op = attention(layer, run.images);
-      op.qkv = memory(run, layer.sources[0]), op.y = memory(run, layer.y);
-      kernels.attention(op, run.workspace, run.threads);
-    } else {
-      float* workspace = run.workspace;
-      Convolution op = convolution(layer, run.images);
-      op.bias = layer.bias.data();
-      if (layer.time_offset >= 0) {
-        for (int64_t c = 0; c < layer.c_out; ++c)
-          workspace[c] = layer.bias[c] + run.time[layer.time_offset + c];
-        op.bias = workspace;
-        workspace += (layer.c_out + LINE - 1) / LINE * LINE;
-      }
-      if (layer.prepared >= 0) run_input(run, layer);
-      op.x = memory(run, layer.prepared >= 0 ? layer.prepared : layer.sources[0]);
-      if (op.c_in_2) op.x_2 = memory(run, layer.sources[1]);
-      op.residual = layer.residual >= 0 ? memory(run, layer.residual) : nullptr;
-      op.y = memory(run, layer.y);
-      kernels.convolution(op, workspace, run.threads);
+  void run_attention(const Run& run, const Layer& layer) const {
+    Attention op = attention(layer, run.images);
+    op.qkv = memory(run, layer.sources[0]), op.y = memory(run, layer.y);
+    (bf16 ? kernels.attention_bf16 : kernels.attention)(op, run.workspace, run.threads);
+  }
+
+  void run_convolution(const Run& run, const Layer& layer) const {
+    const float* bias = layer.bias.data();
+    float* workspace = run.workspace;
+    if (layer.time_offset >= 0) {
+      for (int64_t c = 0; c < layer.c_out; ++c)
+        workspace[c] = layer.bias[c] + run.time[layer.time_offset + c];
+      bias = workspace;
+      workspace += (layer.c_out + LINE - 1) / LINE * LINE;
     }
+    if (layer.prepared >= 0) run_input(run, layer);
+    const float* x = memory(run, layer.prepared >= 0 ? layer.prepared : layer.sources[0]);
+    const float* residual = layer.residual >= 0 ? memory(run, layer.residual) : nullptr;
+    if (bf16) {
+      ConvolutionBf16 op = convolution_bf16(layer, run.images);
+      op.x = reinterpret_cast<const BF16*>(x);
+      op.bias = bias, op.residual = residual, op.y = memory(run, layer.y);
+      return kernels.convolution_bf16(op, run.threads);
+    }
+    Convolution op = convolution(layer, run.images);
+    op.x = x, op.bias = bias, op.residual = residual, op.y = memory(run, layer.y);
+    if (op.c_in_2) op.x_2 = memory(run, layer.sources[1]);
+    kernels.convolution(op, workspace, run.threads);
+  }
+
+  void run_layer(const Run& run, const Layer& layer) const {
+    if (layer.kind == Layer::ATTENTION)
+      run_attention(run, layer);
+    else
+      run_convolution(run, layer);
     run_statistics(run, layer.y);
   }
 
@@ -335,7 +422,8 @@ struct Plan::State {
   }
 };
 
-Plan::Plan(int64_t height, int64_t width, int64_t channels) : state(new State) {
+Plan::Plan(int64_t height, int64_t width, int64_t channels, bool bf16) : state(new State) {
+  state->bf16 = bf16;
   if (height < 1 || width < 1 || channels < 1)
     refuse("input", "height, width and channels must be positive");
   state->add_image(height, width, channels);
@@ -389,40 +477,20 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
       refuse(name, "the residual must be like the result");
   }
 
-  const bool winograd = spec.kernel == 3 && spec.stride == 1;
-  if (spec.algorithm == "auto")
-    layer.algorithm = winograd ? s.kernels.best_algorithm(layer.c_in, layer.c_out, height, width)
-                               : Algorithm::direct;
-  else if (spec.algorithm == "winograd_2" || spec.algorithm == "winograd_4")
-    layer.algorithm = winograd ? Algorithm(spec.algorithm.back() - '0') : Algorithm::direct;
-  else if (spec.algorithm != "direct")
-    refuse(name, "algorithm must be 'auto', 'direct', 'winograd_2' or 'winograd_4'; got '" +
-                     spec.algorithm + "'");
-  layer.pixel = layer.c_in;
-  if (const int64_t m = int64_t(layer.algorithm)) {
-    // Whole tiles and whole vectors can be read: what the image lacks is zeros.
-    const int64_t vector = s.kernels.vector_width();
-    layer.pixel = (layer.c_in + vector - 1) / vector * vector;
-    const int64_t missing =
-        std::max((height + m - 1) / m * m - height, (width + m - 1) / m * m - width);
-    layer.after += missing;
-  }
-  layer.weight_floats =
-      s.kernels.packed_weight_size(layer.algorithm, layer.c_in, layer.c_out, layer.kernel);
-  layer.weight = allocate(layer.weight_floats, true);
-  s.kernels.pack_weight(layer.algorithm, spec.weight, layer.c_in, layer.c_out, layer.kernel,
-                        layer.weight.get());
-  s.weights += layer.weight_floats * int64_t(sizeof(float));
+  s.choose_algorithm(layer, spec.algorithm, height, width);
+  s.pack(layer, spec.weight);
   if (norm.groups) {
     for (int64_t id : layer.sources) s.need_statistics(id);
     layer.coefficients = s.add_scratch(3 * layer.c_in);
   }
-  const bool as_it_is = layer.kernel == 1 && layer.stride == 1 && !norm.groups && !norm.silu &&
-                        !layer.before && !layer.after && layer.repeat == 1;
-  if (!as_it_is)
-    layer.prepared =
-        s.add_scratch((x.height * layer.repeat + layer.before + layer.after) *
-                      (x.width * layer.repeat + layer.before + layer.after) * layer.pixel);
+  const bool as_it_is = !s.bf16 && layer.kernel == 1 && layer.stride == 1 && !norm.groups &&
+                        !norm.silu && !layer.before && !layer.after && layer.repeat == 1;
+  if (!as_it_is) {
+    layer.image = (x.height * layer.repeat + layer.before + layer.after) *
+                  (x.width * layer.repeat + layer.before + layer.after) * layer.pixel;
+    if (s.bf16) layer.image += OVERREAD * layer.stride * layer.pixel;
+    layer.prepared = s.add_scratch(s.bf16 ? layer.image / 2 : layer.image);
+  }
   if (layer.time_offset >= 0) s.time_size = std::max(s.time_size, layer.time_offset + layer.c_out);
   layer.y = s.add_image(height, width, layer.c_out);
   s.layers.push_back(std::move(layer));
@@ -525,8 +593,8 @@ std::vector<LayerReport> Plan::layers() const {
                          4.0 * pixels * pixels * double(y.channels)});
     else
       reports.push_back(
-          {layer.name, names[int(layer.algorithm)], layer.c_in, layer.c_out, y.height, y.width,
-           layer.kernel,
+          {layer.name, state->bf16 ? "bf16" : names[int(layer.algorithm)], layer.c_in, layer.c_out,
+           y.height, y.width, layer.kernel,
            2.0 * pixels * double(layer.c_in * layer.c_out * layer.kernel * layer.kernel)});
   }
   return reports;

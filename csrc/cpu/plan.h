@@ -32,7 +32,7 @@ struct ConvolutionLayer {
   int64_t residual = -1;                      // an activation like y, or -1
   int64_t stride = 1, before = 0, after = 0;  // the border of zeros, before and after
   int64_t repeat = 1;                         // 2: each pixel of the sources becomes 2x2 first
-  std::string algorithm = "auto";             // or "direct", "winograd_2", "winograd_4"
+  std::string algorithm = "auto";  // or "direct", "winograd_2", "winograd_4"; "bf16" in bfloat16
 };
 
 // A layer as it will run, for reports.
@@ -47,7 +47,8 @@ struct LayerReport {
 class Plan {
  public:
   // The input: (n, channels, height, width) at each forward. Uses the instruction set in use now.
-  Plan(int64_t height, int64_t width, int64_t channels);
+  // bf16: products of bfloat16 operands; sums, statistics and all that is added stay float32.
+  Plan(int64_t height, int64_t width, int64_t channels, bool bf16 = false);
   ~Plan();
 
   int64_t convolution(const ConvolutionLayer& layer);                      // returns y

@@ -8,8 +8,9 @@ namespace fastddpm {
 namespace FASTDDPM_ISA {
 namespace {
 
-constexpr int64_t RUN = 64;   // pixels in a partial sum: keeps the error of long sums small
-constexpr int64_t LANES = 4;  // vectors of channels at a time
+constexpr int64_t RUN = 64;     // pixels in a partial sum: keeps the error of long sums small
+constexpr int64_t LANES = 4;    // vectors of channels at a time
+constexpr int64_t PIECE = 256;  // channels that are rounded at a time
 
 // Over the pixels, for VECTORS vectors of channels: sums of x - centre and, if squares, of its
 // square.
@@ -105,7 +106,10 @@ void coefficients_of(const GroupCoefficients& op, int64_t image) {
 
 // ---- a row of a convolution's input ------------------------------------------------------------
 
-void fill_zero(float* x, int64_t count) { __builtin_memset(x, 0, size_t(count) * sizeof(float)); }
+template <class T>
+void fill_zero(T* x, int64_t count) {
+  __builtin_memset(x, 0, size_t(count) * sizeof(T));
+}
 
 void normalise(const float* __restrict x, int64_t channels, const float* __restrict centre,
                const float* __restrict scale, const float* __restrict shift, float* __restrict y) {
@@ -120,19 +124,37 @@ void silu_run(float* x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) x[i] = silu(x[i]);
 }
 
+// `channels` of a pixel with their coefficients from `coefficient` on. What stays float32 gets silu
+// by whole rows.
+void prepare_pixel(const PrepareInput& op, const float* x, int64_t channels, int64_t coefficient,
+                   float* out) {
+  if (op.centre)
+    normalise(x, channels, op.centre + coefficient, op.scale + coefficient, op.shift + coefficient,
+              out);
+  else
+    __builtin_memcpy(out, x, size_t(channels) * sizeof(float));
+}
+
+void prepare_pixel(const PrepareInput& op, const float* x, int64_t channels, int64_t coefficient,
+                   BF16* out) {
+  for (int64_t first = 0; first < channels; first += PIECE) {
+    const int64_t count = channels - first < PIECE ? channels - first : PIECE;
+    float piece[PIECE];
+    prepare_pixel(op, x + first, count, coefficient + first, piece);
+    if (op.silu) silu_run(piece, count);
+    for (int64_t c = 0; c < count; ++c) out[first + c] = from_float<BF16>(piece[c]);
+  }
+}
+
 // Row y of the sources to the inner part of a row of the output.
-void prepare_row(const PrepareInput& op, int64_t image, int64_t y, float* out) {
+template <class T>
+void prepare_row(const PrepareInput& op, int64_t image, int64_t y, T* out) {
   const int64_t all = op.channels[0] + op.channels[1], step = op.repeat * op.pixel;
   for (int64_t s = 0, c = 0; s < SOURCES && op.channels[s]; c += op.channels[s], ++s) {
-    const int64_t channels = op.channels[s];
-    const float* x = op.source[s] + (image * op.height + y) * op.width * channels;
-    const int64_t coefficient = image * all + c;
+    const float* x = op.source[s] + (image * op.height + y) * op.width * op.channels[s];
     for (int64_t i = 0; i < op.width; ++i)
-      if (op.centre)
-        normalise(x + i * channels, channels, op.centre + coefficient, op.scale + coefficient,
-                  op.shift + coefficient, out + c + i * step);
-      else
-        __builtin_memcpy(out + c + i * step, x + i * channels, size_t(channels) * sizeof(float));
+      prepare_pixel(op, x + i * op.channels[s], op.channels[s], image * all + c,
+                    out + c + i * step);
   }
   if (op.pixel > all)
     for (int64_t i = 0; i < op.width; ++i) fill_zero(out + i * step + all, op.pixel - all);
@@ -140,8 +162,29 @@ void prepare_row(const PrepareInput& op, int64_t image, int64_t y, float* out) {
     for (int64_t i = 0; i < op.width; ++i)
       for (int64_t r = 1; r < op.repeat; ++r)
         __builtin_memcpy(out + i * step + r * op.pixel, out + i * step,
-                         size_t(op.pixel) * sizeof(float));
-  if (op.silu) silu_run(out, op.width * step);
+                         size_t(op.pixel) * sizeof(T));
+  if constexpr (sizeof(T) == sizeof(float))
+    if (op.silu) silu_run(out, op.width * step);
+}
+
+template <class T>
+void prepare_rows(const PrepareInput& op, T* out, int threads) {
+  const int64_t border = op.before + op.after;
+  const int64_t columns = op.width * op.repeat + border, line = columns * op.pixel;
+  const int64_t rows = op.height * op.repeat + border;
+  parallel_for(op.images * op.height, op.images * rows * line, threads, [&](int64_t job, int) {
+    const int64_t image = job / op.height, y = job % op.height;
+    T* row = out + image * op.image + (op.before + y * op.repeat) * line;
+    if (y == 0) fill_zero(row - op.before * line, op.before * line);
+    if (border) {
+      fill_zero(row, op.before * op.pixel);
+      fill_zero(row + (columns - op.after) * op.pixel, op.after * op.pixel);
+    }
+    prepare_row(op, image, y, row + op.before * op.pixel);
+    for (int64_t r = 1; r < op.repeat; ++r)
+      __builtin_memcpy(row + r * line, row, size_t(line) * sizeof(T));
+    if (y == op.height - 1) fill_zero(row + op.repeat * line, op.after * line);
+  });
 }
 
 }  // namespace
@@ -163,22 +206,10 @@ void group_coefficients(const GroupCoefficients& op, int threads) {
 }
 
 void prepare_input(const PrepareInput& op, int threads) {
-  const int64_t border = op.before + op.after;
-  const int64_t columns = op.width * op.repeat + border, line = columns * op.pixel;
-  const int64_t image_size = (op.height * op.repeat + border) * line;
-  parallel_for(op.images * op.height, op.images * image_size, threads, [&](int64_t job, int) {
-    const int64_t image = job / op.height, y = job % op.height;
-    float* row = op.out + image * image_size + (op.before + y * op.repeat) * line;
-    if (y == 0) fill_zero(row - op.before * line, op.before * line);
-    if (border) {
-      fill_zero(row, op.before * op.pixel);
-      fill_zero(row + (columns - op.after) * op.pixel, op.after * op.pixel);
-    }
-    prepare_row(op, image, y, row + op.before * op.pixel);
-    for (int64_t r = 1; r < op.repeat; ++r)
-      __builtin_memcpy(row + r * line, row, size_t(line) * sizeof(float));
-    if (y == op.height - 1) fill_zero(row + op.repeat * line, op.after * line);
-  });
+  if (op.out)
+    prepare_rows(op, op.out, threads);
+  else
+    prepare_rows(op, op.out_bf16, threads);
 }
 
 }  // namespace FASTDDPM_ISA

@@ -6,6 +6,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../types.h"
+
 namespace fastddpm {
 
 constexpr int64_t SOURCES = 2;  // activations that a layer reads as one, channels side by side
@@ -37,8 +39,10 @@ struct PrepareInput {
   const float *centre, *scale, *shift;  // null: as they are
   bool silu;
   int64_t repeat, before, after;  // border rows and columns, before and after
-  int64_t pixel;                  // floats from pixel to pixel in out, the channels' count or more
-  float* out;                     // (images, rows, columns, pixel)
+  int64_t pixel;                  // values from pixel to pixel in out, the channels' count or more
+  int64_t image;                  // values from image to image, rows * columns * pixel or more
+  float* out;                     // (images, rows, columns, pixel), or null:
+  BF16* out_bf16;                 // the same, rounded
 };
 
 enum class Algorithm : int32_t {
@@ -58,6 +62,18 @@ struct Convolution {
   float* y;                                         // like residual
 };
 
+// A convolution of bfloat16 operands with float32 sums. repeated: x is read as if each of its
+// pixels were a square of 2x2; then kernel is 3, stride 1, and x has a border of 1.
+struct ConvolutionBf16 {
+  int64_t images, c_in, c_out, kernel, stride;
+  bool repeated;
+  int64_t rows, columns, pixel, image;  // of x, with the border; pixel: a multiple of 32
+  int64_t height, width;                // of y
+  const BF16 *x, *weight;               // x: can be read 15 stride pixels past its end
+  const float *bias, *residual;
+  float* y;
+};
+
 // softmax(q k^T / sqrt(d)) v per image and head; qkv: (images, pixels, 3C), y: (images, pixels, C).
 struct Attention {
   int64_t images, pixels, channels, heads;
@@ -65,8 +81,14 @@ struct Attention {
   float* y;
 };
 
-#define FASTDDPM_DECLARE_PLAN_OPS(isa)                                                          \
+#define FASTDDPM_DECLARE_PLAN_OPS(isa, base)                                                    \
   namespace isa {                                                                               \
+  void convolution_bf16(const ConvolutionBf16&, int threads);                                   \
+  void attention_bf16(const Attention&, float* workspace, int threads);                         \
+  int64_t attention_workspace_bf16(const Attention&, int threads);                              \
+  int64_t packed_weight_size_bf16(int64_t c_in, int64_t c_out, int64_t kernel, bool repeated);  \
+  void pack_weight_bf16(const float* weight, int64_t c_in, int64_t c_out, int64_t kernel,       \
+                        bool repeated, BF16* packed);                                           \
   void channel_statistics(const ChannelStatistics&, int threads);                               \
   void group_coefficients(const GroupCoefficients&, int threads);                               \
   void prepare_input(const PrepareInput&, int threads);                                         \

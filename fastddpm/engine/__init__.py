@@ -48,10 +48,15 @@ def choose(
 ) -> tuple[type[Eager], str]:
     """The engine's class and the precision that `make_engine` would take."""
     check_choice("engine", name, get_args(EngineName))
-    if precision == "auto" and (not isinstance(model, UNet) or name == "cpu_plan"):
-        precision = "fp32"
+    refused = cpu_plan.unsupported(model, device)
+    planned = name == "cpu_plan" or (name == "auto" and refused is None)
+    if precision == "auto":
+        if planned:
+            precision = cpu_plan.best_precision()
+        elif not isinstance(model, UNet):
+            precision = "fp32"
     precision = resolve_precision(precision, device)
-    if name == "cpu_plan":
+    if planned:
         return CpuPlan, precision
     if name == "cuda_graph":
         if reason := cuda_graph.unsupported(device):
@@ -60,12 +65,9 @@ def choose(
     if name == "auto":
         if device.type == "cuda" and isinstance(model, UNet):
             return CudaGraph, precision
-        reason = cpu_plan.unsupported(model, device, precision)
-        if reason is None:
-            return CpuPlan, precision
-        expected = isinstance(model, UNet) and device.type == "cpu" and precision == "fp32"
+        expected = isinstance(model, UNet) and device.type == "cpu"
         if expected and dispatch.forced() in ("auto", "cpu"):
-            _report_fallback(reason)
+            _report_fallback(str(refused))
     return Eager, precision
 
 

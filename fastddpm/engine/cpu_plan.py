@@ -15,6 +15,7 @@ from fastddpm import _native
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine.eager import Eager
 from fastddpm.ops import dispatch
+from fastddpm.precision import resolve_precision
 from fastddpm.unet import (
     AttentionBlock,
     Downsample,
@@ -31,7 +32,7 @@ _OWN = (UNet, Level, Middle, TimeEmbedding, ResnetBlock, AttentionBlock, Downsam
 _PARTS = (*_OWN, GroupNorm, nn.GroupNorm, nn.Conv2d, nn.Linear, nn.Dropout, nn.ModuleList)
 
 
-def unsupported(model: Model, device: torch.device, precision: str) -> str | None:
+def unsupported(model: Model, device: torch.device) -> str | None:
     """Why a plan can't run this model, the module named, or None if it can."""
     if _native.C is None:
         return f"{_native.reason}"
@@ -41,8 +42,6 @@ def unsupported(model: Model, device: torch.device, precision: str) -> str | Non
         return f"the backend {dispatch.forced()!r} is forced"
     if not isinstance(model, UNet):
         return f"{type(model).__name__} is not a fastddpm.UNet"
-    if precision != "fp32":
-        return f"plans run in fp32, not {precision}"
     for name, module in model.named_modules():
         where = f"{name or 'the model'} ({type(module).__name__})"
         if type(module) not in _PARTS:
@@ -55,8 +54,16 @@ def unsupported(model: Model, device: torch.device, precision: str) -> str | Non
     return None
 
 
+def best_precision() -> str:
+    """ "bf16" where the instruction set in use multiplies bfloat16, else "fp32"."""
+    return "bf16" if _native.C is not None and _native.C.cpu.multiplies_bf16() else "fp32"
+
+
 class CpuPlan(Eager):
     """Algorithm 2 with the model as one native call a step.
+
+    precision "bf16": the operands of products are rounded to bfloat16; sums, statistics, what is
+    added to them and x_t stay float32. "auto" is bf16 where the instruction set has such products.
 
     The weights are copied when the engine is made: later changes of the model are not seen. The
     bits of an image do not depend on the batch or the number of threads."""
@@ -72,11 +79,13 @@ class CpuPlan(Eager):
         precision: str = "auto",
         **options: Any,
     ):
-        precision = "fp32" if precision == "auto" else precision
-        if reason := unsupported(model, device, precision):
+        if reason := unsupported(model, device):
             raise ValueError(f"engine 'cpu_plan' can't run here: {reason}")
         assert isinstance(model, UNet)
-        super().__init__(model, diffusion, device=device, precision=precision, **options)
+        super().__init__(model, diffusion, device=device, precision="fp32", **options)
+        if precision == "auto":
+            precision = best_precision()
+        self.precision = resolve_precision(precision, device)
         self._unet = model
         self._steps = diffusion.model_t(torch.arange(diffusion.T))
         self._time = time_rows(model, self._steps)
@@ -86,7 +95,7 @@ class CpuPlan(Eager):
         size = (xt.shape[2], xt.shape[3])
         if size not in self._plans:
             self._unet.check_input(xt, t)
-            self._plans[size] = build_plan(self._unet, *size)
+            self._plans[size] = build_plan(self._unet, *size, precision=self.precision)
         plan, threads, row = self._plans[size], torch.get_num_threads(), self._time[i]
         shape = (xt.shape[0], self._unet.config["out_channels"], *size)
         out = torch.empty(shape, memory_format=torch.channels_last)
@@ -109,13 +118,15 @@ def time_rows(model: UNet, t: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def build_plan(model: UNet, height: int, width: int, algorithm: str = "auto") -> Any:
+def build_plan(
+    model: UNet, height: int, width: int, algorithm: str = "auto", precision: str = "fp32"
+) -> Any:
     """The plan of a U-Net for images of one size.
 
-    algorithm: of the 3x3 convolutions of stride 1: "direct", "winograd_2", "winograd_4" or
-    "auto", the fastest by a count of the work."""
+    algorithm: of the 3x3 convolutions of stride 1 in fp32: "direct", "winograd_2", "winograd_4" or
+    "auto", the fastest by a count of the work;  precision: "fp32" or "bf16"."""
     native: Any = _native.C
-    plan = native.cpu.Plan(height, width, model.in_channels)
+    plan = native.cpu.Plan(height, width, model.in_channels, bf16=precision == "bf16")
     names = {module: name for name, module in model.named_modules()}
     offsets = _time_offsets(model)
 

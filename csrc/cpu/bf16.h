@@ -1,0 +1,187 @@
+// Products of bfloat16 matrices with float32 sums, a block of 32 x 32 at a time: AMX tiles, the dot
+// products of AVX512-BF16, or float32 arithmetic on the same operands where a build has neither.
+//
+// B (k, n) is packed into panels of 32 columns, its rows in steps of 32: [panel][step][2 halves of
+// the columns][16 pairs of rows][16 columns][2 rows], zeros where the matrix ends. So one register
+// holds 16 columns' pairs, as both instruction sets want them. Every element of a result is one sum
+// in the order of k: its bits depend on its row of A and its column of B alone.
+#pragma once
+#include <cstddef>
+
+#include "../types.h"
+#include "simd.h"
+
+#if defined(__AMX_BF16__) || defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace fastddpm {
+namespace {
+
+constexpr int64_t BLOCK = 32;            // rows and columns of a result, rows of B in a step
+constexpr int64_t TILE = 16;             // of a block's two by two tiles
+constexpr int64_t STEP = BLOCK * BLOCK;  // values of B in a step
+
+inline int64_t blocks_of(int64_t x) { return (x + BLOCK - 1) / BLOCK; }
+
+inline int64_t packed_size_bf16(int64_t k, int64_t n) { return blocks_of(k) * blocks_of(n) * STEP; }
+
+inline uint32_t pair_of(float low, float high) {
+  return from_float<BF16>(low).bits | uint32_t(from_float<BF16>(high).bits) << 16;
+}
+
+inline void round_run(const float* __restrict x, int64_t count, BF16* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = from_float<BF16>(x[i]);
+}
+
+// B[i][j] = b[i stride_k + j stride_n]; `panel` values from one panel to the next.
+inline void pack_bf16(const float* b, int64_t k, int64_t n, int64_t stride_k, int64_t stride_n,
+                      BF16* panels, int64_t panel) {
+  for (int64_t first = 0; first < n; first += TILE) {
+    const int64_t columns = n - first < TILE ? n - first : TILE;
+    BF16* half = panels + first / BLOCK * panel + first % BLOCK * BLOCK;
+    for (int64_t i = 0; i < blocks_of(k) * BLOCK; i += 2) {
+      uint32_t pairs[TILE] = {};
+      const float* row = b + i * stride_k + first * stride_n;
+      if (i + 1 < k)
+        for (int64_t j = 0; j < columns; ++j)
+          pairs[j] = pair_of(row[j * stride_n], row[j * stride_n + stride_k]);
+      else if (i < k)
+        for (int64_t j = 0; j < columns; ++j) pairs[j] = pair_of(row[j * stride_n], 0.0f);
+      __builtin_memcpy(half + i / BLOCK * STEP + i % BLOCK * TILE, pairs, sizeof pairs);
+    }
+    if (columns == n - first && first % BLOCK == 0)  // the panel's other half
+      for (int64_t s = 0; s < blocks_of(k); ++s)
+        __builtin_memset(half + s * STEP + STEP / 2, 0, STEP / 2 * sizeof(BF16));
+  }
+}
+
+// What a thread holds while it multiplies: for AMX the processor's tiles are set up.
+#if defined(__AMX_BF16__)
+
+struct Multiplier {
+  struct alignas(64) Configuration {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  };
+
+  Multiplier() {
+    Configuration all;
+    for (int i = 0; i < 8; ++i) all.row_bytes[i] = 64, all.rows[i] = TILE;
+    settle(&all);
+    _tile_loadconfig(&all);
+  }
+  ~Multiplier() { _tile_release(); }
+
+  // Compilers do not know how much memory a tile's load and its configuration read: everything has
+  // to be there before.
+  static void settle(void* memory = nullptr) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+
+  template <int ROW_TILES>
+  static void multiply(const BF16* const* a, int64_t lda, const int64_t* offsets, int64_t runs,
+                       int64_t steps, const BF16* b, float* c, int64_t ldc) {
+    const size_t stride = size_t(lda) * sizeof(BF16), out = size_t(ldc) * sizeof(float);
+    settle();
+    _tile_zero(0);
+    _tile_zero(1);
+    if (ROW_TILES == 2) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t run = 0; run < runs; ++run)
+      for (int64_t s = 0; s < steps; ++s, b += STEP) {
+        const int64_t at = offsets[run] + s * BLOCK;
+        _tile_loadd(6, b, 64);
+        _tile_loadd(4, a[0] + at, stride);
+        _tile_dpbf16ps(0, 4, 6);
+        if (ROW_TILES == 2) {
+          _tile_loadd(5, a[1] + at, stride);
+          _tile_dpbf16ps(2, 5, 6);
+        }
+        _tile_loadd(7, b + STEP / 2, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (ROW_TILES == 2) {
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+    _tile_stored(0, c, out);
+    _tile_stored(1, c + TILE, out);
+    if (ROW_TILES == 2) {
+      _tile_stored(2, c + TILE * ldc, out);
+      _tile_stored(3, c + TILE * ldc + TILE, out);
+    }
+  }
+};
+
+#else
+
+struct Multiplier {
+#if defined(__AVX512BF16__)
+  static constexpr int STRIP_ROWS = 8, PARTS = 1;  // rows in flight, vectors of 16 columns
+  typedef float Floats __attribute__((vector_size(64)));
+  typedef uint32_t Pairs __attribute__((vector_size(64)));
+
+  static Floats add_pairs(Floats sum, Pairs a, Pairs b) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+#else
+  static constexpr int STRIP_ROWS = 4, PARTS = int(TILE / WIDTH);
+  typedef Vector Floats;
+  typedef uint32_t Pairs __attribute__((vector_size(sizeof(Vector))));
+
+  static Floats add_pairs(Floats sum, Pairs a, Pairs b) {
+    constexpr uint32_t HIGH = 0xffff0000u;
+    sum = vector_madd((Floats)(a << 16), (Floats)(b << 16), sum);
+    return vector_madd((Floats)(a & HIGH), (Floats)(b & HIGH), sum);
+  }
+#endif
+
+  // STRIP_ROWS rows of a tile times one half of a panel's columns.
+  static void multiply_strip(const BF16* a, int64_t lda, const int64_t* offsets, int64_t runs,
+                             int64_t steps, const BF16* b, float* c, int64_t ldc) {
+    Floats sum[STRIP_ROWS][PARTS] = {};
+    for (int64_t run = 0; run < runs; ++run)
+      for (int64_t s = 0; s < steps; ++s, b += STEP) {
+        const BF16* rows = a + offsets[run] + s * BLOCK;
+        for (int64_t k = 0; k < BLOCK; k += 2) {
+          Pairs right[PARTS];
+          __builtin_memcpy(right, b + k * TILE, sizeof right);
+#pragma GCC unroll 8
+          for (int i = 0; i < STRIP_ROWS; ++i) {
+            uint32_t pair;
+            __builtin_memcpy(&pair, rows + i * lda + k, sizeof pair);
+            const Pairs left = pair - Pairs{};
+#pragma GCC unroll 4
+            for (int j = 0; j < PARTS; ++j) sum[i][j] = add_pairs(sum[i][j], left, right[j]);
+          }
+        }
+      }
+    for (int i = 0; i < STRIP_ROWS; ++i) __builtin_memcpy(c + i * ldc, sum[i], sizeof sum[i]);
+  }
+
+  template <int ROW_TILES>
+  static void multiply(const BF16* const* a, int64_t lda, const int64_t* offsets, int64_t runs,
+                       int64_t steps, const BF16* b, float* c, int64_t ldc) {
+    for (int64_t row = 0; row < ROW_TILES * TILE; row += STRIP_ROWS)
+      for (int64_t half = 0; half < 2; ++half)
+        multiply_strip(a[row / TILE] + row % TILE * lda, lda, offsets, runs, steps,
+                       b + half * (STEP / 2), c + row * ldc + half * TILE, ldc);
+  }
+};
+
+#endif
+
+// C (16 tiles, 32) = A times one panel of B, with A's columns in `runs` runs of 32 steps each, run
+// r at offsets[r]. a[i]: the first row of tile i, 16 rows each, lda values apart; tiles: 1 or 2.
+inline void multiply_bf16(const Multiplier&, int64_t tiles, const BF16* const* a, int64_t lda,
+                          const int64_t* offsets, int64_t runs, int64_t steps, const BF16* panel,
+                          float* c, int64_t ldc) {
+  if (tiles == 2)
+    Multiplier::multiply<2>(a, lda, offsets, runs, steps, panel, c, ldc);
+  else
+    Multiplier::multiply<1>(a, lda, offsets, runs, steps, panel, c, ldc);
+}
+
+}  // namespace
+}  // namespace fastddpm
