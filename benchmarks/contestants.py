@@ -116,6 +116,9 @@ def openvino_cpu(job: Job) -> Eps:
         "INFERENCE_NUM_THREADS": job.threads,
     }
     model = openvino.Core().compile_model(job.file(".xml"), "CPU", hints)
+    wanted, used = hints["INFERENCE_PRECISION_HINT"], model.get_property("INFERENCE_PRECISION_HINT")
+    if used.get_type_name() != wanted:
+        raise ValueError(f"OpenVINO runs in {used.get_type_name()} in place of {wanted}")
     request = model.create_infer_request()
 
     def eps(x: Tensor, t: Tensor) -> Tensor:

@@ -37,9 +37,28 @@ def milliseconds(seconds: list[float]) -> str:
     return f"{middle:.3g} ({low:.3g}-{high:.3g})"
 
 
+def ceiling(
+    dtype: torch.dtype, device: torch.device, threads: int, *, quick: bool = False
+) -> tuple[float | None, str]:
+    """(FLOP/s that a product can reach in dtype, what that is; or None, why it is not known):
+    multiply-adds from registers on a CPU's cores, `threads` or all, torch's matrix products
+    elsewhere."""
+    if device.type != "cpu":
+        return gemm_ceiling(dtype, device, quick=quick), "torch's matrix product"
+    if _native.C is None:
+        return None, f"{_native.reason}"
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    try:
+        cores = min(threads, os.cpu_count() or threads)
+        rate = _native.C.cpu.peak_flops(cores, 0.02 if quick else 0.5, precision)
+    except ValueError as error:
+        return None, str(error)
+    return rate, f"multiply-adds from registers, {_native.isa()}"
+
+
 def gemm_ceiling(dtype: torch.dtype, device: torch.device, *, quick: bool = False) -> float:
     """FLOP/s: the largest rate at which torch multiplies two square matrices, on all threads."""
-    sizes = (128,) if quick else (1024, 2048, 4096, *((8192,) if device.type == "cuda" else ()))
+    sizes = (128,) if quick else (1024, 2048, 4096, 8192)
     best = 0.0
     for n in sizes:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

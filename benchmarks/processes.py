@@ -7,12 +7,13 @@ import dataclasses
 import json
 import math
 import os
+import select
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout that this file is in
 
@@ -86,18 +87,27 @@ def serve(job: Job) -> None:
 
 
 class Failed(Exception):
-    """A contestant's process ended; the last line that it wrote."""
+    """A contestant's process ended or kept silent: the last line that it wrote, or for how long."""
 
 
 class Remote:
-    """A Runner in a process of its own, with the same methods."""
+    """A Runner in a process of its own, with the same methods.
+
+    patience: seconds that it may take to be made, or to answer a call"""
 
     runs = Runner
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, patience: float):
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
-        if contestants.needs_preparing(job) and self._start("--prepare", job).wait() != 0:
-            raise Failed(self._last_line())
+        self.patience = patience
+        if contestants.needs_preparing(job):
+            self.process = self._start("--prepare", job)
+            try:
+                ended = self.process.wait(patience)
+            except subprocess.TimeoutExpired:
+                self._give_up()
+            if ended != 0:
+                raise Failed(self._last_line())
         self.process = self._start("--serve", job)
         self._answer()
 
@@ -114,8 +124,15 @@ class Remote:
         lines = self.log.read().decode(errors="replace").strip().splitlines()
         return lines[-1].strip() if lines else "it ended without a word"
 
+    def _give_up(self) -> NoReturn:
+        self.process.kill()
+        self.process.communicate()
+        raise Failed(f"no answer within {self.patience:g} s")
+
     def _answer(self) -> Any:
         assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], self.patience)[0]:
+            self._give_up()
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
@@ -135,8 +152,13 @@ class Remote:
         self.log.close()
 
 
+def prepare(job: Job) -> None:
+    os.dup2(2, 1)  # nobody reads it
+    contestants.prepare(job)
+
+
 if __name__ == "__main__":
     role, text = sys.argv[1:]
     fields = json.loads(text)
     job = Job(**{**fields, "shape": tuple(fields["shape"])})
-    {"--serve": serve, "--prepare": contestants.prepare}[role](job)
+    {"--serve": serve, "--prepare": prepare}[role](job)

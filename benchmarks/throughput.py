@@ -2,24 +2,33 @@
 torch.compile, OpenVINO, ONNX Runtime.
 
     python benchmarks/throughput.py [--json FILE] [--plot FILE.png] [--batches 1,4,16,64]
-        [--model cifar10|fashion-mnist|FOLDER] [--only NAME,...] [--device cuda] [--quick]
+        [--model cifar10|fashion-mnist|FOLDER] [--only NAME,...] [--precisions fp32,bf16]
+        [--limit SECONDS] [--patience SECONDS] [--device cuda] [--quick]
 
 First each contestant shows that it computes the same: its eps at two steps against the network in
-float64. One that computes something else is not timed, and the exit code is 1. Then they take
-turns, warm: median and range of the repeats. TFLOP/s count the products of convolutions and dense
-layers, twice their multiply-adds, as the network is written; the ceiling is torch's largest rate
-in a matrix product, measured at the start. No numbers are kept here.
+float64. One that computes something else is not timed, and the exit code is 1. Then those of one
+batch size and precision take turns, warm: median and range. A contestant whose turns would take
+more than --limit seconds together takes fewer of them, at least one: the table says how many. One
+that fails, or does not answer for --patience seconds, is left out, and the reason is printed.
+
+TFLOP/s count the products of convolutions and dense layers, twice their multiply-adds, as the
+network is written: fewer are needed by Winograd's algorithm, which can pass the ceiling. That is
+the rate of multiply-adds from registers on as many threads (on a GPU torch's largest in a matrix
+product), measured at the start. No numbers are kept here.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
 import math
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,86 +38,40 @@ sys.path.insert(0, str(Path(__file__).parent))
 import contestants
 import torch
 from contestants import DTYPES, OURS, PEERS, Job
-from machine import environment, gemm_ceiling, milliseconds
+from machine import ceiling, environment, milliseconds
+from networks import flop, make_model, relative_error
 from processes import T_SAMPLED, Failed, Remote, implied_eps
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastddpm import UNet, ops
 from fastddpm.checkpoint import atomic_write, read_tensors, write_tensors
 from fastddpm.engine.eager import Eager
 from fastddpm.precision import has_fast_bf16
-from fastddpm.unet import AttentionBlock
 
 EQUAL = (
     "All contestants have the same weights, start from the same x_T, take the same steps and use "
-    "the same number of threads. Each lives in a process of its own and all of a batch size at the "
-    "same time, so that they take turns; only one works at a time. Peers are called in inference "
-    "mode and take fastddpm's fused posterior step, so that they differ in the network alone. "
-    "float32 is float32: no TF32. Peak memory is the process's largest resident set while it was "
-    "timed, the libraries' code with it; on a GPU the most that torch's allocator held."
+    "the same number of threads. Each lives in a process of its own and all of a batch size and "
+    "precision at the same time, so that they take turns; only one works at a time. Peers are "
+    "called in inference mode and take fastddpm's fused posterior step, so that they differ in the "
+    "network alone. float32 is float32: no TF32. Peak memory is the process's largest resident set "
+    "while it was timed, the libraries' code in it; on a GPU the most that torch's allocator held."
 )
-# rms(error) / rms(eps) at most: peers may round as they like, but not compute something else.
-ALLOWED = {"fp32": 1e-4, "bf16": 5e-2}
+# rms(error) / rms(eps) at most: all may round as they like, but not compute something else. In
+# bf16 a multiple of what PyTorch's own network in bfloat16 errs.
+ALLOWED = {"fp32": 1e-4}
+ALLOWED_OF_TORCH_BF16 = 2.0
 PAUSE = 0.05  # seconds before a turn, for the threads of the one before to fall asleep
 IMAGES_CHECKED = 2  # distinct images in the checked batch, over and over
-
-
-# ---- the network ---------------------------------------------------------------------------------
-
-
-def random_weights(model: UNet) -> UNet:
-    """Every parameter random: a fresh model's last layers are all but zero, and hide errors."""
-    random = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            scale = 0.1 if p.dim() == 1 else p[0].numel() ** -0.5
-            centre = float("norm" in name and name.endswith("weight"))
-            p.copy_(torch.randn(p.shape, generator=random) * scale + centre)
-    return model.eval()
-
-
-def make_model(name: str, quick: bool) -> UNet:
-    if quick:
-        small = {"channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "image_size": 8}
-        return random_weights(UNet(**small))
-    return random_weights(UNet.cifar10()) if name == "cifar10" else UNet.from_pretrained(name)
-
-
-def flop(model: UNet) -> int:
-    """Of one image-step: 2 a multiply-add of every convolution and dense layer, upsampled images
-    as they are; without attention's q k^T and P v."""
-    total = 0
-
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        places = output[0, 0].numel() if output.dim() == 4 else 1
-        layers = [module.qkv, module.proj_out] if isinstance(module, AttentionBlock) else [module]
-        total += sum(2 * places * layer.weight.numel() for layer in layers)
-
-    kinds = (nn.Conv2d, nn.Linear, AttentionBlock)
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
-    x = torch.zeros(1, model.in_channels, *model.image_size, dtype=torch.float64)
-    with torch.inference_mode():
-        model.double()(x, torch.zeros(1, dtype=torch.int64))
-    for hook in hooks:
-        hook.remove()
-    return total
-
-
-def relative_error(eps: Tensor, truth: Tensor) -> float:
-    """rms(eps - truth) / rms(truth), inf where eps has another shape."""
-    if eps.shape != truth.shape:
-        return math.inf
-    return ((eps - truth).square().mean() / truth.square().mean()).sqrt().item()
 
 
 # ---- check, then time ----------------------------------------------------------------------------
 
 
-def truth(model: UNet, x: Tensor, i: int) -> Tensor:
-    """eps of the float64 network on PyTorch's ops."""
-    engine = Eager(model.double(), model.diffusion, device=x.device, precision="fp32", clip=False)
+def torch_eps(model: UNet, dtype: torch.dtype, x: Tensor, i: int) -> Tensor:
+    """eps of the network with weights and activations in dtype, on PyTorch's ops."""
+    own = copy.deepcopy(model).to(dtype)
+    engine = Eager(own, model.diffusion, device=x.device, precision="fp32", clip=False)
     with ops.use_backend("reference"):
         return implied_eps(engine, x, i)
 
@@ -124,56 +87,92 @@ def check(runner: Any, x: Tensor, truths: dict[int, Tensor], folder: Path) -> fl
     return max(errors)
 
 
+@dataclass
+class Turns:
+    """A contestant that has shown its eps: `turns` turns of `steps` steps each."""
+
+    who: str
+    row: dict[str, Any]
+    runner: Any
+    steps: int
+    turns: int
+
+
 def race(jobs: list[Job], model: UNet, options: argparse.Namespace) -> tuple[list[dict], list[str]]:
-    """(a row a contestant, with its error and seconds an image-step; who could not take part).
+    """(a row a contestant, with its error and seconds an image-step; who could not take part) of
+    the contestants of one batch size and precision.
 
     A row without "seconds" computed something else."""
-    batch, T = jobs[0].batch, model.diffusion.T
+    batch, precision, T = jobs[0].batch, jobs[0].precision, model.diffusion.T
     distinct = min(batch, IMAGES_CHECKED)
     x = ops.randn(
         (distinct, *jobs[0].shape), seed=1, step=T_SAMPLED, sample_index=torch.arange(distinct)
     )
     times = -(-batch // distinct)
-    truths = {i: truth(model, x, i).repeat(times, 1, 1, 1)[:batch] for i in (T - 1, T // 2)}
+    checked = (T - 1, T // 2)
+    truths = {i: torch_eps(model, torch.float64, x, i) for i in checked}
+    allowed, theirs = ALLOWED.get(precision, math.inf), 0.0
+    if precision == "bf16":
+        theirs = max(
+            relative_error(torch_eps(model, torch.bfloat16, x, i), truths[i]) for i in checked
+        )
+        allowed = ALLOWED_OF_TORCH_BF16 * theirs
+        print(f"PyTorch's own network in bf16, batch {batch}: error {theirs:.1e}")
+    truths = {i: eps.repeat(times, 1, 1, 1)[:batch] for i, eps in truths.items()}
     x = x.repeat(times, 1, 1, 1)[:batch]
 
     rows: list[dict[str, Any]] = []
     missing: list[str] = []
-    running: list[tuple[dict[str, Any], Any, int]] = []
+    running: list[Turns] = []
     for job in jobs:
-        who = f"{job.name} {job.precision}, batch {batch}"
+        who = f"{job.name} {precision}, batch {batch}"
+        row: dict[str, Any] = {"name": job.name, "precision": precision, "batch": batch}
         try:
-            runner = Remote(job)
-            error = check(runner, x, truths, Path(job.folder))
-            fits = error <= ALLOWED[job.precision]
-            once = [runner.seconds(1) for _ in range(2 * fits)]
+            runner = Remote(job, options.patience)
+            row |= {"error": check(runner, x, truths, Path(job.folder)), "allowed": allowed}
+            if not row["error"] <= allowed:
+                rows.append(row)
+                print(
+                    f"{who} is off by {row['error']:.2g} of eps, allowed {allowed:.2g}; not timed",
+                    file=sys.stderr,
+                )
+                runner.close()
+                continue
+            once = runner.seconds(1)
+            if once < options.least:
+                once = runner.seconds(1)  # a first step can be slow
+            runner.forget_peak()
         except Failed as failure:
             missing.append(f"{who}: {failure}")
             continue
-        row = {"name": job.name, "precision": job.precision, "batch": batch, "error": error}
-        rows.append(row)
-        if not fits:
-            print(
-                f"{who} is off by {error:.2g} of eps, allowed {ALLOWED[job.precision]}; not timed",
-                file=sys.stderr,
-            )
-            runner.close()
-            continue
-        print(f"{who}: error {error:.1e}", flush=True)
-        running.append((row, runner, max(1, min(math.ceil(options.least / once[-1]), T // 2))))
-        runner.forget_peak()
-        row["seconds"] = []
-    for _ in range(options.repeats):
-        for row, runner, steps in running:
+        said = f"{who}: error {row['error']:.1e}"
+        if theirs:
+            row["of PyTorch's error"] = row["error"] / theirs
+            said += f", {row['error'] / theirs:.2f} of PyTorch's own"
+        print(said, flush=True)
+        steps = max(1, min(math.ceil(options.least / once), T // 2))
+        turns = max(1, min(options.repeats, int(options.limit / (steps * once))))
+        running.append(Turns(who, row | {"seconds": []}, runner, steps, turns))
+    for turn in range(options.repeats):
+        for each in list(running):
+            if turn >= each.turns:
+                continue
             time.sleep(PAUSE)
-            row["seconds"].append(runner.seconds(steps) / (steps * batch))
-    for row, runner, _ in running:
-        row["peak bytes"] = runner.memory()
-        runner.close()
+            try:
+                seconds = each.runner.seconds(each.steps)
+            except Failed as failure:
+                missing.append(f"{each.who}: {failure}")
+                running.remove(each)
+                continue
+            each.row["seconds"].append(seconds / (each.steps * batch))
+    for each in running:
+        each.row["peak bytes"] = each.runner.memory()
+        each.runner.close()
+        rows.append(each.row)
     return rows, missing
 
 
-def finish(rows: list[dict[str, Any]], per_image: int, ceiling: dict[str, float]) -> None:
+def finish(rows: list[dict[str, Any]], per_image: int, ceilings: dict[str, float | None]) -> None:
     """Add what follows from the seconds."""
     for row in rows:
         if "seconds" not in row:
@@ -182,7 +181,8 @@ def finish(rows: list[dict[str, Any]], per_image: int, ceiling: dict[str, float]
         row["ms"] = seconds * 1e3
         row["images/s"] = 1 / (seconds * T_SAMPLED)
         row["TFLOP/s"] = per_image / seconds / 1e12
-        row["of ceiling"] = per_image / seconds / ceiling[row["precision"]]
+        if rate := ceilings[row["precision"]]:
+            row["of ceiling"] = per_image / seconds / rate
         peers = [
             statistics.median(r["seconds"])
             for r in rows
@@ -202,9 +202,10 @@ def table(rows: list[dict[str, Any]]) -> str:
                 "precision": row["precision"],
                 "error": f"{row['error']:.1e}",
                 "ms an image-step": milliseconds(row["seconds"]),
+                "turns": len(row["seconds"]),
                 f"images/s, {T_SAMPLED} steps": f"{row['images/s']:.3g}",
                 "TFLOP/s": f"{row['TFLOP/s']:.3g}",
-                "of ceiling": f"{row['of ceiling']:.0%}",
+                "of ceiling": f"{row['of ceiling']:.0%}" if "of ceiling" in row else "",
                 "x best peer": f"{row['x best peer']:.2f}" if "x best peer" in row else "",
                 "peak MB": f"{row['peak bytes'] / 1e6:.0f}",
             }
@@ -269,8 +270,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5, help="turns of each, default 5")
+    parser.add_argument(
+        "--limit", type=float, default=40.0, help="seconds of all turns of one, default 40"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=300.0, help="seconds without an answer, default 300"
+    )
     parser.add_argument("--least", type=float, default=1.0, help="seconds a turn, default 1")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a tiny cifar10, to see that it runs")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     torch.set_num_threads(options.threads)
@@ -280,13 +287,17 @@ def main(arguments: list[str] | None = None) -> int:
     names = [n for n in (*OURS, *PEERS) if n.startswith(tuple(options.only.split(",")))]
     if not names:
         parser.error(f"--only must name some of: {', '.join((*OURS, *PEERS))}")
-    entries = []
-    for name in names:
-        for precision in chosen:
+    try:
+        model = make_model(options.model, options.quick)
+    except (OSError, ValueError) as error:
+        parser.error(f"--model: {error}")
+    entries: dict[str, list[str]] = {precision: [] for precision in chosen}
+    for precision, taking_part in entries.items():
+        for name in names:
             if reason := contestants.missing(name, precision, device.type):
                 left_out.append(f"{name} {precision}: {reason}")
             else:
-                entries.append((name, precision))
+                taking_part.append(name)
 
     facts: dict[str, Any] = {**environment(), "device": str(device), "threads": options.threads}
     facts |= contestants.versions()
@@ -294,27 +305,28 @@ def main(arguments: list[str] | None = None) -> int:
         facts["device"] = torch.cuda.get_device_name(device)
     for name, value in facts.items():
         print(f"{name:<12} {value}")
-    ceiling = {p: gemm_ceiling(DTYPES[p], device, quick=options.quick) for p in chosen}
-    for precision, rate in ceiling.items():
-        print(f"{'ceiling':<12} {rate / 1e12:.3g} TFLOP/s, {precision}, torch's matrix product")
+    ceilings: dict[str, float | None] = {}
+    for precision in chosen:
+        rate, what = ceiling(DTYPES[precision], device, options.threads, quick=options.quick)
+        ceilings[precision] = rate
+        known = f"{rate / 1e12:.3g} TFLOP/s" if rate else "unknown"
+        print(f"{'ceiling':<12} {known}, {precision}: {what}")
 
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(options.model, options.quick)
         model.save_pretrained(folder)
         shape = (model.in_channels, *model.image_size)
         per_image = flop(model)
         print(f"{'model':<12} {per_image / 1e9:.4g} GFLOP an image-step\n\n{EQUAL}\n")
-        for batch in options.batches:
+        for batch, (precision, taking_part) in itertools.product(options.batches, entries.items()):
             jobs = []
-            for k, (name, precision) in enumerate(entries):
-                own = Path(folder) / f"{batch}-{k}"
-                own.mkdir()
+            for name in taking_part:
+                own = tempfile.mkdtemp(dir=folder)
                 jobs.append(Job(
-                    name, precision, folder, batch, str(device), options.threads, shape, str(own)
+                    name, precision, folder, batch, str(device), options.threads, shape, own
                 ))  # fmt: skip
-            done, missing = race(jobs, model, options)
-            finish(done, per_image, ceiling)
+            done, missing = race(jobs, model, options) if jobs else ([], [])
+            finish(done, per_image, ceilings)
             rows += done
             left_out += missing
     print("\n" + table(rows))
@@ -322,8 +334,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"not here: {line}")
     if options.json:
         report = {
-            "environment": facts, "GFLOP an image-step": per_image / 1e9,
-            "ceiling TFLOP/s": {name: rate / 1e12 for name, rate in ceiling.items()},
+            "environment": facts, "model": options.model, "GFLOP an image-step": per_image / 1e9,
+            "ceiling TFLOP/s": {name: rate and rate / 1e12 for name, rate in ceilings.items()},
             "equal": EQUAL, "rows": rows, "not here": left_out,
         }  # fmt: skip
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

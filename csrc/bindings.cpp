@@ -612,6 +612,9 @@ PYBIND11_MODULE(_C, m) {
   def_plan(on_cpu);
   on_cpu.def("multiplies_bf16", &cpu::multiplies_bf16,
              "Whether the instruction set in use multiplies bfloat16.");
+  on_cpu.def("peak_flops", &cpu::peak_flops, py::arg("threads"), py::arg("seconds") = 0.3,
+             py::arg("precision") = "fp32", py::call_guard<py::gil_scoped_release>(),
+             "FLOP/s of multiply-adds from registers, the best of several repeats.");
 #if defined(FASTDDPM_CUDA)
   py::module_ on_cuda = m.def_submodule("cuda");
   def_cuda(on_cuda);

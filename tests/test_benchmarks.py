@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -95,6 +98,9 @@ def in_process(throughput, monkeypatch):
     """Contestants in this process, for tests that replace one."""
 
     class Local(throughput.Remote.runs):
+        def __init__(self, job, patience):
+            super().__init__(job)
+
         def close(self):
             pass
 
@@ -179,7 +185,142 @@ def test_a_contestant_that_fails_is_left_out_with_the_reason(in_process, monkeyp
 def test_a_contestant_that_does_not_start_says_why(throughput, tmp_path):
     job = throughput.Job("fastddpm eager", "fp32", "nowhere", 1, "cpu", 1, (3, 8, 8), str(tmp_path))
     with pytest.raises(throughput.Failed, match="FileNotFoundError: model 'nowhere'"):
-        throughput.Remote(job)
+        throughput.Remote(job, 60.0)
+
+
+def test_a_contestant_that_keeps_silent_is_ended(throughput, monkeypatch, tmp_path):
+    started = []
+    start = throughput.Remote._start
+
+    def remember(self, role, job):
+        started.append(start(self, role, job))
+        return started[-1]
+
+    monkeypatch.setattr(throughput.Remote, "_start", remember)
+    job = throughput.Job("fastddpm eager", "fp32", "nowhere", 1, "cpu", 1, (3, 8, 8), str(tmp_path))
+    for preparing in (False, True):
+        monkeypatch.setattr(
+            sys.modules["contestants"], "needs_preparing", lambda job, answer=preparing: answer
+        )
+        with pytest.raises(throughput.Failed, match=r"no answer within 0\.01 s"):
+            throughput.Remote(job, 0.01)
+    assert [process.poll() for process in started] == [-9, -9]
+
+
+def eps_of(job):
+    net = job.unet().eval()
+    return lambda x, t: net(x, t)
+
+
+def test_a_slow_contestant_takes_fewer_turns(in_process, monkeypatch, tmp_path):
+    def slow(job):
+        eps = eps_of(job)
+        return lambda x, t: (time.sleep(0.1), eps(x, t))[1]
+
+    monkeypatch.setitem(
+        in_process.PEERS, "diffusers NCHW", in_process.contestants.Peer(slow, needs=())
+    )
+    file = tmp_path / "x.json"
+    only = ("--only=fastddpm eager,diffusers NCHW", "--batches=1", f"--json={file}")
+    assert in_process.main([*RACE, *only, "--repeats=6", "--limit=0.3"]) == 0
+    rows = {row["name"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+    assert 1 <= len(rows["diffusers NCHW"]["seconds"]) <= 2
+    assert len(rows["fastddpm eager"]["seconds"]) == 6
+
+
+def test_a_contestant_that_fails_in_its_turn_is_left_out_with_the_reason(
+    in_process, monkeypatch, capsys
+):
+    def failing(job):
+        eps, calls = eps_of(job), []
+
+        def call(x, t):
+            calls.append(t)
+            if len(calls) > 4:  # two checks, a step to warm up, a turn
+                raise in_process.Failed("no memory was left")
+            return eps(x, t)
+
+        return call
+
+    peer = in_process.contestants.Peer(failing, needs=())
+    monkeypatch.setitem(in_process.PEERS, "diffusers NCHW", peer)
+    only = "--only=fastddpm eager,diffusers NCHW"
+    assert in_process.main([*RACE, only, "--batches=1", "--least=0.000001"]) == 0
+    printed = capsys.readouterr().out
+    assert "not here: diffusers NCHW fp32, batch 1: no memory was left" in printed
+    assert "diffusers" not in printed[printed.index("ms an image-step") : printed.index("not here")]
+
+
+def test_bf16_is_measured_by_torchs_own(in_process, monkeypatch, tmp_path, capsys):
+    """In bf16 a contestant may err twice as much as PyTorch's network in bfloat16."""
+
+    def off(job):
+        eps = eps_of(job)
+        return lambda x, t: eps(x, t) * 1.1
+
+    peers = {"diffusers NCHW": off, "diffusers channels_last": eps_of}
+    for name, build in peers.items():
+        peer = in_process.contestants.Peer(build, needs=())
+        monkeypatch.setitem(in_process.PEERS, name, peer)
+    file = tmp_path / "x.json"
+    only = ("--only=fastddpm eager,diffusers", "--batches=1", f"--json={file}")
+    assert in_process.main([*RACE, *only, "--precisions=bf16"]) == 1
+    rows = {r["name"]: r for r in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+    assert {name for name, row in rows.items() if "seconds" in row} == {
+        "fastddpm eager", "diffusers channels_last",
+    }  # fmt: skip
+    for row in rows.values():
+        assert 2e-3 < row["allowed"] < 0.1
+    ours = rows["fastddpm eager"]
+    assert ours["error"] > 1e-4
+    assert ours["of PyTorch's error"] == pytest.approx(2 * ours["error"] / ours["allowed"])
+    assert "diffusers NCHW bf16, batch 1 is off by 0.1" in capsys.readouterr().err
+
+
+def test_openvino_that_runs_in_another_precision_does_not_take_part(
+    throughput, monkeypatch, tmp_path
+):
+    class Fake:
+        def compile_model(self, *_):
+            return self
+
+        def get_property(self, name):
+            return {"INFERENCE_PRECISION_HINT": self}[name]
+
+        def get_type_name(self):
+            return "f32"
+
+        def create_infer_request(self):
+            return self
+
+    fake = types.ModuleType("openvino")
+    fake.Core = Fake
+    monkeypatch.setitem(sys.modules, "openvino", fake)
+    job = throughput.Job("OpenVINO", "fp32", "", 1, "cpu", 1, (3, 8, 8), str(tmp_path))
+    assert callable(throughput.contestants.openvino_cpu(job))
+    with pytest.raises(ValueError, match="OpenVINO runs in f32 in place of bf16"):
+        throughput.contestants.openvino_cpu(dataclasses.replace(job, precision="bf16"))
+
+
+@pytest.mark.parametrize("kind", ["bundled", "folder"])
+def test_a_saved_model_takes_part(in_process, tmp_path, kind):
+    name, file = "fashion-mnist", tmp_path / "x.json"
+    if kind == "folder":
+        name = str(tmp_path / "model")
+        fastddpm.UNet(channels=32, channel_mult=(1, 1), image_size=8).save_pretrained(name)
+    only = ("--only=fastddpm", "--batches=1", f"--model={name}", f"--json={file}")
+    assert in_process.main([*RACE, *only]) == 0
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert report["model"] == name
+    work = in_process.flop(fastddpm.UNet.from_pretrained(name))
+    assert report["GFLOP an image-step"] == pytest.approx(work / 1e9)
+    assert {"fastddpm eager", "fastddpm cpu_plan"} <= {row["name"] for row in report["rows"]}
+
+
+def test_a_model_that_is_not_there(throughput, capsys):
+    with pytest.raises(SystemExit):
+        throughput.main(["--model=nowhere"])
+    assert "--model: model 'nowhere'" in capsys.readouterr().err
 
 
 def test_an_engine_that_another_stands_in_for_does_not_take_part(in_process, monkeypatch, tmp_path):

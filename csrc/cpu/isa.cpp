@@ -89,6 +89,7 @@ struct Isa {
   decltype(&plain::attention_block) attention_block;
   decltype(&plain::attention_block_backward) attention_block_backward;
   decltype(&plain::discretized_log_likelihood) discretized_log_likelihood;
+  decltype(&plain::peak_flops) peak_flops;
 };
 
 #define FASTDDPM_ISA_ROW(isa, base)      \
@@ -102,7 +103,8 @@ struct Isa {
    base::group_norm_silu_backward,       \
    base::attention_block,                \
    base::attention_block_backward,       \
-   base::discretized_log_likelihood},
+   base::discretized_log_likelihood,     \
+   base::peak_flops},
 
 const Isa table[] = {FASTDDPM_EACH_ISA(FASTDDPM_ISA_ROW)};
 
@@ -173,6 +175,15 @@ const char* isa() { return active().name; }
 void use_isa(const char* name) { current() = find(name); }
 
 bool multiplies_bf16() { return active().bf16; }
+
+double peak_flops(int threads, double seconds, const char* precision) {
+  if (std::strcmp(precision, "fp32"))
+    throw std::invalid_argument("peak_flops: precision must be 'fp32'; got '" +
+                                std::string(precision) + "'");
+  require(threads >= 1, "peak_flops: threads must be at least 1");
+  require(seconds >= 0.0 && seconds <= 60.0, "peak_flops: seconds must lie in 0 .. 60");
+  return active().peak_flops(threads, seconds);
+}
 
 // ---- the ops: what would lead out of bounds is refused here, before any kernel runs
 // ------------------

@@ -28,6 +28,7 @@
   void attention_block(const AttentionBlock&, int threads);                      \
   void attention_block_backward(const AttentionBlockBackward&, int threads);     \
   void discretized_log_likelihood(const DiscretizedLogLikelihood&, int threads); \
+  double peak_flops(int threads, double seconds);                                \
   }
 
 namespace fastddpm {
@@ -52,6 +53,10 @@ void use_isa(const char* name);
 
 // Whether the one in use multiplies bfloat16: it is then faster than float32.
 bool multiplies_bf16();
+
+// FLOP/s: multiply-adds from registers on `threads` threads, each on a core of its own, the best of
+// the repeats that fit into `seconds`. precision: "fp32".
+double peak_flops(int threads, double seconds, const char* precision);
 
 }  // namespace cpu
 }  // namespace fastddpm
