@@ -41,8 +41,8 @@ def ceiling(
     dtype: torch.dtype, device: torch.device, threads: int, *, quick: bool = False
 ) -> tuple[float | None, str]:
     """(FLOP/s that a product can reach in dtype, what that is; or None, why it is not known):
-    multiply-adds from registers on a CPU's cores, `threads` or all, torch's matrix products
-    elsewhere."""
+    multiply-adds from registers on a CPU's cores, `threads` or all, bfloat16 products from the
+    first cache, torch's matrix products elsewhere."""
     if device.type != "cpu":
         return gemm_ceiling(dtype, device, quick=quick), "torch's matrix product"
     if _native.C is None:
@@ -53,7 +53,8 @@ def ceiling(
         rate = _native.C.cpu.peak_flops(cores, 0.02 if quick else 0.5, precision)
     except ValueError as error:
         return None, str(error)
-    return rate, f"multiply-adds from registers, {_native.isa()}"
+    what = "multiply-adds from registers" if precision == "fp32" else "products from the L1 cache"
+    return rate, f"{what}, {_native.isa()}"
 
 
 def gemm_ceiling(dtype: torch.dtype, device: torch.device, *, quick: bool = False) -> float:

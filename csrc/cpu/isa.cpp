@@ -90,6 +90,7 @@ struct Isa {
   decltype(&plain::attention_block_backward) attention_block_backward;
   decltype(&plain::discretized_log_likelihood) discretized_log_likelihood;
   decltype(&plain::peak_flops) peak_flops;
+  decltype(&plain::peak_flops_bf16) peak_flops_bf16;
 };
 
 #define FASTDDPM_ISA_ROW(isa, base)      \
@@ -104,7 +105,8 @@ struct Isa {
    base::attention_block,                \
    base::attention_block_backward,       \
    base::discretized_log_likelihood,     \
-   base::peak_flops},
+   base::peak_flops,                     \
+   isa::peak_flops_bf16},
 
 const Isa table[] = {FASTDDPM_EACH_ISA(FASTDDPM_ISA_ROW)};
 
@@ -177,12 +179,13 @@ void use_isa(const char* name) { current() = find(name); }
 bool multiplies_bf16() { return active().bf16; }
 
 double peak_flops(int threads, double seconds, const char* precision) {
-  if (std::strcmp(precision, "fp32"))
-    throw std::invalid_argument("peak_flops: precision must be 'fp32'; got '" +
+  const bool bf16 = !std::strcmp(precision, "bf16");
+  if (!bf16 && std::strcmp(precision, "fp32"))
+    throw std::invalid_argument("peak_flops: precision must be 'fp32' or 'bf16'; got '" +
                                 std::string(precision) + "'");
   require(threads >= 1, "peak_flops: threads must be at least 1");
   require(seconds >= 0.0 && seconds <= 60.0, "peak_flops: seconds must lie in 0 .. 60");
-  return active().peak_flops(threads, seconds);
+  return (bf16 ? active().peak_flops_bf16 : active().peak_flops)(threads, seconds);
 }
 
 // ---- the ops: what would lead out of bounds is refused here, before any kernel runs

@@ -29,6 +29,7 @@
   void attention_block_backward(const AttentionBlockBackward&, int threads);     \
   void discretized_log_likelihood(const DiscretizedLogLikelihood&, int threads); \
   double peak_flops(int threads, double seconds);                                \
+  double peak_flops_bf16(int threads, double seconds);                           \
   }
 
 namespace fastddpm {
