@@ -4,8 +4,8 @@
 // order, and is cut into blocks: some pixels of it, or one channel. A block is walked in lines of
 // 64 or more elements, with every coefficient spread out to one value per element of a line, so
 // that the same vectorised loops serve every channel count and layout. Sums run in float32 over a
-// block, around the mean, and in float64, in block order, over blocks. The cut depends on the shape
-// alone, so the bits do not depend on the thread count.
+// block, around its own mean, and in float64, in block order, over blocks. The cut depends on the
+// shape alone, so the bits do not depend on the thread count.
 #include "isa.h"
 #include "parallel.h"
 #include "view.h"
@@ -152,6 +152,8 @@ float element(const Matrix& m, int64_t n, int64_t c, float missing) {
   }
 }
 
+constexpr int64_t PARTS = 3;  // sum, second sum and means of a block
+
 enum Row { CENTRE, SCALE, SHIFT, SLOPE, OFFSET, SUM, SECOND, ROWS };  // of the scratch of a thread
 
 class Pass {
@@ -175,37 +177,35 @@ class Pass {
 
   // ---- the phases: a block's work, then what follows from all blocks of a sample ----
 
-  void sum_block(int64_t n, int64_t b, int thread) {
+  // A block's sums around its own means, while it is in the cache.
+  void statistics_block(int64_t n, int64_t b, int thread) {
     float* sum = clear(thread, SUM);
     walk(n, b, thread, [&](const float* x, int64_t, int64_t count) {
       add(x, count / cut.line, cut.line, sum);
       add(x + count / cut.line * cut.line, 1, count % cut.line, sum);
     });
-    fold(n, b, 0, sum);
-  }
-
-  void sum_finish(int64_t n) {
-    for (int64_t g = 0; g < op.groups; ++g) {
-      double sum = 0.0;
-      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) sum += total(n, 0, c);
-      const float centre = float(sum / elements());
-      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c)
-        coefficient(n, CENTRE)[c] = centre;
+    float *block_sum = part(n, b, 0), *centre = part(n, b, 2);
+    fold(sum, block_sum);
+    const int64_t channels = cut.width == 1 ? 1 : per_group;
+    const float scale = float(1.0 / double(channels * cut.count(b) / cut.width));
+    for (int64_t first = 0; first < cut.width; first += channels) {
+      float group = 0.0f;
+      for (int64_t c = first; c < first + channels; ++c) group += block_sum[c];
+      for (int64_t c = first; c < first + channels; ++c) centre[c] = group * scale;
     }
-  }
 
-  void spread_block(int64_t n, int64_t b, int thread) {
-    float *sum = clear(thread, SUM), *squares = clear(thread, SECOND);
-    const float* centre = spread(n, b, thread, CENTRE);
+    float* squares = clear(thread, SECOND);
+    const float* centres = repeat(centre, row(thread, CENTRE));
+    clear(thread, SUM);
     walk(n, b, thread, [&](const float* x, int64_t, int64_t count) {
-      add_centred(x, count / cut.line, cut.line, centre, sum, squares);
-      add_centred(x + count / cut.line * cut.line, 1, count % cut.line, centre, sum, squares);
+      add_centred(x, count / cut.line, cut.line, centres, sum, squares);
+      add_centred(x + count / cut.line * cut.line, 1, count % cut.line, centres, sum, squares);
     });
-    fold(n, b, 0, sum);
-    fold(n, b, 1, squares);
+    fold(sum, block_sum);
+    fold(squares, part(n, b, 1));
   }
 
-  void spread_finish(int64_t n) {
+  void statistics_finish(int64_t n) {
     // Weight, bias and modulation, the latter where slope and offset will be.
     float* __restrict scale = coefficient(n, SCALE);
     float* __restrict shift = coefficient(n, SHIFT);
@@ -216,19 +216,28 @@ class Pass {
     read(op.scale, n, op.shape.c, 0.0f, gain);
     read(op.shift, n, op.shape.c, 0.0f, addend);
     for (int64_t g = 0; g < op.groups; ++g) {
+      // Blocks are joined as by Chan et al.; then what rounding the mean to float32 leaves of it.
+      const double origin = centre_of(n, g);
       double sum = 0.0, squares = 0.0;
-      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c)
-        sum += total(n, 0, c), squares += total(n, 1, c);
-      // What rounding the mean to float32 left of it, and the variance around the full mean.
-      const double left = sum / elements(), raw = squares / elements() - left * left;
-      const double variance = raw < 0.0 ? 0.0 : raw;
+      for_parts(n, g, [&](double count, double centre, double part_sum, double) {
+        sum += count * (centre - origin) + part_sum;
+      });
+      const double offset = sum / elements(), mean = origin + offset;
+      for_parts(n, g, [&](double count, double centre, double part_sum, double part_squares) {
+        const double from_mean = centre - origin - offset;
+        squares += part_squares + from_mean * (2.0 * part_sum + count * from_mean);
+      });
+      const double raw = squares / elements(), variance = raw < 0.0 ? 0.0 : raw;
+      const float rounded = float(mean);
+      const double left = mean - double(rounded);
       const int64_t at = n * op.groups + g;
       const float remainder = float(left), r = float(1.0 / sqrt(variance + double(op.eps)));
       rest[at] = remainder;
       rstd[at] = r;
-      if (op.mean) op.mean[at] = float(double(coefficient(n, CENTRE)[g * per_group]) + left);
+      if (op.mean) op.mean[at] = rounded;
       if (op.rstd) op.rstd[at] = r;
       for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
+        coefficient(n, CENTRE)[c] = rounded;
         scale[c] = r * scale[c] * (1.0f + gain[c]);
         shift[c] = madd(-remainder, scale[c], madd(1.0f + gain[c], shift[c], addend[c]));
       }
@@ -261,8 +270,8 @@ class Pass {
                 : add_gradient<false>(x + at, grad + at, length, line, sum, product);
       }
     });
-    fold(n, b, 0, sum);
-    fold(n, b, 1, product);
+    fold(sum, part(n, b, 0));
+    fold(product, part(n, b, 1));
   }
 
   // A = sum of g and B = sum of g xhat per channel. With a = weight (1 + scale), P and Q the means
@@ -316,12 +325,12 @@ class Pass {
  private:
   Scratch<float> memory;  // of all that follows: five allocations would outlast a small call
   float *const rest, *const rstd;  // (N, G): what float32 left of the mean; 1 / sqrt(var + eps)
-  float* const partial;            // (N, blocks, 2, width): the sums over a block
-  float* const coefficients;       // (N, OFFSET + 1, C)
-  float* const scratch;            // (threads, ROWS lines and 3 buffers of step elements)
+  float* const partial;       // (N, blocks, PARTS, width): the sums over a block, and its means
+  float* const coefficients;  // (N, OFFSET + 1, C)
+  float* const scratch;       // (threads, ROWS lines and 3 buffers of step elements)
 
   int64_t statistics() const { return op.shape.n * op.groups; }
-  int64_t sums() const { return op.shape.n * cut.blocks * 2 * cut.width; }
+  int64_t sums() const { return op.shape.n * cut.blocks * PARTS * cut.width; }
   int64_t all_coefficients() const { return op.shape.n * (OFFSET + 1) * op.shape.c; }
 
   double elements() const { return double(per_group * cut.plane); }
@@ -342,16 +351,23 @@ class Pass {
     return line;
   }
 
-  // The coefficients of the block's channels, repeated along a line.
-  const float* spread(int64_t n, int64_t b, int thread, Row which) {
-    const float* source = coefficient(n, which);
-    float* line = row(thread, which);
-    if (cut.order == Order::chw)
-      for (int64_t i = 0; i < cut.line; ++i) line[i] = source[b];
+  float* part(int64_t n, int64_t b, int which) const {
+    return partial + ((n * cut.blocks + b) * PARTS + which) * cut.width;
+  }
+
+  // The values of a block's channels, repeated along a line.
+  const float* repeat(const float* values, float* line) const {
+    if (cut.width == 1)
+      for (int64_t i = 0; i < cut.line; ++i) line[i] = *values;
     else
       for (int64_t at = 0; at < cut.line; at += cut.channels)
-        __builtin_memcpy(line + at, source, size_t(cut.channels) * sizeof(float));
+        __builtin_memcpy(line + at, values, size_t(cut.channels) * sizeof(float));
     return line;
+  }
+
+  // The coefficients of the block's channels along a line.
+  const float* spread(int64_t n, int64_t b, int thread, Row which) {
+    return repeat(coefficient(n, which) + (cut.width == 1 ? b : 0), row(thread, which));
   }
 
   Line argument(int64_t n, int64_t b, int thread) {
@@ -379,8 +395,7 @@ class Pass {
     store(v, first, count, out);
   }
 
-  void fold(int64_t n, int64_t b, int which, float* line) {
-    float* out = partial + ((n * cut.blocks + b) * 2 + which) * cut.width;
+  void fold(float* __restrict line, float* __restrict out) const {
     if (cut.width == 1) {
       for (int64_t at = PLANE_STEP; at < cut.line; at += PLANE_STEP)
         for (int64_t i = 0; i < PLANE_STEP; ++i) line[i] += line[at + i];
@@ -396,11 +411,32 @@ class Pass {
 
   // The sum over a channel of sample n.
   double total(int64_t n, int which, int64_t c) const {
-    const float* sums = partial + (n * cut.blocks * 2 + which) * cut.width;
-    if (cut.width == 1) return sums[c * 2];
+    if (cut.width == 1) return *part(n, c, which);
     double sum = 0.0;
-    for (int64_t b = 0; b < cut.blocks; ++b) sum += sums[b * 2 * cut.width + c];
+    for (int64_t b = 0; b < cut.blocks; ++b) sum += part(n, b, which)[c];
     return sum;
+  }
+
+  double centre_of(int64_t n, int64_t g) const {
+    if (cut.blocks == 0) return 0.0;
+    return cut.width == 1 ? *part(n, g * per_group, 2) : part(n, 0, 2)[g * per_group];
+  }
+
+  // Calls body(elements, centre, sum, squares) for each part of a group that has a centre.
+  template <class Body>
+  void for_parts(int64_t n, int64_t g, const Body& body) const {
+    const int64_t first = g * per_group;
+    if (cut.width == 1) {
+      for (int64_t c = first; c < first + per_group; ++c)
+        body(double(cut.plane), *part(n, c, 2), *part(n, c, 0), *part(n, c, 1));
+      return;
+    }
+    for (int64_t b = 0; b < cut.blocks; ++b) {
+      double sum = 0.0, squares = 0.0;
+      for (int64_t c = first; c < first + per_group; ++c)
+        sum += part(n, b, 0)[c], squares += part(n, b, 1)[c];
+      body(double(cut.count(b) / cut.channels * per_group), part(n, b, 2)[first], sum, squares);
+    }
   }
 };
 
@@ -444,10 +480,8 @@ void run(const Cut& cut, int threads, const Phases&... phases) {
 void group_norm_silu(const GroupNormSilu& op, int threads) {
   Pass pass(op, threads);
   run(pass.cut, threads,
-      phase([&](int64_t n, int64_t b, int thread) { pass.sum_block(n, b, thread); },
-            [&](int64_t n) { pass.sum_finish(n); }),
-      phase([&](int64_t n, int64_t b, int thread) { pass.spread_block(n, b, thread); },
-            [&](int64_t n) { pass.spread_finish(n); }),
+      phase([&](int64_t n, int64_t b, int thread) { pass.statistics_block(n, b, thread); },
+            [&](int64_t n) { pass.statistics_finish(n); }),
       phase([&](int64_t n, int64_t b, int thread) { pass.apply_block(n, b, thread); },
             [](int64_t) {}));
 }
@@ -468,10 +502,8 @@ void group_norm_silu_backward(const GroupNormSiluBackward& op, int threads) {
   Pass pass(op.forward, threads);
   Scratch<float> dgain(n_samples * channels), doffset(n_samples * channels);
   run(pass.cut, threads,
-      phase([&](int64_t n, int64_t b, int thread) { pass.sum_block(n, b, thread); },
-            [&](int64_t n) { pass.sum_finish(n); }),
-      phase([&](int64_t n, int64_t b, int thread) { pass.spread_block(n, b, thread); },
-            [&](int64_t n) { pass.spread_finish(n); }),
+      phase([&](int64_t n, int64_t b, int thread) { pass.statistics_block(n, b, thread); },
+            [&](int64_t n) { pass.statistics_finish(n); }),
       phase([&](int64_t n, int64_t b, int thread) { pass.gradient_block(op, n, b, thread); },
             [&](int64_t n) { pass.gradient_finish(op, dgain.data, doffset.data, n); }),
       phase([&](int64_t n, int64_t b, int thread) { pass.apply_gradient_block(op, n, b, thread); },
