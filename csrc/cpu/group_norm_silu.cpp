@@ -52,6 +52,11 @@ struct Cut {
     return elements() < SERIAL_ELEMENTS ? 1 : least(threads, samples * blocks);
   }
 
+  // Whether each thread takes whole samples; else all share the blocks of one phase after another.
+  bool whole_samples(int threads) const {
+    return samples % threads == 0 || samples >= 4 * threads || elements() < SERIAL_ELEMENTS;
+  }
+
   int64_t first(int64_t b) const { return b * block; }
   int64_t count(int64_t b) const { return least(block, channels * plane - b * block); }
 };
@@ -97,32 +102,27 @@ void apply(const float* __restrict x, int64_t count, Line line, float* __restric
   }
 }
 
-// Sums of g = dL/dv and of g (x - centre).
+// g = dL/dv into `out`, and the sums of g and of g (x - centre).
 template <bool SILU>
 void add_gradient(const float* __restrict x, const float* __restrict grad, int64_t count, Line line,
-                  float* __restrict sum, float* __restrict product) {
+                  float* __restrict out, float* __restrict sum, float* __restrict product) {
   const float* __restrict centre = line.centre, * __restrict scale = line.scale;
   const float* __restrict shift = line.shift;
   for (int64_t i = 0; i < count; ++i) {
     const float u = x[i] - centre[i];
     const float g = SILU ? grad[i] * silu_gradient(madd(u, scale[i], shift[i])) : grad[i];
+    out[i] = g;
     sum[i] += g;
     product[i] = madd(g, u, product[i]);
   }
 }
 
-// dx = scale g + slope (x - centre) + offset
-template <bool SILU>
-void apply_gradient(const float* __restrict x, const float* __restrict grad, int64_t count,
-                    Line line, const float* __restrict slope, const float* __restrict offset,
-                    float* __restrict dx) {
-  const float* __restrict centre = line.centre, * __restrict scale = line.scale;
-  const float* __restrict shift = line.shift;
-  for (int64_t i = 0; i < count; ++i) {
-    const float u = x[i] - centre[i];
-    const float g = SILU ? grad[i] * silu_gradient(madd(u, scale[i], shift[i])) : grad[i];
-    dx[i] = madd(scale[i], g, madd(slope[i], u, offset[i]));
-  }
+// dx = scale g + slope (x - centre) + offset; g may be in dx.
+void apply_gradient(const float* x, const float* g, int64_t count, Line line, const float* slope,
+                    const float* offset, float* dx) {
+  fill(dx, count, [&](int64_t i) {
+    return madd(line.scale[i], g[i], madd(slope[i], x[i] - line.centre[i], offset[i]));
+  });
 }
 
 // ---- one call ----------------------------------------------------------------------------------
@@ -158,21 +158,26 @@ enum Row { CENTRE, SCALE, SHIFT, SLOPE, OFFSET, SUM, SECOND, ROWS };  // of the 
 
 class Pass {
  public:
-  Pass(const GroupNormSilu& op, int threads)
+  // dx: of the gradient, if it is that
+  Pass(const GroupNormSilu& op, int threads, const Tensor* dx = nullptr)
       : op(op),
         cut(op.shape, op.x),
+        whole(cut.whole_samples(threads)),
         per_group(op.shape.c / op.groups),
         memory(2 * statistics() + sums() + all_coefficients() +
-                   cut.team(threads) * (ROWS * cut.line + 3 * cut.step),
+                   cut.team(threads) * (ROWS * cut.line + 3 * cut.step) +
+                   (dx && !is_run_of<float>(*dx, op.shape, cut.order) ? gradients(threads) : 0),
                false),
         rest(memory.data),
         rstd(rest + statistics()),
         partial(rstd + statistics()),
         coefficients(partial + sums()),
-        scratch(coefficients + all_coefficients()) {}
+        scratch(coefficients + all_coefficients()),
+        kept(scratch + cut.team(threads) * (ROWS * cut.line + 3 * cut.step)) {}
 
   const GroupNormSilu& op;
   const Cut cut;
+  const bool whole;
   const int64_t per_group;
 
   // ---- the phases: a block's work, then what follows from all blocks of a sample ----
@@ -262,12 +267,14 @@ class Pass {
     float *sum = clear(thread, SUM), *product = clear(thread, SECOND);
     const Line line = argument(n, b, thread);
     const View grads = view(backward.grad, op.shape, n, cut.order);
+    const View dx = view(backward.dx, op.shape, n, cut.order);
     walk(n, b, thread, [&](const float* x, int64_t first, int64_t count) {
       const float* grad = floats(grads, first, count, buffer(thread, 1));
+      float* out = gradient(dx, n, thread, first);
       for (int64_t at = 0; at < count; at += cut.line) {
         const int64_t length = least(cut.line, count - at);
-        op.silu ? add_gradient<true>(x + at, grad + at, length, line, sum, product)
-                : add_gradient<false>(x + at, grad + at, length, line, sum, product);
+        op.silu ? add_gradient<true>(x + at, grad + at, length, line, out + at, sum, product)
+                : add_gradient<false>(x + at, grad + at, length, line, out + at, sum, product);
       }
     });
     fold(sum, part(n, b, 0));
@@ -308,16 +315,13 @@ class Pass {
                             int thread) {
     const Line line = argument(n, b, thread);
     const float *slope = spread(n, b, thread, SLOPE), *offset = spread(n, b, thread, OFFSET);
-    const View grads = view(backward.grad, op.shape, n, cut.order);
     const View dx = view(backward.dx, op.shape, n, cut.order);
     walk(n, b, thread, [&](const float* x, int64_t first, int64_t count) {
-      const float* grad = floats(grads, first, count, buffer(thread, 1));
+      const float* g = gradient(dx, n, thread, first);
       write(dx, first, count, thread, [&](float* out) {
-        for (int64_t at = 0; at < count; at += cut.line) {
-          const int64_t length = least(cut.line, count - at);
-          op.silu ? apply_gradient<true>(x + at, grad + at, length, line, slope, offset, out + at)
-                  : apply_gradient<false>(x + at, grad + at, length, line, slope, offset, out + at);
-        }
+        for (int64_t at = 0; at < count; at += cut.line)
+          apply_gradient(x + at, g + at, least(cut.line, count - at), line, slope, offset,
+                         out + at);
       });
     });
   }
@@ -328,10 +332,15 @@ class Pass {
   float* const partial;       // (N, blocks, PARTS, width): the sums over a block, and its means
   float* const coefficients;  // (N, OFFSET + 1, C)
   float* const scratch;       // (threads, ROWS lines and 3 buffers of step elements)
+  float* const kept;          // (threads or N, elements of a sample): g where dx can't hold it
 
   int64_t statistics() const { return op.shape.n * op.groups; }
   int64_t sums() const { return op.shape.n * cut.blocks * PARTS * cut.width; }
   int64_t all_coefficients() const { return op.shape.n * (OFFSET + 1) * op.shape.c; }
+
+  int64_t gradients(int threads) const {
+    return (whole ? cut.team(threads) : cut.samples) * cut.channels * cut.plane;
+  }
 
   double elements() const { return double(per_group * cut.plane); }
 
@@ -344,6 +353,12 @@ class Pass {
   }
 
   float* buffer(int thread, int which) { return row(thread, ROWS) + which * cut.step; }
+
+  // Where g of the elements from `first` on is kept: in dx if that holds float32.
+  float* gradient(const View& dx, int64_t n, int thread, int64_t first) {
+    if (float* elements = direct(dx, first)) return elements;
+    return kept + (whole ? thread : n) * cut.channels * cut.plane + first;
+  }
 
   float* clear(int thread, Row which) {
     float* line = row(thread, which);
@@ -456,7 +471,7 @@ Phase<Block, Finish> phase(Block block, Finish finish) {
 template <class... Phases>
 void run(const Cut& cut, int threads, const Phases&... phases) {
   const int64_t elements = cut.elements();
-  if (cut.samples % threads == 0 || cut.samples >= 4 * threads || elements < SERIAL_ELEMENTS) {
+  if (cut.whole_samples(threads)) {
     parallel_for(cut.samples, elements, threads, [&](int64_t n, int thread) {
       const auto whole = [&](const auto& phase) {
         for (int64_t b = 0; b < cut.blocks; ++b) phase.block(n, b, thread);
@@ -499,7 +514,7 @@ void group_norm_silu_backward(const GroupNormSiluBackward& op, int threads) {
     }
     return;
   }
-  Pass pass(op.forward, threads);
+  Pass pass(op.forward, threads, &op.dx);
   Scratch<float> dgain(n_samples * channels), doffset(n_samples * channels);
   run(pass.cut, threads,
       phase([&](int64_t n, int64_t b, int thread) { pass.statistics_block(n, b, thread); },
