@@ -120,7 +120,9 @@ class Native:
         """
         dx = torch.empty_like(x)
         dweight, dbias, dscale, dshift = (
-            None if y is None else torch.empty(y.shape, dtype=torch.float32, device=x.device)
+            None
+            if y is None
+            else torch.empty_like(y, dtype=torch.float32, memory_format=torch.contiguous_format)
             for y in (weight, bias, scale, shift)
         )
         self.call(
