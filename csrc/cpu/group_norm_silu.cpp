@@ -252,7 +252,9 @@ class Pass {
   void apply_block(int64_t n, int64_t b, int thread) {
     const Line line = argument(n, b, thread);
     const View y = view(op.y, op.shape, n, cut.order);
+    const char* next = following(op.x, n);
     walk(n, b, thread, [&](const float* x, int64_t first, int64_t count) {
+      fetch(next, op.x.dtype, first, count);
       write(y, first, count, thread, [&](float* out) {
         for (int64_t at = 0; at < count; at += cut.line) {
           const int64_t length = least(cut.line, count - at);
@@ -353,6 +355,21 @@ class Pass {
   }
 
   float* buffer(int thread, int which) { return row(thread, ROWS) + which * cut.step; }
+
+  // Sample n + 1, if this thread takes it next and it is a single run, else null.
+  const char* following(const Tensor& tensor, int64_t n) const {
+    if (!whole || n + 1 == cut.samples) return nullptr;
+    const View v = view(tensor, op.shape, n + 1, cut.order);
+    return v.size[1] == 1 && v.stride[2] == 1 ? v.data : nullptr;
+  }
+
+  // Starts to bring elements into the cache while the processor computes.
+  static void fetch(const char* run, DType dtype, int64_t first, int64_t count) {
+    if (!run) return;
+    const int64_t size = element_size(dtype);
+    for (int64_t at = first * size; at < (first + count) * size; at += 64)
+      __builtin_prefetch(run + at, 0, 2);
+  }
 
   // Where g of the elements from `first` on is kept: in dx if that holds float32.
   float* gradient(const View& dx, int64_t n, int thread, int64_t first) {
