@@ -171,16 +171,18 @@ FASTDDPM_HD float q_sample(const float* row, float x0, float eps) {
   return madd(row[SQRT_AB], x0, row[SQRT_1M_AB] * eps);
 }
 
-// Mean of p(x_{t-1} | x_t): x0 by Eq. 15, clip, mean by Eq. 7.
+// Mean of p(x_{t-1} | x_t): x0 by Eq. 15, clipped to [-bound, bound], mean by Eq. 7.
 FASTDDPM_HD float posterior_mean(const float* row, float xt, float out, Prediction prediction,
-                                 bool clip) {
+                                 float bound) {
   if (prediction == Prediction::mean) return out;
   float x0 =
       prediction == Prediction::x0 ? out : madd(row[INV_SQRT_AB], xt, -(row[SQRT_INV_AB_M1] * out));
-  const float high = x0 > 1.0f ? 1.0f : x0, clipped = high < -1.0f ? -1.0f : high;
-  x0 = clip ? clipped : x0;
+  x0 = x0 > bound ? bound : x0;
+  x0 = x0 < -bound ? -bound : x0;
   return madd(row[MEAN_X0], x0, row[MEAN_XT] * xt);
 }
+
+FASTDDPM_HD float clip_bound(bool clip) { return clip ? 1.0f : bit_cast<float>(0x7f800000u); }
 
 // ---- float64, for log_bin_mass -----------------------------------------------------------------
 

@@ -72,8 +72,8 @@ FASTDDPM_HD BF16 from_float<BF16>(float x) {  // to nearest even; a NaN stays a 
   return converted;
 #else
   const uint32_t u = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  return {uint16_t((u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded)};
+  const uint32_t rounded = u + 0x7fff + ((u >> 16) & 1);
+  return {uint16_t((x != x ? u | 0x400000 : rounded) >> 16)};
 #endif
 }
 

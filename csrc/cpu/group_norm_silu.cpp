@@ -4,8 +4,8 @@
 // order, and is cut into blocks: some pixels of it, or one channel. A block is walked in lines of
 // 64 or more elements, with every coefficient spread out to one value per element of a line, so
 // that the same vectorised loops serve every channel count and layout. Sums run in float32 over a
-// block, around the mean, and in float64, in block order, over blocks. The cut depends on the shape
-// alone, so the bits do not depend on the thread count.
+// block, around its own mean, and in float64, in block order, over blocks. The cut depends on the
+// shape alone, so the bits do not depend on the thread count.
 #include "isa.h"
 #include "parallel.h"
 #include "view.h"
@@ -50,6 +50,11 @@ struct Cut {
   // How many threads find work.
   int64_t team(int threads) const {
     return elements() < SERIAL_ELEMENTS ? 1 : least(threads, samples * blocks);
+  }
+
+  // Whether each thread takes whole samples; else all share the blocks of one phase after another.
+  bool whole_samples(int threads) const {
+    return samples % threads == 0 || samples >= 4 * threads || elements() < SERIAL_ELEMENTS;
   }
 
   int64_t first(int64_t b) const { return b * block; }
@@ -97,32 +102,27 @@ void apply(const float* __restrict x, int64_t count, Line line, float* __restric
   }
 }
 
-// Sums of g = dL/dv and of g (x - centre).
+// g = dL/dv into `out`, and the sums of g and of g (x - centre).
 template <bool SILU>
 void add_gradient(const float* __restrict x, const float* __restrict grad, int64_t count, Line line,
-                  float* __restrict sum, float* __restrict product) {
+                  float* __restrict out, float* __restrict sum, float* __restrict product) {
   const float* __restrict centre = line.centre, * __restrict scale = line.scale;
   const float* __restrict shift = line.shift;
   for (int64_t i = 0; i < count; ++i) {
     const float u = x[i] - centre[i];
     const float g = SILU ? grad[i] * silu_gradient(madd(u, scale[i], shift[i])) : grad[i];
+    out[i] = g;
     sum[i] += g;
     product[i] = madd(g, u, product[i]);
   }
 }
 
-// dx = scale g + slope (x - centre) + offset
-template <bool SILU>
-void apply_gradient(const float* __restrict x, const float* __restrict grad, int64_t count,
-                    Line line, const float* __restrict slope, const float* __restrict offset,
-                    float* __restrict dx) {
-  const float* __restrict centre = line.centre, * __restrict scale = line.scale;
-  const float* __restrict shift = line.shift;
-  for (int64_t i = 0; i < count; ++i) {
-    const float u = x[i] - centre[i];
-    const float g = SILU ? grad[i] * silu_gradient(madd(u, scale[i], shift[i])) : grad[i];
-    dx[i] = madd(scale[i], g, madd(slope[i], u, offset[i]));
-  }
+// dx = scale g + slope (x - centre) + offset; g may be in dx.
+void apply_gradient(const float* x, const float* g, int64_t count, Line line, const float* slope,
+                    const float* offset, float* dx) {
+  fill(dx, count, [&](int64_t i) {
+    return madd(line.scale[i], g[i], madd(slope[i], x[i] - line.centre[i], offset[i]));
+  });
 }
 
 // ---- one call ----------------------------------------------------------------------------------
@@ -152,60 +152,65 @@ float element(const Matrix& m, int64_t n, int64_t c, float missing) {
   }
 }
 
+constexpr int64_t PARTS = 3;  // sum, second sum and means of a block
+
 enum Row { CENTRE, SCALE, SHIFT, SLOPE, OFFSET, SUM, SECOND, ROWS };  // of the scratch of a thread
 
 class Pass {
  public:
-  Pass(const GroupNormSilu& op, int threads)
+  // dx: of the gradient, if it is that
+  Pass(const GroupNormSilu& op, int threads, const Tensor* dx = nullptr)
       : op(op),
         cut(op.shape, op.x),
+        whole(cut.whole_samples(threads)),
         per_group(op.shape.c / op.groups),
         memory(2 * statistics() + sums() + all_coefficients() +
-                   cut.team(threads) * (ROWS * cut.line + 3 * cut.step),
+                   cut.team(threads) * (ROWS * cut.line + 3 * cut.step) +
+                   (dx && !is_run_of<float>(*dx, op.shape, cut.order) ? gradients(threads) : 0),
                false),
         rest(memory.data),
         rstd(rest + statistics()),
         partial(rstd + statistics()),
         coefficients(partial + sums()),
-        scratch(coefficients + all_coefficients()) {}
+        scratch(coefficients + all_coefficients()),
+        kept(scratch + cut.team(threads) * (ROWS * cut.line + 3 * cut.step)) {}
 
   const GroupNormSilu& op;
   const Cut cut;
+  const bool whole;
   const int64_t per_group;
 
   // ---- the phases: a block's work, then what follows from all blocks of a sample ----
 
-  void sum_block(int64_t n, int64_t b, int thread) {
+  // A block's sums around its own means, while it is in the cache.
+  void statistics_block(int64_t n, int64_t b, int thread) {
     float* sum = clear(thread, SUM);
     walk(n, b, thread, [&](const float* x, int64_t, int64_t count) {
       add(x, count / cut.line, cut.line, sum);
       add(x + count / cut.line * cut.line, 1, count % cut.line, sum);
     });
-    fold(n, b, 0, sum);
-  }
-
-  void sum_finish(int64_t n) {
-    for (int64_t g = 0; g < op.groups; ++g) {
-      double sum = 0.0;
-      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) sum += total(n, 0, c);
-      const float centre = float(sum / elements());
-      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c)
-        coefficient(n, CENTRE)[c] = centre;
+    float *block_sum = part(n, b, 0), *centre = part(n, b, 2);
+    fold(sum, block_sum);
+    const int64_t channels = cut.width == 1 ? 1 : per_group;
+    const float scale = float(1.0 / double(channels * cut.count(b) / cut.width));
+    for (int64_t first = 0; first < cut.width; first += channels) {
+      float group = 0.0f;
+      for (int64_t c = first; c < first + channels; ++c) group += block_sum[c];
+      for (int64_t c = first; c < first + channels; ++c) centre[c] = group * scale;
     }
-  }
 
-  void spread_block(int64_t n, int64_t b, int thread) {
-    float *sum = clear(thread, SUM), *squares = clear(thread, SECOND);
-    const float* centre = spread(n, b, thread, CENTRE);
+    float* squares = clear(thread, SECOND);
+    const float* centres = repeat(centre, row(thread, CENTRE));
+    clear(thread, SUM);
     walk(n, b, thread, [&](const float* x, int64_t, int64_t count) {
-      add_centred(x, count / cut.line, cut.line, centre, sum, squares);
-      add_centred(x + count / cut.line * cut.line, 1, count % cut.line, centre, sum, squares);
+      add_centred(x, count / cut.line, cut.line, centres, sum, squares);
+      add_centred(x + count / cut.line * cut.line, 1, count % cut.line, centres, sum, squares);
     });
-    fold(n, b, 0, sum);
-    fold(n, b, 1, squares);
+    fold(sum, block_sum);
+    fold(squares, part(n, b, 1));
   }
 
-  void spread_finish(int64_t n) {
+  void statistics_finish(int64_t n) {
     // Weight, bias and modulation, the latter where slope and offset will be.
     float* __restrict scale = coefficient(n, SCALE);
     float* __restrict shift = coefficient(n, SHIFT);
@@ -216,19 +221,28 @@ class Pass {
     read(op.scale, n, op.shape.c, 0.0f, gain);
     read(op.shift, n, op.shape.c, 0.0f, addend);
     for (int64_t g = 0; g < op.groups; ++g) {
+      // Blocks are joined as by Chan et al.; then what rounding the mean to float32 leaves of it.
+      const double origin = centre_of(n, g);
       double sum = 0.0, squares = 0.0;
-      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c)
-        sum += total(n, 0, c), squares += total(n, 1, c);
-      // What rounding the mean to float32 left of it, and the variance around the full mean.
-      const double left = sum / elements(), raw = squares / elements() - left * left;
-      const double variance = raw < 0.0 ? 0.0 : raw;
+      for_parts(n, g, [&](double count, double centre, double part_sum, double) {
+        sum += count * (centre - origin) + part_sum;
+      });
+      const double offset = sum / elements(), mean = origin + offset;
+      for_parts(n, g, [&](double count, double centre, double part_sum, double part_squares) {
+        const double from_mean = centre - origin - offset;
+        squares += part_squares + from_mean * (2.0 * part_sum + count * from_mean);
+      });
+      const double raw = squares / elements(), variance = raw < 0.0 ? 0.0 : raw;
+      const float rounded = float(mean);
+      const double left = mean - double(rounded);
       const int64_t at = n * op.groups + g;
       const float remainder = float(left), r = float(1.0 / sqrt(variance + double(op.eps)));
       rest[at] = remainder;
       rstd[at] = r;
-      if (op.mean) op.mean[at] = float(double(coefficient(n, CENTRE)[g * per_group]) + left);
+      if (op.mean) op.mean[at] = rounded;
       if (op.rstd) op.rstd[at] = r;
       for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
+        coefficient(n, CENTRE)[c] = rounded;
         scale[c] = r * scale[c] * (1.0f + gain[c]);
         shift[c] = madd(-remainder, scale[c], madd(1.0f + gain[c], shift[c], addend[c]));
       }
@@ -238,7 +252,9 @@ class Pass {
   void apply_block(int64_t n, int64_t b, int thread) {
     const Line line = argument(n, b, thread);
     const View y = view(op.y, op.shape, n, cut.order);
+    const char* next = following(op.x, n);
     walk(n, b, thread, [&](const float* x, int64_t first, int64_t count) {
+      fetch(next, op.x.dtype, first, count);
       write(y, first, count, thread, [&](float* out) {
         for (int64_t at = 0; at < count; at += cut.line) {
           const int64_t length = least(cut.line, count - at);
@@ -253,16 +269,18 @@ class Pass {
     float *sum = clear(thread, SUM), *product = clear(thread, SECOND);
     const Line line = argument(n, b, thread);
     const View grads = view(backward.grad, op.shape, n, cut.order);
+    const View dx = view(backward.dx, op.shape, n, cut.order);
     walk(n, b, thread, [&](const float* x, int64_t first, int64_t count) {
       const float* grad = floats(grads, first, count, buffer(thread, 1));
+      float* out = gradient(dx, n, thread, first);
       for (int64_t at = 0; at < count; at += cut.line) {
         const int64_t length = least(cut.line, count - at);
-        op.silu ? add_gradient<true>(x + at, grad + at, length, line, sum, product)
-                : add_gradient<false>(x + at, grad + at, length, line, sum, product);
+        op.silu ? add_gradient<true>(x + at, grad + at, length, line, out + at, sum, product)
+                : add_gradient<false>(x + at, grad + at, length, line, out + at, sum, product);
       }
     });
-    fold(n, b, 0, sum);
-    fold(n, b, 1, product);
+    fold(sum, part(n, b, 0));
+    fold(product, part(n, b, 1));
   }
 
   // A = sum of g and B = sum of g xhat per channel. With a = weight (1 + scale), P and Q the means
@@ -299,16 +317,13 @@ class Pass {
                             int thread) {
     const Line line = argument(n, b, thread);
     const float *slope = spread(n, b, thread, SLOPE), *offset = spread(n, b, thread, OFFSET);
-    const View grads = view(backward.grad, op.shape, n, cut.order);
     const View dx = view(backward.dx, op.shape, n, cut.order);
     walk(n, b, thread, [&](const float* x, int64_t first, int64_t count) {
-      const float* grad = floats(grads, first, count, buffer(thread, 1));
+      const float* g = gradient(dx, n, thread, first);
       write(dx, first, count, thread, [&](float* out) {
-        for (int64_t at = 0; at < count; at += cut.line) {
-          const int64_t length = least(cut.line, count - at);
-          op.silu ? apply_gradient<true>(x + at, grad + at, length, line, slope, offset, out + at)
-                  : apply_gradient<false>(x + at, grad + at, length, line, slope, offset, out + at);
-        }
+        for (int64_t at = 0; at < count; at += cut.line)
+          apply_gradient(x + at, g + at, least(cut.line, count - at), line, slope, offset,
+                         out + at);
       });
     });
   }
@@ -316,13 +331,18 @@ class Pass {
  private:
   Scratch<float> memory;  // of all that follows: five allocations would outlast a small call
   float *const rest, *const rstd;  // (N, G): what float32 left of the mean; 1 / sqrt(var + eps)
-  float* const partial;            // (N, blocks, 2, width): the sums over a block
-  float* const coefficients;       // (N, OFFSET + 1, C)
-  float* const scratch;            // (threads, ROWS lines and 3 buffers of step elements)
+  float* const partial;       // (N, blocks, PARTS, width): the sums over a block, and its means
+  float* const coefficients;  // (N, OFFSET + 1, C)
+  float* const scratch;       // (threads, ROWS lines and 3 buffers of step elements)
+  float* const kept;          // (threads or N, elements of a sample): g where dx can't hold it
 
   int64_t statistics() const { return op.shape.n * op.groups; }
-  int64_t sums() const { return op.shape.n * cut.blocks * 2 * cut.width; }
+  int64_t sums() const { return op.shape.n * cut.blocks * PARTS * cut.width; }
   int64_t all_coefficients() const { return op.shape.n * (OFFSET + 1) * op.shape.c; }
+
+  int64_t gradients(int threads) const {
+    return (whole ? cut.team(threads) : cut.samples) * cut.channels * cut.plane;
+  }
 
   double elements() const { return double(per_group * cut.plane); }
 
@@ -336,22 +356,50 @@ class Pass {
 
   float* buffer(int thread, int which) { return row(thread, ROWS) + which * cut.step; }
 
+  // Sample n + 1, if this thread takes it next and it is a single run, else null.
+  const char* following(const Tensor& tensor, int64_t n) const {
+    if (!whole || n + 1 == cut.samples) return nullptr;
+    const View v = view(tensor, op.shape, n + 1, cut.order);
+    return v.size[1] == 1 && v.stride[2] == 1 ? v.data : nullptr;
+  }
+
+  // Starts to bring elements into the cache while the processor computes.
+  static void fetch(const char* run, DType dtype, int64_t first, int64_t count) {
+    if (!run) return;
+    const int64_t size = element_size(dtype);
+    for (int64_t at = first * size; at < (first + count) * size; at += 64)
+      __builtin_prefetch(run + at, 0, 2);
+  }
+
+  // Where g of the elements from `first` on is kept: in dx if that holds float32.
+  float* gradient(const View& dx, int64_t n, int thread, int64_t first) {
+    if (float* elements = direct(dx, first)) return elements;
+    return kept + (whole ? thread : n) * cut.channels * cut.plane + first;
+  }
+
   float* clear(int thread, Row which) {
     float* line = row(thread, which);
     for (int64_t i = 0; i < cut.line; ++i) line[i] = 0.0f;
     return line;
   }
 
-  // The coefficients of the block's channels, repeated along a line.
-  const float* spread(int64_t n, int64_t b, int thread, Row which) {
-    const float* source = coefficient(n, which);
-    float* line = row(thread, which);
-    if (cut.order == Order::chw)
-      for (int64_t i = 0; i < cut.line; ++i) line[i] = source[b];
+  float* part(int64_t n, int64_t b, int which) const {
+    return partial + ((n * cut.blocks + b) * PARTS + which) * cut.width;
+  }
+
+  // The values of a block's channels, repeated along a line.
+  const float* repeat(const float* values, float* line) const {
+    if (cut.width == 1)
+      for (int64_t i = 0; i < cut.line; ++i) line[i] = *values;
     else
       for (int64_t at = 0; at < cut.line; at += cut.channels)
-        __builtin_memcpy(line + at, source, size_t(cut.channels) * sizeof(float));
+        __builtin_memcpy(line + at, values, size_t(cut.channels) * sizeof(float));
     return line;
+  }
+
+  // The coefficients of the block's channels along a line.
+  const float* spread(int64_t n, int64_t b, int thread, Row which) {
+    return repeat(coefficient(n, which) + (cut.width == 1 ? b : 0), row(thread, which));
   }
 
   Line argument(int64_t n, int64_t b, int thread) {
@@ -379,8 +427,7 @@ class Pass {
     store(v, first, count, out);
   }
 
-  void fold(int64_t n, int64_t b, int which, float* line) {
-    float* out = partial + ((n * cut.blocks + b) * 2 + which) * cut.width;
+  void fold(float* __restrict line, float* __restrict out) const {
     if (cut.width == 1) {
       for (int64_t at = PLANE_STEP; at < cut.line; at += PLANE_STEP)
         for (int64_t i = 0; i < PLANE_STEP; ++i) line[i] += line[at + i];
@@ -396,11 +443,32 @@ class Pass {
 
   // The sum over a channel of sample n.
   double total(int64_t n, int which, int64_t c) const {
-    const float* sums = partial + (n * cut.blocks * 2 + which) * cut.width;
-    if (cut.width == 1) return sums[c * 2];
+    if (cut.width == 1) return *part(n, c, which);
     double sum = 0.0;
-    for (int64_t b = 0; b < cut.blocks; ++b) sum += sums[b * 2 * cut.width + c];
+    for (int64_t b = 0; b < cut.blocks; ++b) sum += part(n, b, which)[c];
     return sum;
+  }
+
+  double centre_of(int64_t n, int64_t g) const {
+    if (cut.blocks == 0) return 0.0;
+    return cut.width == 1 ? *part(n, g * per_group, 2) : part(n, 0, 2)[g * per_group];
+  }
+
+  // Calls body(elements, centre, sum, squares) for each part of a group that has a centre.
+  template <class Body>
+  void for_parts(int64_t n, int64_t g, const Body& body) const {
+    const int64_t first = g * per_group;
+    if (cut.width == 1) {
+      for (int64_t c = first; c < first + per_group; ++c)
+        body(double(cut.plane), *part(n, c, 2), *part(n, c, 0), *part(n, c, 1));
+      return;
+    }
+    for (int64_t b = 0; b < cut.blocks; ++b) {
+      double sum = 0.0, squares = 0.0;
+      for (int64_t c = first; c < first + per_group; ++c)
+        sum += part(n, b, 0)[c], squares += part(n, b, 1)[c];
+      body(double(cut.count(b) / cut.channels * per_group), part(n, b, 2)[first], sum, squares);
+    }
   }
 };
 
@@ -420,7 +488,7 @@ Phase<Block, Finish> phase(Block block, Finish finish) {
 template <class... Phases>
 void run(const Cut& cut, int threads, const Phases&... phases) {
   const int64_t elements = cut.elements();
-  if (cut.samples % threads == 0 || cut.samples >= 4 * threads || elements < SERIAL_ELEMENTS) {
+  if (cut.whole_samples(threads)) {
     parallel_for(cut.samples, elements, threads, [&](int64_t n, int thread) {
       const auto whole = [&](const auto& phase) {
         for (int64_t b = 0; b < cut.blocks; ++b) phase.block(n, b, thread);
@@ -444,10 +512,8 @@ void run(const Cut& cut, int threads, const Phases&... phases) {
 void group_norm_silu(const GroupNormSilu& op, int threads) {
   Pass pass(op, threads);
   run(pass.cut, threads,
-      phase([&](int64_t n, int64_t b, int thread) { pass.sum_block(n, b, thread); },
-            [&](int64_t n) { pass.sum_finish(n); }),
-      phase([&](int64_t n, int64_t b, int thread) { pass.spread_block(n, b, thread); },
-            [&](int64_t n) { pass.spread_finish(n); }),
+      phase([&](int64_t n, int64_t b, int thread) { pass.statistics_block(n, b, thread); },
+            [&](int64_t n) { pass.statistics_finish(n); }),
       phase([&](int64_t n, int64_t b, int thread) { pass.apply_block(n, b, thread); },
             [](int64_t) {}));
 }
@@ -465,13 +531,11 @@ void group_norm_silu_backward(const GroupNormSiluBackward& op, int threads) {
     }
     return;
   }
-  Pass pass(op.forward, threads);
+  Pass pass(op.forward, threads, &op.dx);
   Scratch<float> dgain(n_samples * channels), doffset(n_samples * channels);
   run(pass.cut, threads,
-      phase([&](int64_t n, int64_t b, int thread) { pass.sum_block(n, b, thread); },
-            [&](int64_t n) { pass.sum_finish(n); }),
-      phase([&](int64_t n, int64_t b, int thread) { pass.spread_block(n, b, thread); },
-            [&](int64_t n) { pass.spread_finish(n); }),
+      phase([&](int64_t n, int64_t b, int thread) { pass.statistics_block(n, b, thread); },
+            [&](int64_t n) { pass.statistics_finish(n); }),
       phase([&](int64_t n, int64_t b, int thread) { pass.gradient_block(op, n, b, thread); },
             [&](int64_t n) { pass.gradient_finish(op, dgain.data, doffset.data, n); }),
       phase([&](int64_t n, int64_t b, int thread) { pass.apply_gradient_block(op, n, b, thread); },

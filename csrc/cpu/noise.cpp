@@ -5,35 +5,79 @@
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {
+namespace {
+
+inline float unit(uint8_t pixel) { return to_unit(to_float(pixel)); }
+template <class T>
+inline float unit(T x) {
+  return to_float(x);
+}
+
+template <class X, class T>
+void noise_run(const float* table_row, const X* x0, const T* eps, int64_t count, T* xt) {
+  float row[COLUMNS];
+  __builtin_memcpy(row, table_row, sizeof row);
+  fill(xt, count, [&](int64_t i) { return q_sample(row, unit(x0[i]), to_float(eps[i])); });
+}
+
+struct Walk {
+  const Noise& op;
+  const Order order;
+
+  // Calls body(row, n, first, count) for every chunk of `length` elements, its eps there.
+  template <class Body>
+  void run(int64_t length, int threads, const Body& body) const {
+    const int64_t size = numel(op.shape), chunks = (size + length - 1) / length;
+    parallel_for(op.shape.n * chunks, op.shape.n * size, threads, [&](int64_t job, int) {
+      const int64_t n = job / chunks, first = job % chunks * length;
+      const int64_t count = size - first < length ? size - first : length;
+      if (op.generate_eps) {
+        float z[CHUNK];
+        normals(stream(op.random, n), op.shape, order, first, count, z);
+        store(view(op.eps, op.shape, n, order), first, count, z);
+      }
+      body(op.table.data + op.t.data[n * op.t.stride] * COLUMNS, n, first, count);
+    });
+  }
+};
+
+// Whether every operand is contiguous, those of X and T: then there is nothing to copy.
+template <class X, class T>
+bool run_direct(const Walk& walk, int threads) {
+  const Noise& op = walk.op;
+  if (op.flip || !is_run_of<X>(op.x0, op.shape, walk.order) ||
+      !is_run_of<T>(op.eps, op.shape, walk.order) || !is_run_of<T>(op.xt, op.shape, walk.order))
+    return false;
+  walk.run(op.generate_eps ? chunk_length(walk.order, op.shape, true) : LONG_CHUNK, threads,
+           [&](const float* row, int64_t n, int64_t first, int64_t count) {
+             noise_run(row, run<X>(op.x0, n, first), run<T>(op.eps, n, first), count,
+                       run<T>(op.xt, n, first));
+           });
+  return true;
+}
+
+void run_copied(const Walk& walk, int threads) {
+  const Noise& op = walk.op;
+  walk.run(chunk_length(walk.order, op.shape, op.generate_eps), threads,
+           [&](const float* row, int64_t n, int64_t first, int64_t count) {
+             float x0_buffer[CHUNK], eps_buffer[CHUNK], xt[CHUNK];
+             const View images = view(op.x0, op.shape, n, walk.order, op.flip && op.flip[n]);
+             const float* x0 = floats(images, first, count, x0_buffer);
+             if (op.x0.dtype == DType::u8)
+               for (int64_t i = 0; i < count; ++i) x0_buffer[i] = to_unit(x0_buffer[i]);
+             const View eps = view(op.eps, op.shape, n, walk.order);
+             noise_run(row, x0, floats(eps, first, count, eps_buffer), count, xt);
+             store(view(op.xt, op.shape, n, walk.order), first, count, xt);
+           });
+}
+
+}  // namespace
 
 void noise(const Noise& op, int threads) {
-  const Order order = memory_order(op.xt, op.shape, op.generate_eps);
-  const int64_t length = chunk_length(order, op.shape, op.generate_eps), size = numel(op.shape);
-  const int64_t chunks = (size + length - 1) / length;
-  parallel_for(op.shape.n * chunks, op.shape.n * size, threads, [&](int64_t job, int) {
-    const int64_t n = job / chunks, first = job % chunks * length;
-    const int64_t count = size - first < length ? size - first : length;
-    const float* row = op.table.data + op.t.data[n * op.t.stride] * COLUMNS;
-
-    float x0_buffer[CHUNK], eps_buffer[CHUNK], xt[CHUNK];
-    const View images = view(op.x0, op.shape, n, order, op.flip && op.flip[n]);
-    const float* x0 = floats(images, first, count, x0_buffer);
-    if (op.x0.dtype == DType::u8)
-      for (int64_t i = 0; i < count; ++i) x0_buffer[i] = to_unit(x0_buffer[i]);
-
-    const View eps_view = view(op.eps, op.shape, n, order);
-    const float* eps = eps_buffer;
-    if (op.generate_eps) {
-      normals(stream(op.random, n), op.shape, order, first, count, eps_buffer);
-      round_to(op.eps.dtype, count, eps_buffer);
-      store(eps_view, first, count, eps_buffer);
-    } else {
-      eps = floats(eps_view, first, count, eps_buffer);
-    }
-
-    for (int64_t i = 0; i < count; ++i) xt[i] = q_sample(row, x0[i], eps[i]);
-    store(view(op.xt, op.shape, n, order), first, count, xt);
-  });
+  const Walk walk{op, memory_order(op.xt, op.shape, op.generate_eps)};
+  if (!run_direct<uint8_t, float>(walk, threads) && !run_direct<uint8_t, BF16>(walk, threads) &&
+      !run_direct<float, float>(walk, threads) && !run_direct<BF16, BF16>(walk, threads))
+    run_copied(walk, threads);
 }
 
 }  // namespace FASTDDPM_ISA

@@ -16,7 +16,8 @@ __global__ void __launch_bounds__(THREADS) posterior_step_tiles(const PosteriorS
     load_vector(sample<M>(op.model_output, n) + tile * V, output);
     read_row(op.table, op.t, n, row);
 #pragma unroll
-    for (int k = 0; k < V; ++k) x[k] = posterior_mean(row, x[k], output[k], op.prediction, op.clip);
+    for (int k = 0; k < V; ++k)
+      x[k] = posterior_mean(row, x[k], output[k], op.prediction, clip_bound(op.clip));
     if (row[SIGMA] > 0.0f) {
       float z[V];
       if (op.z.data)
@@ -48,8 +49,8 @@ __global__ void __launch_bounds__(THREADS) posterior_step_quads(const PosteriorS
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (4 * quad + i == numel(op.shape)) break;
-      float x =
-          posterior_mean(row, at.load(op.xt), at.load(op.model_output), op.prediction, op.clip);
+      float x = posterior_mean(row, at.load(op.xt), at.load(op.model_output), op.prediction,
+                               clip_bound(op.clip));
       if (noisy) {
         float sigma = row[SIGMA];
         if (op.log_variance.data) sigma = exponential(0.5f * at.load(op.log_variance));

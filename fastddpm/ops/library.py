@@ -28,7 +28,8 @@ class Op:
     """fastddpm::name. `run` is its kernel on every device, `fake` makes outputs without data.
 
     setup(ctx, inputs, output) and backward(ctx, *grads) are those of torch.autograd.Function.
-    `run` takes beside the op's arguments what chooses the backend.
+    `run` takes beside the op's arguments what chooses the backend. Where it returns None among
+    other tensors, `kernel` is what is registered: it may not.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class Op:
         fake: Callable,
         setup: Callable | None = None,
         backward: Callable | None = None,
+        kernel: Callable | None = None,
     ):
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
         _library.define(name + schema, tags=tags)
-        _library.impl(name, run, "CompositeExplicitAutograd")
+        _library.impl(name, kernel or run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastddpm::{name}", fake, lib=_library)
         self.registered = getattr(torch.ops.fastddpm, name).default
         self.name, self.run = name, run
@@ -329,12 +331,20 @@ group_norm_silu = Op(
 def _group_norm_silu_gradients(
     grad, x, num_groups, weight, bias, eps, scale, shift, silu, choose=choose
 ):
+    """(dx, dweight, dbias, dscale, dshift) in the dtypes of x and the parameters."""
     backend = choose("group_norm_silu_backward", x, grad, weight, bias, scale, shift)
-    dx, *others = backend.group_norm_silu_backward(
+    grads = backend.group_norm_silu_backward(
         grad, x, num_groups, weight, bias, eps, scale, shift, silu
     )
-    given = zip(others, (weight, bias, scale, shift), strict=True)
-    return dx, *(x.new_empty(0) if y is None else g.to(y.dtype) for g, y in given)
+    return tuple(
+        g if g is None or g.dtype == y.dtype else g.to(y.dtype)
+        for g, y in zip(grads, (x, weight, bias, scale, shift), strict=True)
+    )
+
+
+def _group_norm_silu_gradients_kernel(grad, x, *arguments):
+    grads = _group_norm_silu_gradients(grad, x, *arguments)
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
 def _group_norm_silu_gradients_fake(grad, x, num_groups, weight, bias, eps, scale, shift, silu):
@@ -345,11 +355,12 @@ def _group_norm_silu_gradients_fake(grad, x, num_groups, weight, bias, eps, scal
 
 
 group_norm_silu_backward = Op(
-    "group_norm_silu_backward",  # what was not given gets an empty gradient: ops return no None
+    "group_norm_silu_backward",
     "(Tensor grad, Tensor x, SymInt num_groups, Tensor? weight, Tensor? bias, float eps, "
     "Tensor? scale, Tensor? shift, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _group_norm_silu_gradients,
     _group_norm_silu_gradients_fake,
+    kernel=_group_norm_silu_gradients_kernel,  # what was not given gets an empty gradient
 )
 
 
@@ -418,7 +429,7 @@ def _attention_block_gradients_fake(grad, x, num_groups, *parameters_and_options
 
 
 attention_block_backward = Op(
-    "attention_block_backward",  # empty gradients as above
+    "attention_block_backward",  # what was not given gets an empty gradient
     f"(Tensor grad, {_ATTENTION_BLOCK}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attention_block_gradients,

@@ -39,15 +39,18 @@ class Native:
             return self.missing
         if not hasattr(self.module, op):
             return f"{op} has no such version"
-        given = [x for x in tensors if x is not None]
-        for dtype in (*[x.dtype for x in given], *options.values()):
-            if dtype not in STORAGE:
-                return f"{str(dtype).removeprefix('torch.')} is not supported"
-        for x in given:
+        for x in tensors:
+            if x is None:
+                continue
+            if x.dtype not in STORAGE:
+                return _unsupported_dtype(x.dtype)
             if not self.is_here(x):
                 return f"a tensor is on {x.device.type}"
             if x.dim() > 4:
                 return f"{x.dim()} dimensions are more than 4"
+        for dtype in options.values():
+            if dtype not in STORAGE:
+                return _unsupported_dtype(dtype)
         return None
 
     def randn(self, shape, *, seed, step, sample_index, dtype=torch.float32):
@@ -120,7 +123,9 @@ class Native:
         """
         dx = torch.empty_like(x)
         dweight, dbias, dscale, dshift = (
-            None if y is None else torch.empty(y.shape, dtype=torch.float32, device=x.device)
+            None
+            if y is None
+            else torch.empty_like(y, dtype=torch.float32, memory_format=torch.contiguous_format)
             for y in (weight, bias, scale, shift)
         )
         self.call(
@@ -154,6 +159,10 @@ class Native:
         out = torch.empty_like(x, dtype=dtype)
         self.call("discretized_log_likelihood", x, x, mean, log_scale, out)
         return out
+
+
+def _unsupported_dtype(dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} is not supported"
 
 
 def unbuilt() -> str:
