@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+FLAGS = ("-std=c++17", "-O3", "--fmad=false")  # those of CMakeLists.txt
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def cuda_kernels(arch: str, sources: list[Path]) -> list[Kernel]:
         text = ""
         for source in sources:
             command = [
-                *("nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"),
+                *("nvcc", *FLAGS, f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"),
                 *(str(source), "-o", f"{folder}/{source.stem}.cubin"),
             ]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -197,6 +198,7 @@ def triton_kernels(arch: str) -> list[Kernel]:
     if not program.is_file():
         return []
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)  # installed or not
     done = subprocess.run(
         [sys.executable, program, arch, "bfloat16"],
         capture_output=True, text=True, cwd=ROOT, env=environment,
