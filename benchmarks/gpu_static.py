@@ -104,12 +104,12 @@ def cases() -> list[Case]:
     return [
         Case("randn", "randn_tiles<float>", "float32 128x3x32x32", images, 4, 4, (4,)),
         Case(
-            "noise", "noise_tiles<unsigned char, float, (int)3>",
+            "noise", "noise_tiles<unsigned char, float, 3>",
             "uint8 -> float32, eps drawn, 128x3x32x32 NHWC",
             images, 9, 9, to_unit + blend,
         ),
         Case(
-            "posterior_step", "posterior_step_tiles<float, float, (int)3>",
+            "posterior_step", "posterior_step_tiles<float, float, 3>",
             "float32, z drawn, in place, 128x3x32x32 NHWC",
             images, 12, 12, x0 + mean + (4, 4 + 4, 8 + 4),
         ),
@@ -185,6 +185,7 @@ def readable(symbols: list[str]) -> list[str]:
         name = re.sub(
             r"\(anonymous namespace\)::|<unnamed>::|fastddpm::|_GLOBAL__N__\w+::", "", line
         )
+        name = name.replace("(int)", "")  # one of the two tools writes it
         name = re.sub(r"\(Walk\)0", "pixels", name)
         name = re.sub(r"\(Walk\)1", "planes", name)
         found = re.match(r"(?:void )?(\w+(?:<.*?>)?)\(", name)

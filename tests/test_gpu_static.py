@@ -102,6 +102,7 @@ def test_one_architecture(gpu_static, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Modelled, not measured" in printed
     assert all(name in printed for name in kernels)
+    assert next(c.kernel for c in gpu_static.cases() if c.op == "posterior_step") in kernels
     for case in result["modelled_not_measured"]:
         assert case["least"] <= case["moved"] <= case["eager"]
         assert case["microseconds"] > 0
