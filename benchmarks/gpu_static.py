@@ -185,7 +185,7 @@ def readable(symbols: list[str]) -> list[str]:
         name = re.sub(
             r"\(anonymous namespace\)::|<unnamed>::|fastddpm::|_GLOBAL__N__\w+::", "", line
         )
-        name = name.replace("(int)", "")  # one of the two tools writes it
+        name = re.sub(r"\(int\)(?=\d)", "", name)  # one of the two tools writes it
         name = re.sub(r"\(Walk\)0", "pixels", name)
         name = re.sub(r"\(Walk\)1", "planes", name)
         found = re.match(r"(?:void )?(\w+(?:<.*?>)?)\(", name)
