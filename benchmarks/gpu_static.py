@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+FLAGS = ("-std=c++17", "-O3", "--fmad=false")  # those of CMakeLists.txt
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,12 @@ def cases() -> list[Case]:
     return [
         Case("randn", "randn_tiles<float>", "float32 128x3x32x32", images, 4, 4, (4,)),
         Case(
-            "noise", "noise_tiles<unsigned char, float, (int)3>",
+            "noise", "noise_tiles<unsigned char, float, 3>",
             "uint8 -> float32, eps drawn, 128x3x32x32 NHWC",
             images, 9, 9, to_unit + blend,
         ),
         Case(
-            "posterior_step", "posterior_step_tiles<float, float, (int)3>",
+            "posterior_step", "posterior_step_tiles<float, float, 3>",
             "float32, z drawn, in place, 128x3x32x32 NHWC",
             images, 12, 12, x0 + mean + (4, 4 + 4, 8 + 4),
         ),
@@ -144,7 +145,7 @@ def cuda_kernels(arch: str, sources: list[Path]) -> list[Kernel]:
         text = ""
         for source in sources:
             command = [
-                *("nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"),
+                *("nvcc", *FLAGS, f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"),
                 *(str(source), "-o", f"{folder}/{source.stem}.cubin"),
             ]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -184,6 +185,7 @@ def readable(symbols: list[str]) -> list[str]:
         name = re.sub(
             r"\(anonymous namespace\)::|<unnamed>::|fastddpm::|_GLOBAL__N__\w+::", "", line
         )
+        name = re.sub(r"\(int\)(?=\d)", "", name)  # one of the two tools writes it
         name = re.sub(r"\(Walk\)0", "pixels", name)
         name = re.sub(r"\(Walk\)1", "planes", name)
         found = re.match(r"(?:void )?(\w+(?:<.*?>)?)\(", name)
@@ -197,6 +199,7 @@ def triton_kernels(arch: str) -> list[Kernel]:
     if not program.is_file():
         return []
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)  # installed or not
     done = subprocess.run(
         [sys.executable, program, arch, "bfloat16"],
         capture_output=True, text=True, cwd=ROOT, env=environment,

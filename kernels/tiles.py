@@ -18,10 +18,11 @@ MAX_PIXELS = 2**31 - 2**16  # pixels are counted in int32
 
 class Tiles:
     """The shape, the tensors and the grid of one call. tensors: (N, C, H, W), the written one last;
-    None for one that is not given. whole_rows: keep W apart, for a kernel that mirrors it.
+    None for one that is not given. whole_rows: keep W apart, for a kernel that mirrors it;  block:
+    elements of a program, a power of two.
     """
 
-    def __init__(self, tensors, *, whole_rows=False):
+    def __init__(self, tensors, *, whole_rows=False, block=BLOCK):
         given = [x for x in tensors if x is not None]
         self.n, *sizes = given[-1].shape
         strides = [[x.stride(k) for x in given] for k in range(4)]
@@ -35,9 +36,8 @@ class Tiles:
         self.views = [None if x is None else next(tuples) for x in tensors]
 
         a, b, d = self.shape
-        block = BLOCK
         if INTERPRETED.value:  # it takes its time by the program, not by the element
-            block = max(4 * BLOCK, power_of_two(self.n * a * b * d) // 8)
+            block = max(4 * block, power_of_two(self.n * a * b * d) // 8)
         pixels, out = b * d, self.views[-1]
         if a > 1 and out[2] < out[4]:  # channels lie closer than pixels
             self.ba = min(power_of_two(a), 64)

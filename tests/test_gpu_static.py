@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -46,6 +47,13 @@ def test_what_ptxas_says(gpu_static):
     assert (second.registers, second.spills, second.static_shared) == (18, 0, 4096)
     if shutil.which("c++filt"):
         assert (first.name[:12], second.name) == ("tile<float, ", "other")
+
+
+def test_it_compiles_as_the_build_does(gpu_static):
+    text = (FILE.parents[1] / "CMakeLists.txt").read_text(encoding="utf-8")
+    flags = re.findall(r"COMPILE_LANGUAGE:CUDA>:([^>]+)>", text)
+    assert flags
+    assert set(flags) <= set(gpu_static.FLAGS)
 
 
 def test_occupancy(gpu_static):
@@ -94,6 +102,7 @@ def test_one_architecture(gpu_static, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Modelled, not measured" in printed
     assert all(name in printed for name in kernels)
+    assert next(c.kernel for c in gpu_static.cases() if c.op == "posterior_step") in kernels
     for case in result["modelled_not_measured"]:
         assert case["least"] <= case["moved"] <= case["eager"]
         assert case["microseconds"] > 0
