@@ -548,6 +548,13 @@ void def_plan(py::module_& m) {
                                           r.kernel, r.flop));
              return list;
            })
+      .def("segments",
+           [](const Plan& plan) {
+             py::list list;
+             for (const cpu::Segment& s : plan.segments())
+               list.append(py::make_tuple(s.first, s.last, s.by_image));
+             return list;
+           })
       .def_property_readonly("weight_bytes", &Plan::weight_bytes)
       .def_property_readonly("image_bytes", &Plan::image_bytes)
       .def_property_readonly("peak_bytes", &Plan::peak_bytes)

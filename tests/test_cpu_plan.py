@@ -276,6 +276,29 @@ def test_bits_do_not_depend_on_batch_threads_or_group(isa, precision):
         assert torch.equal(out, expected[:n]), (n, threads, group)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@torch.no_grad()
+def test_segments_of_a_network_whose_weights_no_cache_holds(precision):
+    model = tiny_unet(image_size=16, channels=32, channel_mult=(1, 1, 20), num_groups=32).eval()
+    x = random(5, 1, 16, 16, seed=2)
+    plan, row = (
+        build_plan(model, 16, 16, precision=precision),
+        time_rows(model, torch.tensor([3]))[0],
+    )
+    segments = plan.segments()
+    assert [by_image for _, _, by_image in segments] == [True, False, True]
+    bounds = [0, *(last for _, last, _ in segments)]
+    assert bounds == [*(first for first, _, _ in segments), len(plan.layers())]
+    expected = torch.empty_like(x)
+    plan.forward(x, row, expected, 1)
+    for n, threads, group in ((1, 2, 0), (2, 3, 0), (5, 2, 0), (5, 3, 2)):
+        out = torch.full_like(x[:n], torch.nan)
+        plan.forward(x[:n], row, out, threads, group)
+        assert torch.equal(out, expected[:n]), (n, threads, group)
+    eager = model(x, torch.full((5,), 3))
+    assert (expected - eager).norm() < {"fp32": 1e-5, "bf16": 2e-2}[precision] * eager.norm()
+
+
 def test_memory_is_shared_and_reported():
     model = tiny_unet()
     plan = build_plan(model, 8, 8)

@@ -319,6 +319,8 @@ std::vector<LayerReport> Plan::layers() const {
   return reports;
 }
 
+const std::vector<Segment>& Plan::segments() const { return state->segments; }
+
 Shape Plan::input_shape(int64_t n) const { return state->shape(0, n); }
 
 Shape Plan::output_shape(int64_t n) const {

@@ -42,6 +42,15 @@ struct LayerReport {
   double flop;  // of an image, by the definition of the layer
 };
 
+// Layers first .. last, the last excluded, that run in one of two ways: each on all images with all
+// threads, or, if `by_image`, all of them on a few images that stay in a core's cache, each thread
+// on its own.
+struct Segment {
+  int64_t first, last;
+  bool by_image;
+  int64_t arena = 0;  // floats an image
+};
+
 // Every method throws std::invalid_argument that names the layer and what does not fit. Results
 // have the same bits for every n, threads and group on one instruction set.
 class Plan {
@@ -69,6 +78,7 @@ class Plan {
 
   int64_t channels(int64_t activation) const;
   std::vector<LayerReport> layers() const;
+  const std::vector<Segment>& segments() const;
   Shape input_shape(int64_t n) const;
   Shape output_shape(int64_t n) const;
   int64_t time_size() const;

@@ -52,15 +52,6 @@ struct Activation {                         // or any other memory that a layer 
   int64_t offset = 0;                       // in the segment's arena or the common one, an image
 };
 
-// Layers first .. last, the last excluded, that run in one of two ways: each on all images with all
-// threads, or, if `by_image`, all of them on a few images that stay in a core's cache, each thread
-// on its own.
-struct Segment {
-  int64_t first, last;
-  bool by_image;
-  int64_t arena = 0;  // floats an image
-};
-
 struct Layer {
   enum Kind { CONVOLUTION, ATTENTION } kind;
   std::string name;
