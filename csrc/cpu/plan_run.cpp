@@ -64,7 +64,7 @@ int64_t Plan::State::workspace(int64_t images, int threads) const {
       most = std::max(most, kernels.convolution_workspace(convolution(layer, images), threads));
     }
   }
-  return (bias + LINE - 1) / LINE * LINE + (most + LINE - 1) / LINE * LINE + LINE;
+  return lines(bias) + lines(most) + LINE;
 }
 
 // Memory for n images, of which each thread takes `share` at a time where a segment runs by
