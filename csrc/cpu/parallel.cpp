@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -42,20 +43,52 @@ const Runtime& runtime() {
   return instance;
 }
 
+// Jobs next .. end that nobody has taken yet, as one number: a thread takes its own from the front,
+// the others what is left from the back.
+class Range {
+ public:
+  void set(int64_t next, int64_t end) { range = uint64_t(next) << 32 | uint64_t(end); }
+
+  // A job, or -1 if none is left.
+  int64_t take(bool front) {
+    uint64_t now = range.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint64_t next = now >> 32, end = now & 0xffffffffu;
+      if (next >= end) return -1;
+      const uint64_t rest = front ? (next + 1) << 32 | end : next << 32 | (end - 1);
+      if (range.compare_exchange_weak(now, rest, std::memory_order_relaxed))
+        return int64_t(front ? next : end - 1);
+    }
+  }
+
+ private:
+  alignas(64) std::atomic<uint64_t> range{0};
+};
+
+constexpr int64_t MAX_TEAM = 64, MAX_JOBS = int64_t(1) << 31;  // with ranges; else fixed shares
+
 struct Region {
   int64_t jobs;
   void (*body)(void*, int64_t, int);
   void* context;
+  Range* ranges;  // `asked` of them, or null
+  int64_t asked;  // threads; the runtime may give fewer
 };
 
-// Every thread takes one run of consecutive jobs, the same run in every op: what it wrote in one op
-// is in its cache for the next.
+// Every thread begins with one run of consecutive jobs, the same run in every op: what it wrote in
+// one op is in its cache for the next. Then it helps those that other processes hold up.
 void share(void* argument) {
   const Region& region = *static_cast<const Region*>(argument);
   const int64_t thread = runtime().thread(), team = runtime().team();
-  const int64_t end = region.jobs * (thread + 1) / team;
-  for (int64_t job = region.jobs * thread / team; job < end; ++job)
-    region.body(region.context, job, int(thread));
+  if (!region.ranges) {
+    const int64_t end = region.jobs * (thread + 1) / team;
+    for (int64_t job = region.jobs * thread / team; job < end; ++job)
+      region.body(region.context, job, int(thread));
+    return;
+  }
+  for (int64_t i = 0; i < region.asked; ++i)
+    for (int64_t job; (job = region.ranges[(thread + i) % region.asked].take(i == 0)) >= 0;)
+      region.body(region.context, job, int(thread));
 }
 
 }  // namespace
@@ -63,7 +96,11 @@ void share(void* argument) {
 void parallel_run(int64_t jobs, int threads, void (*body)(void*, int64_t, int), void* context) {
   const int64_t team = std::min<int64_t>(jobs, threads);
   if (team > 1 && runtime()) {
-    Region region{jobs, body, context};
+    Range ranges[MAX_TEAM];
+    const bool ranged = team <= MAX_TEAM && jobs <= MAX_JOBS;
+    for (int64_t i = 0; ranged && i < team; ++i)
+      ranges[i].set(jobs * i / team, jobs * (i + 1) / team);
+    Region region{jobs, body, context, ranged ? ranges : nullptr, team};
     runtime().parallel(share, &region, unsigned(team), 0);
   } else {
     for (int64_t job = 0; job < jobs; ++job) body(context, job, 0);
