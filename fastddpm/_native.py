@@ -26,7 +26,7 @@ def _candidates() -> list[Path]:
     """Files that may be `_C`: beside this file, then in an installed fastddpm of the same version.
 
     The second serves a checkout after a plain `pip install .`: there `python -m pytest` and
-    `python -c "import fastddpm"` find the source folder first, and the build is in site-packages.
+    `python -c "import fastddpm"` find the source folder first, and the build is the installed one.
     """
     text = (_HERE / "__init__.py").read_text(encoding="utf-8")
     version = re.search(r'^__version__ = "(.+)"', text, re.MULTILINE)

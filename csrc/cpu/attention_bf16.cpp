@@ -4,6 +4,7 @@
 #include "bf16.h"
 #include "isa.h"
 #include "parallel.h"
+#include "view.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {
@@ -14,7 +15,7 @@ struct Sizes {  // in values of bfloat16: a float is two
 
   explicit Sizes(const Attention& op)
       : depth(op.channels / op.heads),
-        tiles((op.pixels + BLOCK - 1) / BLOCK),
+        tiles(blocks_of(op.pixels)),
         width(blocks_of(depth) * BLOCK),
         length(blocks_of(op.pixels) * BLOCK),
         keys(width * length),
@@ -27,7 +28,7 @@ void round_rows(const float* x, int64_t ldx, int64_t rows, int64_t count, int64_
                 int64_t ld) {
   for (int64_t i = 0; i < all; ++i) {
     const int64_t filled = i < rows ? count : 0;
-    round_run(x + i * ldx, filled, out + i * ld);
+    narrow(x + i * ldx, filled, out + i * ld);
     for (int64_t j = filled; j < ld; ++j) out[i * ld + j] = {0};
   }
 }

@@ -30,10 +30,6 @@ inline uint32_t pair_of(float low, float high) {
   return from_float<BF16>(low).bits | uint32_t(from_float<BF16>(high).bits) << 16;
 }
 
-inline void round_run(const float* __restrict x, int64_t count, BF16* __restrict out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = from_float<BF16>(x[i]);
-}
-
 // B[i][j] = b[i stride_k + j stride_n]; `panel` values from one panel to the next.
 inline void pack_bf16(const float* b, int64_t k, int64_t n, int64_t stride_k, int64_t stride_n,
                       BF16* panels, int64_t panel) {

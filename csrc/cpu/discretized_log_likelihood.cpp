@@ -1,6 +1,5 @@
 // discretized_log_likelihood: the walk over the elements; the formula is in math.h.
 #include "isa.h"
-#include "parallel.h"
 #include "view.h"
 
 namespace fastddpm {
@@ -8,10 +7,8 @@ namespace FASTDDPM_ISA {
 
 void discretized_log_likelihood(const DiscretizedLogLikelihood& op, int threads) {
   const Order order = memory_order(op.out, op.shape);
-  const int64_t size = numel(op.shape), chunks = (size + CHUNK - 1) / CHUNK;
-  parallel_for(op.shape.n * chunks, op.shape.n * size * 16, threads, [&](int64_t job, int) {
-    const int64_t n = job / chunks, first = job % chunks * CHUNK;
-    const int64_t count = size - first < CHUNK ? size - first : CHUNK;
+  const int64_t size = numel(op.shape), work = op.shape.n * size * 16;
+  for_chunks(op.shape.n, size, CHUNK, work, threads, [&](int64_t n, int64_t first, int64_t count) {
     float x[CHUNK], mean[CHUNK], log_scale[CHUNK], out[CHUNK];
     load(view(op.x, op.shape, n, order), first, count, x);
     load(view(op.mean, op.shape, n, order), first, count, mean);

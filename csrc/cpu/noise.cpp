@@ -1,7 +1,6 @@
 // noise: the walk over samples and chunks; formula and random numbers are in math.h and philox.h.
 #include "isa.h"
 #include "normals.h"
-#include "parallel.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {
@@ -27,17 +26,16 @@ struct Walk {
   // Calls body(row, n, first, count) for every chunk of `length` elements, its eps there.
   template <class Body>
   void run(int64_t length, int threads, const Body& body) const {
-    const int64_t size = numel(op.shape), chunks = (size + length - 1) / length;
-    parallel_for(op.shape.n * chunks, op.shape.n * size, threads, [&](int64_t job, int) {
-      const int64_t n = job / chunks, first = job % chunks * length;
-      const int64_t count = size - first < length ? size - first : length;
-      if (op.generate_eps) {
-        float z[CHUNK];
-        normals(stream(op.random, n), op.shape, order, first, count, z);
-        store(view(op.eps, op.shape, n, order), first, count, z);
-      }
-      body(op.table.data + op.t.data[n * op.t.stride] * COLUMNS, n, first, count);
-    });
+    const int64_t size = numel(op.shape), all = op.shape.n * size;
+    for_chunks(op.shape.n, size, length, all, threads,
+               [&](int64_t n, int64_t first, int64_t count) {
+                 if (op.generate_eps) {
+                   float z[CHUNK];
+                   normals(stream(op.random, n), op.shape, order, first, count, z);
+                   store(view(op.eps, op.shape, n, order), first, count, z);
+                 }
+                 body(op.table.data + op.t.data[n * op.t.stride] * COLUMNS, n, first, count);
+               });
   }
 };
 

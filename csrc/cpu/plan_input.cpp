@@ -3,6 +3,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "simd.h"
+#include "view.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {
@@ -142,7 +143,7 @@ void prepare_pixel(const PrepareInput& op, const float* x, int64_t channels, int
     float piece[PIECE];
     prepare_pixel(op, x + first, count, coefficient + first, piece);
     if (op.silu) silu_run(piece, count);
-    for (int64_t c = 0; c < count; ++c) out[first + c] = from_float<BF16>(piece[c]);
+    narrow(piece, count, out + first);
   }
 }
 

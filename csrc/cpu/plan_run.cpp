@@ -79,14 +79,12 @@ void Plan::State::reserve(int64_t n, int64_t share, int threads) {
     floats = needed;
   };
   int64_t local = 0, work = 0;
-  for (const Segment& segment : segments)
-    if (segment.by_image && share) {
-      local = std::max(local, threads * share * segment.arena);
-      work = std::max(work, threads * workspace(share, 1));
-    } else {
-      local = std::max(local, n * segment.arena);
-      work = std::max(work, workspace(n, threads));
-    }
+  const int64_t shares = share ? threads * workspace(share, 1) : 0, all = workspace(n, threads);
+  for (const Segment& segment : segments) {
+    const bool by_image = segment.by_image && share;
+    local = std::max(local, (by_image ? threads * share : n) * segment.arena);
+    work = std::max(work, by_image ? shares : all);
+  }
   grow(arena_memory, arena_floats, n * arena);
   grow(local_memory, local_floats, local);
   grow(workspace_memory, workspace_floats, work);
@@ -116,13 +114,13 @@ struct Run {
         local(plan.local_memory.get()),
         workspace(plan.workspace_memory.get()) {}
 
-  // Group `job` of `share` images at most, on one thread.
+  // Group `job` of `share` images at most, on one thread; needs: floats of its workspace.
   Run(const Plan::State& plan, int64_t n, const float* time, const Segment& segment, int64_t job,
-      int64_t share, int thread)
+      int64_t share, int64_t needs, int thread)
       : Run(plan, n, time, 1) {
     first = job * share, images = std::min(share, n - first);
     local += thread * share * segment.arena, local_capacity = share;
-    workspace += thread * plan.workspace(share, 1);
+    workspace += thread * needs;
   }
 
   float* memory(int64_t id) const {
@@ -268,6 +266,7 @@ void Plan::forward(const Tensor& x, int64_t n, const float* time, const Tensor& 
     share = std::min(group > 0 ? group : fit, (n + threads - 1) / threads);
   }
   s.reserve(n, share, threads);
+  const int64_t needs = share ? s.workspace(share, 1) : 0;
   for (const Segment& segment : s.segments) {
     const auto run_layers = [&](const Run& run) {
       if (segment.first == 0) run.run_load(x);
@@ -279,7 +278,7 @@ void Plan::forward(const Tensor& x, int64_t n, const float* time, const Tensor& 
       continue;
     }
     parallel_for((n + share - 1) / share, SERIAL_ELEMENTS, threads, [&](int64_t job, int thread) {
-      run_layers(Run(s, n, time, segment, job, share, thread));
+      run_layers(Run(s, n, time, segment, job, share, needs, thread));
     });
   }
 }

@@ -1,7 +1,6 @@
 // posterior_step: the walk over samples and chunks; the formula is in math.h.
 #include "isa.h"
 #include "normals.h"
-#include "parallel.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {
@@ -40,12 +39,11 @@ struct Walk {
   // Calls body(row, n, first, count) for every chunk of `length` elements.
   template <class Body>
   void run(int64_t length, int threads, const Body& body) const {
-    const int64_t size = numel(op.shape), chunks = (size + length - 1) / length;
-    parallel_for(op.shape.n * chunks, op.shape.n * size, threads, [&](int64_t job, int) {
-      const int64_t n = job / chunks, first = job % chunks * length;
-      const float* row = op.table.data + op.t.data[n * op.t.stride] * COLUMNS;
-      body(row, n, first, size - first < length ? size - first : length);
-    });
+    const int64_t size = numel(op.shape), all = op.shape.n * size;
+    for_chunks(op.shape.n, size, length, all, threads,
+               [&](int64_t n, int64_t first, int64_t count) {
+                 body(op.table.data + op.t.data[n * op.t.stride] * COLUMNS, n, first, count);
+               });
   }
 
   void draw(int64_t n, int64_t first, int64_t count, float* z) const {

@@ -6,6 +6,7 @@
 // layouts and types meet in one place.
 #pragma once
 #include "../ops.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace fastddpm {
@@ -232,6 +233,18 @@ inline Order memory_order(const Tensor& tensor, const Shape& shape, bool drawn =
 // channel.
 inline int64_t chunk_length(Order order, const Shape& shape, bool drawn) {
   return order == Order::hwc && drawn ? CHUNK / shape.c * shape.c : CHUNK;
+}
+
+// Calls body(n, first, count) for every chunk of `length` elements of samples of `size` elements
+// each; work: of all, as parallel_for counts it.
+template <class Body>
+inline void for_chunks(int64_t samples, int64_t size, int64_t length, int64_t work, int threads,
+                       const Body& body) {
+  const int64_t chunks = (size + length - 1) / length;
+  parallel_for(samples * chunks, work, threads, [&](int64_t job, int) {
+    const int64_t first = job % chunks * length;
+    body(job / chunks, first, size - first < length ? size - first : length);
+  });
 }
 
 }  // namespace
