@@ -294,25 +294,38 @@ void def_noise(py::module_& m) {
   });
 }
 
+PosteriorStep posterior_step_of(bool cuda, py::handle xt, py::handle model_output, py::handle z,
+                                py::handle log_variance, py::handle out, const py::object& seed,
+                                py::handle step, py::handle sample_index, py::handle t,
+                                py::handle table, const std::string& prediction, bool clip) {
+  if (z.is_none() && seed.is_none()) throw py::value_error("posterior_step needs z or a seed");
+  Reader read(cuda);
+  const Shape shape = read.set_shape(xt, "xt");
+  return {shape,
+          read.tensor(xt, "xt"),
+          read.tensor(model_output, "model_output"),
+          read.tensor(z, "z"),
+          read.tensor(log_variance, "log_variance"),
+          read.tensor(out, "out"),
+          read.random(seed, step, sample_index),
+          read.per_sample(t, "t"),
+          prediction_of(prediction),
+          clip,
+          read.table(table)};
+}
+
 template <auto run>
 void def_posterior_step(py::module_& m) {
-  m.def(
-      "posterior_step",
-      [](py::handle xt, py::handle model_output, py::handle z, py::handle log_variance,
-         py::handle out, const py::object& seed, py::handle step, py::handle sample_index,
-         py::handle t, py::handle table, const std::string& prediction, bool clip, int64_t where) {
-        if (z.is_none() && seed.is_none())
-          throw py::value_error("posterior_step needs z or a seed");
-        Reader read(is_cuda(run));
-        const Shape shape = read.set_shape(xt, "xt");
-        launch(run,
-               PosteriorStep{shape, read.tensor(xt, "xt"),
-                             read.tensor(model_output, "model_output"), read.tensor(z, "z"),
-                             read.tensor(log_variance, "log_variance"), read.tensor(out, "out"),
-                             read.random(seed, step, sample_index), read.per_sample(t, "t"),
-                             prediction_of(prediction), clip, read.table(table)},
-               where);
-      });
+  m.def("posterior_step",
+        [](py::handle xt, py::handle model_output, py::handle z, py::handle log_variance,
+           py::handle out, const py::object& seed, py::handle step, py::handle sample_index,
+           py::handle t, py::handle table, const std::string& prediction, bool clip,
+           int64_t where) {
+          launch(run,
+                 posterior_step_of(is_cuda(run), xt, model_output, z, log_variance, out, seed, step,
+                                   sample_index, t, table, prediction, clip),
+                 where);
+        });
 }
 
 template <auto run>
@@ -518,9 +531,28 @@ void def_plan(py::module_& m) {
             if (out.is_none()) throw py::value_error("out must be a tensor");
             const PlanCall call(plan, x, time, out);
             const py::gil_scoped_release release;
-            plan.forward(call.x, call.n, call.time, call.out, threads, group);
+            return plan.forward(call.x, call.n, call.time, call.out, threads, group);
           },
           "x"_a, "time"_a, "out"_a, "threads"_a, "group"_a = 0)
+      .def(
+          "step",
+          [](Plan& plan, py::handle xt, py::handle time, py::handle out, int threads,
+             py::handle model_output, py::handle log_variance, py::handle x, const py::object& seed,
+             py::handle step, py::handle sample_index, py::handle t, py::handle table,
+             const std::string& prediction, bool clip) {
+            check_threads(threads);
+            if (out.is_none() || model_output.is_none() || x.is_none() || seed.is_none())
+              throw py::value_error("out, model_output, x and seed must be given");
+            const PlanCall call(plan, xt, time, out);
+            const PosteriorStep op =
+                posterior_step_of(false, xt, model_output, py::none(), log_variance, x, seed, step,
+                                  sample_index, t, table, prediction, clip);
+            cpu::check(op);
+            const py::gil_scoped_release release;
+            return plan.forward(call.x, call.n, call.time, call.out, threads, 0, &op);
+          },
+          "xt"_a, "time"_a, "out"_a, "threads"_a, py::kw_only(), "model_output"_a, "log_variance"_a,
+          "x"_a, "seed"_a, "step"_a, "sample_index"_a, "t"_a, "table"_a, "prediction"_a, "clip"_a)
       .def(
           "profile",
           [](Plan& plan, py::handle x, py::handle time, py::handle out, int threads) {

@@ -20,6 +20,7 @@ import fastddpm
 from fastddpm import Diffusion, UNet, _native
 from fastddpm.engine import choose, cpu_plan, make_engine
 from fastddpm.engine.cpu_plan import CpuPlan, build_plan, time_rows, unsupported
+from fastddpm.engine.eager import Eager
 
 pytestmark = pytest.mark.skipif(_native.C is None, reason="plans need the native module")
 
@@ -189,6 +190,13 @@ def test_norm_of_a_large_mean_with_a_small_spread(isa):
     layer.check("direct")
 
 
+@pytest.mark.parametrize("y", [0, 3, 30])
+def test_norm_of_a_pixel_that_stands_out(isa, y):
+    layer = Layer(8, 8, 1, size=(31, 64), norm=8)
+    layer.x[:, :, y, 0] += 300
+    layer.check("direct")
+
+
 @pytest.mark.parametrize(("heads", "pixels"), [(1, (1, 1)), (2, (7, 7)), (3, (9, 11))], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention(isa, heads, pixels, dtype):
@@ -337,6 +345,33 @@ def test_auto_takes_the_plan_and_draws_what_eager_draws():
     short = fastddpm.sample(model, 3, steps=5, sampler="ddim", engine="cpu_plan", **options)
     same = fastddpm.sample(model, 3, steps=5, sampler="ddim", engine="eager", **options)
     assert (short - same).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    ("prediction", "variance", "loss"),
+    [
+        ("eps", "fixed_large", "simple"),
+        ("x0", "fixed_small", "simple"),
+        ("mean", "fixed_small", "vlb"),
+        ("eps", "learned", "vlb"),
+    ],
+)
+def test_a_step_within_the_plan_is_the_ops(prediction, variance, loss, memory, sampler):
+    diffusion = Diffusion(SCHEDULE, prediction, variance, loss).respace(5)
+    model = tiny_unet(in_channels=3, diffusion=diffusion).eval()
+    options = {"sampler": sampler, "eta": 0.5 * (sampler == "ddim"), "precision": "fp32"}
+    engine = make_engine("cpu_plan", model, diffusion, device=CPU, **options)
+    xt = random(5, 3, *model.image_size, seed=2).contiguous(memory_format=memory)
+    index = torch.tensor([7, 0, 3, 2**40, 1])
+    for i in (4, 1, 0):
+        arguments = (xt, i, torch.full((5,), i), 2**63 + 5, index)
+        x, output = engine.step(*arguments)
+        expected, expected_output = Eager.step(engine, *arguments)
+        torch.testing.assert_close(output, expected_output, rtol=0, atol=0)
+        torch.testing.assert_close(x, expected, rtol=0, atol=0)
+        assert x.stride() == xt.stride()
 
 
 def test_bf16_is_the_plans_where_it_is_asked_for_or_fast(monkeypatch):
@@ -499,7 +534,8 @@ def run_checks(folder: Path, objects: list[Path], *algorithms: str) -> None:
     assert "0 of the plans are wrong" in run.stdout
 
 
-COMMON = ("plan_check", "plan", "plan_run", "plan_input", "attention", "convolution")
+PLAN = ("plan_check", "plan", "plan_run", "plan_input")
+COMMON = (*PLAN, "attention", "convolution", "posterior_step")
 BF16 = ("attention_bf16", "convolution_bf16")
 
 

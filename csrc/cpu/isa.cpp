@@ -203,9 +203,13 @@ void noise(const Noise& op, int threads) {
   active().noise(op, threads);
 }
 
-void posterior_step(const PosteriorStep& op, int threads) {
+void check(const PosteriorStep& op) {
   require(op.out.dtype != DType::u8, "posterior_step: out must be float32, bfloat16 or float16");
   check_timesteps(op.t, op.shape.n, op.table);
+}
+
+void posterior_step(const PosteriorStep& op, int threads) {
+  check(op);
   active().posterior_step(op, threads);
 }
 

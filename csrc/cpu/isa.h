@@ -52,6 +52,9 @@ const char* isa();
 // it.
 void use_isa(const char* name);
 
+// Throws what posterior_step throws for operands that lead out of bounds.
+void check(const PosteriorStep& op);
+
 // Whether the one in use multiplies bfloat16: it is then faster than float32.
 bool multiplies_bf16();
 

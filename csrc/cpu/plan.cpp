@@ -29,7 +29,8 @@ namespace {
    isa::attention_bf16,              \
    isa::attention_workspace_bf16,    \
    isa::packed_weight_size_bf16,     \
-   isa::pack_weight_bf16},
+   isa::pack_weight_bf16,            \
+   base::posterior_step},
 
 const PlanKernels table[] = {FASTDDPM_EACH_ISA(FASTDDPM_PLAN_ROW)};
 

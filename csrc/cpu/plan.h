@@ -65,9 +65,11 @@ class Plan {
   void finish(int64_t output);  // places all activations in the arena; no layer can follow
 
   // out = network(x). time: the row of time embeddings, time_size() floats. Not for two threads of
-  // the caller at once. group: images that go through all layers together, 0: chosen.
-  void forward(const Tensor& x, int64_t n, const float* time, const Tensor& out, int threads,
-               int64_t group);
+  // the caller at once. group: images that go through all layers together, 0: chosen. step: what
+  // each image does next, n samples whose model_output lies in out, checked by check(); or null.
+  // Returns whether all of out is finite.
+  bool forward(const Tensor& x, int64_t n, const float* time, const Tensor& out, int threads,
+               int64_t group, const PosteriorStep* step = nullptr);
 
   // forward with the seconds of each layer, one layer after the other on all threads.
   std::vector<double> profile(const Tensor& x, int64_t n, const float* time, const Tensor& out,

@@ -9,77 +9,72 @@ namespace fastddpm {
 namespace FASTDDPM_ISA {
 namespace {
 
-constexpr int64_t RUN = 64;     // pixels in a partial sum: keeps the error of long sums small
+constexpr int64_t RUN = 64;     // pixels in a partial sum
 constexpr int64_t LANES = 4;    // vectors of channels at a time
 constexpr int64_t PIECE = 256;  // channels that are rounded at a time
 
-// Over the pixels, for VECTORS vectors of channels: sums of x - centre and, if squares, of its
-// square.
-template <int VECTORS>
-void sum_channels(const float* x, int64_t pixels, int64_t channels, const float* centre, float* sum,
-                  float* squares) {
-  Vector middle[VECTORS], totals[VECTORS] = {}, total_squares[VECTORS] = {};
-  for (int v = 0; v < VECTORS; ++v) middle[v] = load_vector(centre + v * WIDTH);
+inline void load_channels(const float* x, float& v) { v = *x; }
+
+inline void load_channels(const float* x, Vector& v) { v = load_vector(x); }
+
+inline void store_channels(float* x, float v) { *x = v; }
+
+inline void store_channels(float* x, Vector v) { store_vector(x, v); }
+
+inline float madd_channels(float a, float b, float c) { return madd(a, b, c); }
+
+inline Vector madd_channels(Vector a, Vector b, Vector c) { return vector_madd(a, b, c); }
+
+// Mean and sum of squares around it of COUNT vectors of channels, or of single channels: those of
+// each run of pixels around its own mean, whose second reading is from the first cache, joined by
+// Chan's formula.
+template <class V, int COUNT>
+void statistics_of(const float* x, int64_t pixels, int64_t channels, float* mean_out,
+                   float* squares_out) {
+  constexpr int64_t STEP = sizeof(V) / sizeof(float);
+  V mean[COUNT] = {}, squares[COUNT] = {};
   for (int64_t first = 0; first < pixels; first += RUN) {
     const int64_t last = pixels - first < RUN ? pixels : first + RUN;
-    Vector a[VECTORS] = {}, b[VECTORS] = {};
+    const float inverse = 1.0f / float(last - first), share = float(last - first) / float(last);
+    V centre[COUNT] = {}, a[COUNT] = {}, b[COUNT] = {};
     for (int64_t i = first; i < last; ++i)
-      for (int v = 0; v < VECTORS; ++v) {
-        const Vector d = load_vector(x + i * channels + v * WIDTH) - middle[v];
-        a[v] += d;
-        b[v] = vector_madd(d, d, b[v]);
+      for (int v = 0; v < COUNT; ++v) {
+        V value;
+        load_channels(x + i * channels + v * STEP, value);
+        centre[v] += value;
       }
-    for (int v = 0; v < VECTORS; ++v) totals[v] += a[v], total_squares[v] += b[v];
-  }
-  for (int v = 0; v < VECTORS; ++v) {
-    store_vector(sum + v * WIDTH, totals[v]);
-    store_vector(squares + v * WIDTH, total_squares[v]);
-  }
-}
-
-// The channels that are left over when vectors are full.
-void sum_channel(const float* x, int64_t pixels, int64_t channels, float centre, float& sum,
-                 float& squares) {
-  sum = squares = 0.0f;
-  for (int64_t first = 0; first < pixels; first += RUN) {
-    const int64_t last = pixels - first < RUN ? pixels : first + RUN;
-    float a = 0.0f, b = 0.0f;
-    for (int64_t i = first; i < last; ++i) {
-      const float d = x[i * channels] - centre;
-      a += d;
-      b = madd(d, d, b);
+    for (int v = 0; v < COUNT; ++v) centre[v] *= inverse;
+    for (int64_t i = first; i < last; ++i)
+      for (int v = 0; v < COUNT; ++v) {
+        V d;
+        load_channels(x + i * channels + v * STEP, d);
+        d -= centre[v];
+        a[v] += d;
+        b[v] = madd_channels(d, d, b[v]);
+      }
+    const V zero = {}, ones = zero + 1.0f;
+    for (int v = 0; v < COUNT; ++v) {
+      const V rest = a[v] * inverse, run = madd_channels(-rest, a[v], b[v]);
+      const V delta = (centre[v] - mean[v]) + rest;
+      mean[v] = madd_channels(delta, ones * share, mean[v]);
+      squares[v] += run < zero ? zero : run;  // a NaN stays
+      squares[v] = madd_channels(delta * delta, ones * (share * float(first)), squares[v]);
     }
-    sum += a, squares += b;
+  }
+  for (int v = 0; v < COUNT; ++v) {
+    store_channels(mean_out + v * STEP, mean[v]);
+    store_channels(squares_out + v * STEP, squares[v]);
   }
 }
 
-// Sums around the first pixel, then around the mean: the second pass's sum corrects the first's.
 void statistics_of(const float* x, int64_t pixels, int64_t channels, int64_t count, float* mean,
                    float* squares) {
-  float centre[LANES * WIDTH], sum[LANES * WIDTH];
-  const auto sums = [&](float* sum, float* squares) {
-    int64_t c = 0;
-    if (count == LANES * WIDTH) {
-      sum_channels<LANES>(x, pixels, channels, centre, sum, squares);
-      return;
-    }
-    for (; c + 2 * WIDTH <= count; c += 2 * WIDTH)
-      sum_channels<2>(x + c, pixels, channels, centre + c, sum + c, squares + c);
-    for (; c + WIDTH <= count; c += WIDTH)
-      sum_channels<1>(x + c, pixels, channels, centre + c, sum + c, squares + c);
-    for (; c < count; ++c) sum_channel(x + c, pixels, channels, centre[c], sum[c], squares[c]);
-  };
-  const float inverse = 1.0f / float(pixels);
-  for (int64_t c = 0; c < count; ++c) centre[c] = x[c];
-  sums(sum, squares);
-  for (int64_t c = 0; c < count; ++c) centre[c] = madd(sum[c], inverse, centre[c]);
-  sums(sum, squares);
-  for (int64_t c = 0; c < count; ++c) {
-    const float rest = sum[c] * inverse;
-    mean[c] = centre[c] + rest;
-    const float corrected = madd(-rest, sum[c], squares[c]);
-    squares[c] = corrected > 0.0f || corrected != corrected ? corrected : 0.0f;
-  }
+  if (count == LANES * WIDTH)
+    return statistics_of<Vector, LANES>(x, pixels, channels, mean, squares);
+  int64_t c = 0;
+  for (; c + WIDTH <= count; c += WIDTH)
+    statistics_of<Vector, 1>(x + c, pixels, channels, mean + c, squares + c);
+  for (; c < count; ++c) statistics_of<float, 1>(x + c, pixels, channels, mean + c, squares + c);
 }
 
 void coefficients_of(const GroupCoefficients& op, int64_t image) {

@@ -1,6 +1,7 @@
 // Runs plans: memory for the images at hand, which thread takes which of them, and every layer's
 // call of its kernels.
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <stdexcept>
 #include <tuple>
@@ -229,11 +230,24 @@ struct Run {
     write_statistics(0);
   }
 
-  void run_store(const Tensor& out) const {
+  // Returns whether all of it is finite.
+  bool run_store(const Tensor& out) const {
     const int64_t count = numel(plan.shape(plan.output, 1));
     for (int64_t i = 0; i < images; ++i)
       store(view(out, plan.shape(plan.output, 1), first + i, Order::hwc), 0, count,
             memory(plan.output) + i * count);
+    return all_finite(memory(plan.output), images * count);
+  }
+
+  // The group's samples of a step of all.
+  void run_step(PosteriorStep op) const {
+    op.shape.n = images;
+    for (Tensor* x : {&op.xt, &op.model_output, &op.z, &op.log_variance, &op.out})
+      if (x->data)
+        x->data = static_cast<char*>(x->data) + first * x->stride[0] * element_size(x->dtype);
+    for (PerSample* x : {&op.t, &op.random.step, &op.random.sample_index})
+      if (x->data) x->data += first * x->stride;
+    plan.kernels.posterior_step(op, threads);
   }
 };
 
@@ -253,10 +267,11 @@ void one_by_one(Plan::State& plan, const Tensor& x, int64_t n, const float* time
 
 }  // namespace
 
-void Plan::forward(const Tensor& x, int64_t n, const float* time, const Tensor& out, int threads,
-                   int64_t group) {
+bool Plan::forward(const Tensor& x, int64_t n, const float* time, const Tensor& out, int threads,
+                   int64_t group, const PosteriorStep* step) {
   State& s = *state;
-  if (n == 0) return;
+  if (n == 0) return true;
+  std::atomic<bool> finite{true};
   int64_t share = 0;
   if (n >= threads) {
     int64_t bytes = 1;
@@ -271,7 +286,9 @@ void Plan::forward(const Tensor& x, int64_t n, const float* time, const Tensor& 
     const auto run_layers = [&](const Run& run) {
       if (segment.first == 0) run.run_load(x);
       for (int64_t i = segment.first; i < segment.last; ++i) run.run_layer(s.layers[size_t(i)]);
-      if (segment.last == int64_t(s.layers.size())) run.run_store(out);
+      if (segment.last < int64_t(s.layers.size())) return;
+      if (!run.run_store(out)) finite = false;
+      if (step) run.run_step(*step);
     };
     if (!segment.by_image || !share) {
       run_layers(Run(s, n, time, threads));
@@ -281,6 +298,7 @@ void Plan::forward(const Tensor& x, int64_t n, const float* time, const Tensor& 
       run_layers(Run(s, n, time, segment, job, share, needs, thread));
     });
   }
+  return finite;
 }
 
 std::vector<double> Plan::profile(const Tensor& x, int64_t n, const float* time, const Tensor& out,

@@ -89,23 +89,61 @@ class CpuPlan(Eager):
         self._unet = model
         self._steps = diffusion.model_t(torch.arange(diffusion.T))
         self._time = time_rows(model, self._steps)
+        self._table = diffusion.table(
+            device, sampler=self.step_options["sampler"], eta=self.step_options["eta"]
+        )
         self._plans: dict[tuple[int, int], Any] = {}
 
     def output(self, xt: torch.Tensor, i: int, t: torch.Tensor) -> torch.Tensor:
+        plan, out = self._plan(xt, t), self._empty_output(xt)
+        if not plan.forward(xt, self._time[i], out, torch.get_num_threads()):
+            raise self._not_finite(plan, xt, i)
+        return out
+
+    def step(
+        self, xt: torch.Tensor, i: int, t: torch.Tensor, seed: int, sample_index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Eager's, in one native call: each image takes its step where its eps was computed."""
+        sampler, prediction = self.step_options["sampler"], self.diffusion.prediction
+        if sampler == "ddim" and prediction == "mean":  # goes through x0
+            return super().step(xt, i, t, seed, sample_index)
+        plan, out, x = self._plan(xt, t), self._empty_output(xt), torch.empty_like(xt)
+        model_output, log_variance = self.diffusion.split(out)
+        finite = plan.step(
+            xt,
+            self._time[i],
+            out,
+            torch.get_num_threads(),
+            model_output=model_output,
+            log_variance=None if sampler == "ddim" else log_variance,
+            x=x,
+            seed=seed,
+            step=self._steps[i : i + 1].expand_as(t),
+            sample_index=sample_index,
+            t=t,
+            table=self._table,
+            prediction=prediction,
+            clip=self.step_options["clip"],
+        )
+        if not finite:
+            raise self._not_finite(plan, xt, i)
+        return x, out
+
+    def _plan(self, xt: torch.Tensor, t: torch.Tensor) -> Any:
         size = (xt.shape[2], xt.shape[3])
         if size not in self._plans:
             self._unet.check_input(xt, t)
             self._plans[size] = build_plan(self._unet, *size, precision=self.precision)
-        plan, threads, row = self._plans[size], torch.get_num_threads(), self._time[i]
-        shape = (xt.shape[0], self._unet.config["out_channels"], *size)
-        out = torch.empty(shape, memory_format=torch.channels_last)
-        plan.forward(xt, row, out, threads)
-        if not torch.isfinite(out).all():
-            layer = plan.not_finite(xt, row, threads) or "the input"
-            raise FloatingPointError(
-                f"not a number or infinite at step t = {int(self._steps[i])}, first in {layer}"
-            )
-        return out
+        return self._plans[size]
+
+    def _empty_output(self, xt: torch.Tensor) -> torch.Tensor:
+        return xt.new_empty((xt.shape[0], self._unet.config["out_channels"], *xt.shape[2:]))
+
+    def _not_finite(self, plan: Any, xt: torch.Tensor, i: int) -> FloatingPointError:
+        layer = plan.not_finite(xt, self._time[i], torch.get_num_threads()) or "the input"
+        return FloatingPointError(
+            f"not a number or infinite at step t = {int(self._steps[i])}, first in {layer}"
+        )
 
 
 @torch.no_grad()

@@ -57,6 +57,16 @@ class Eager:
         with self._context():
             return self.diffusion.model_output(self.model, xt, t)
 
+    def step(
+        self, xt: torch.Tensor, i: int, t: torch.Tensor, seed: int, sample_index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x_{t-1}, what the model said of x_t) at chain index i; t: the same as a tensor (N,)."""
+        output = self.output(xt, i, t)
+        x = self.diffusion.p_step(
+            xt, output, t, seed=seed, sample_index=sample_index, **self.step_options
+        )
+        return x, output
+
     @torch.no_grad()
     def run(
         self,
@@ -79,10 +89,7 @@ class Eager:
         with evaluating(self.model):
             for i in reversed(range(stop, diffusion.T if start is None else start)):
                 t = torch.full((xt.shape[0],), i, dtype=torch.int64, device=self.device)
-                output = self.output(xt, i, t)
-                x = diffusion.p_step(
-                    xt, output, t, seed=seed, sample_index=sample_index, **self.step_options
-                )
+                x, output = self.step(xt, i, t, seed, sample_index)
                 if on_step is not None:
                     on_step(i, x, functools.partial(diffusion.predict_x0, xt, output, t, clip=clip))
                 xt = x
