@@ -64,11 +64,13 @@ struct Place {
 
 // ---- the direct sum ----------------------------------------------------------------------------
 
-// Adds `length` inputs of each of ROWS pixels times their weights.
+// Adds `length` inputs of each of ROWS pixels times their weights, from row `at` of the panel on.
 template <int ROWS>
 inline void add_products(const float* const row[ROWS], int64_t length, const float* panel,
-                         Vector sum[ROWS][2]) {
+                         const Ahead& ahead, int64_t at, Vector sum[ROWS][2]) {
+  panel += at * PANEL;
   for (int64_t l = 0; l < length; ++l, panel += PANEL) {
+    ahead.fetch(at + l);
     const Vector left = load_vector(panel), right = load_vector(panel + WIDTH);
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; ++i) {
@@ -83,16 +85,17 @@ inline void add_products(const float* const row[ROWS], int64_t length, const flo
 // the pixels of the second source, or null.
 template <int ROWS>
 void direct_strip(const Convolution& op, const float* const* x, const float* const* second,
-                  const float* panel, int64_t pixel, int64_t c, const Epilogue& epilogue) {
+                  const float* panel, const Ahead& ahead, int64_t pixel, int64_t c,
+                  const Epilogue& epilogue) {
   const int64_t length = op.kernel * op.c_in, line = op.columns * op.pixel;
   Vector sum[ROWS][2];
   for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = Vector{};
-  for (int64_t run = 0; run < op.kernel; ++run, panel += length * PANEL) {
+  for (int64_t run = 0; run < op.kernel; ++run) {
     const float* row[ROWS];
     for (int i = 0; i < ROWS; ++i) row[i] = x[i] + run * line;
-    add_products<ROWS>(row, length, panel, sum);
+    add_products<ROWS>(row, length, panel, ahead, run * length, sum);
   }
-  if (second) add_products<ROWS>(second, op.c_in_2, panel, sum);
+  if (second) add_products<ROWS>(second, op.c_in_2, panel, ahead, op.kernel * length, sum);
   for (int i = 0; i < ROWS; ++i) {
     epilogue(pixel + i, c, sum[i][0]);
     epilogue(pixel + i, c + WIDTH, sum[i][1]);
@@ -102,7 +105,7 @@ void direct_strip(const Convolution& op, const float* const* x, const float* con
 void direct(const Convolution& op, const Epilogue& epilogue, int64_t first, int64_t count,
             int64_t c_first, int64_t c_last) {
   using Strip = void (*)(const Convolution&, const float* const*, const float* const*, const float*,
-                         int64_t, int64_t, const Epilogue&);
+                         const Ahead&, int64_t, int64_t, const Epilogue&);
   static constexpr Strip strips[STRIP] = {direct_strip<1>, direct_strip<2>, direct_strip<3>,
                                           direct_strip<4>, direct_strip<5>, direct_strip<6>};
   const float *x[PIXELS], *second[PIXELS];
@@ -113,11 +116,14 @@ void direct(const Convolution& op, const Epilogue& epilogue, int64_t first, int6
            place.x * op.stride * op.pixel;
     second[i] = op.x_2 ? op.x_2 + (first + i) * op.c_in_2 : nullptr;
   }
-  const int64_t size = (op.kernel * op.kernel * op.c_in + op.c_in_2) * PANEL;
-  for (int64_t c = c_first; c < c_last; c += PANEL)
+  const int64_t rows = op.kernel * op.kernel * op.c_in + op.c_in_2;
+  for (int64_t c = c_first; c < c_last; c += PANEL) {
+    const float* panel = op.weight + c * rows;
     for (int64_t i = 0; i < count; i += STRIP)
-      strips[least(count - i, STRIP) - 1](op, x + i, op.x_2 ? second + i : nullptr,
-                                          op.weight + c / PANEL * size, first + i, c, epilogue);
+      strips[least(count - i, STRIP) - 1](op, x + i, op.x_2 ? second + i : nullptr, panel,
+                                          Ahead(panel, rows, i / STRIP, ceil_div(count, STRIP)),
+                                          first + i, c, epilogue);
+  }
 }
 
 // ---- Winograd ----------------------------------------------------------------------------------
