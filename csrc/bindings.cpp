@@ -316,16 +316,16 @@ PosteriorStep posterior_step_of(bool cuda, py::handle xt, py::handle model_outpu
 
 template <auto run>
 void def_posterior_step(py::module_& m) {
-  m.def("posterior_step",
-        [](py::handle xt, py::handle model_output, py::handle z, py::handle log_variance,
-           py::handle out, const py::object& seed, py::handle step, py::handle sample_index,
-           py::handle t, py::handle table, const std::string& prediction, bool clip,
-           int64_t where) {
-          launch(run,
-                 posterior_step_of(is_cuda(run), xt, model_output, z, log_variance, out, seed, step,
-                                   sample_index, t, table, prediction, clip),
-                 where);
-        });
+  m.def(
+      "posterior_step",
+      [](py::handle xt, py::handle model_output, py::handle z, py::handle log_variance,
+         py::handle out, const py::object& seed, py::handle step, py::handle sample_index,
+         py::handle t, py::handle table, const std::string& prediction, bool clip, int64_t where) {
+        launch(run,
+               posterior_step_of(is_cuda(run), xt, model_output, z, log_variance, out, seed, step,
+                                 sample_index, t, table, prediction, clip),
+               where);
+      });
 }
 
 template <auto run>

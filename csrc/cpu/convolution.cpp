@@ -64,13 +64,12 @@ struct Place {
 
 // ---- the direct sum ----------------------------------------------------------------------------
 
-// Adds `length` inputs of each of ROWS pixels times their weights, from row `at` of the panel on.
+// Adds `length` inputs of each of ROWS pixels times their weights.
 template <int ROWS>
 inline void add_products(const float* const row[ROWS], int64_t length, const float* panel,
-                         const Ahead& ahead, int64_t at, Vector sum[ROWS][2]) {
-  panel += at * PANEL;
+                         Ahead& ahead, Vector sum[ROWS][2]) {
   for (int64_t l = 0; l < length; ++l, panel += PANEL) {
-    ahead.fetch(at + l);
+    ahead.fetch();
     const Vector left = load_vector(panel), right = load_vector(panel + WIDTH);
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; ++i) {
@@ -81,33 +80,38 @@ inline void add_products(const float* const row[ROWS], int64_t length, const flo
   }
 }
 
-// x[i]: where pixel i's filter begins, `kernel` runs of kernel * c_in floats, `line` apart; second:
-// the pixels of the second source, or null.
+// `strips` strips of ROWS pixels. x[i]: where pixel i's filter begins, `kernel` runs of kernel *
+// c_in floats, `line` apart; second: the pixels of the second source, or null.
 template <int ROWS>
-void direct_strip(const Convolution& op, const float* const* x, const float* const* second,
-                  const float* panel, const Ahead& ahead, int64_t pixel, int64_t c,
-                  const Epilogue& epilogue) {
+void direct_strips(const Convolution& op, const float* const* x, const float* const* second,
+                   const float* panel, int64_t pixel, int64_t c, const Epilogue& epilogue,
+                   int64_t strips, Ahead& ahead) {
   const int64_t length = op.kernel * op.c_in, line = op.columns * op.pixel;
-  Vector sum[ROWS][2];
-  for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = Vector{};
-  for (int64_t run = 0; run < op.kernel; ++run) {
-    const float* row[ROWS];
-    for (int i = 0; i < ROWS; ++i) row[i] = x[i] + run * line;
-    add_products<ROWS>(row, length, panel, ahead, run * length, sum);
-  }
-  if (second) add_products<ROWS>(second, op.c_in_2, panel, ahead, op.kernel * length, sum);
-  for (int i = 0; i < ROWS; ++i) {
-    epilogue(pixel + i, c, sum[i][0]);
-    epilogue(pixel + i, c + WIDTH, sum[i][1]);
+  for (; strips > 0; --strips, x += ROWS, pixel += ROWS) {
+    Vector sum[ROWS][2];
+    for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = Vector{};
+    for (int64_t run = 0; run < op.kernel; ++run) {
+      const float* row[ROWS];
+      for (int i = 0; i < ROWS; ++i) row[i] = x[i] + run * line;
+      add_products<ROWS>(row, length, panel + run * length * PANEL, ahead, sum);
+    }
+    if (second) {
+      add_products<ROWS>(second, op.c_in_2, panel + op.kernel * length * PANEL, ahead, sum);
+      second += ROWS;
+    }
+    for (int i = 0; i < ROWS; ++i) {
+      epilogue(pixel + i, c, sum[i][0]);
+      epilogue(pixel + i, c + WIDTH, sum[i][1]);
+    }
   }
 }
 
 void direct(const Convolution& op, const Epilogue& epilogue, int64_t first, int64_t count,
             int64_t c_first, int64_t c_last) {
-  using Strip = void (*)(const Convolution&, const float* const*, const float* const*, const float*,
-                         const Ahead&, int64_t, int64_t, const Epilogue&);
-  static constexpr Strip strips[STRIP] = {direct_strip<1>, direct_strip<2>, direct_strip<3>,
-                                          direct_strip<4>, direct_strip<5>, direct_strip<6>};
+  using Strips = void (*)(const Convolution&, const float* const*, const float* const*,
+                          const float*, int64_t, int64_t, const Epilogue&, int64_t, Ahead&);
+  static constexpr Strips last[STRIP - 1] = {direct_strips<1>, direct_strips<2>, direct_strips<3>,
+                                             direct_strips<4>, direct_strips<5>};
   const float *x[PIXELS], *second[PIXELS];
   const int64_t line = op.columns * op.pixel;
   Place place(first, op.width, op.height);
@@ -117,12 +121,14 @@ void direct(const Convolution& op, const Epilogue& epilogue, int64_t first, int6
     second[i] = op.x_2 ? op.x_2 + (first + i) * op.c_in_2 : nullptr;
   }
   const int64_t rows = op.kernel * op.kernel * op.c_in + op.c_in_2;
+  const int64_t whole = count / STRIP, done = whole * STRIP, rest = count - done;
   for (int64_t c = c_first; c < c_last; c += PANEL) {
     const float* panel = op.weight + c * rows;
-    for (int64_t i = 0; i < count; i += STRIP)
-      strips[least(count - i, STRIP) - 1](op, x + i, op.x_2 ? second + i : nullptr, panel,
-                                          Ahead(panel, rows, i / STRIP, ceil_div(count, STRIP)),
-                                          first + i, c, epilogue);
+    Ahead ahead(panel, rows, whole + (rest > 0));
+    direct_strips<STRIP>(op, x, op.x_2 ? second : nullptr, panel, first, c, epilogue, whole, ahead);
+    if (rest)
+      last[rest - 1](op, x + done, op.x_2 ? second + done : nullptr, panel, first + done, c,
+                     epilogue, 1, ahead);
   }
 }
 

@@ -39,51 +39,54 @@ inline void pack(const T* b, int64_t k, int64_t n, int64_t stride_k, int64_t str
   }
 }
 
-// What follows a panel in memory is mostly the next one. The strips that a panel is used for fetch
-// it in equal parts, a step in each of their k iterations: left to the processor, the first strip
-// of each panel would wait for all of it.
-struct Ahead {
-  const char* at;
-  int64_t step;  // bytes
+// What follows a panel in memory is mostly the next one. It is fetched in equal parts while a panel
+// of k rows is used by so many strips, whose every row calls fetch(): left to the processor, the
+// first strip of each panel would wait for all of it.
+class Ahead {
+ public:
+  Ahead(const float* panel, int64_t k, int64_t strips)
+      : at(uintptr_t(panel + k * PANEL)),
+        step(uintptr_t(PANEL) * sizeof(float) / uintptr_t(strips)) {}
 
-  // For strip `i` of `strips` with a panel of k rows.
-  Ahead(const float* panel, int64_t k, int64_t i, int64_t strips) {
-    const int64_t row = PANEL * int64_t(sizeof(float));
-    step = row > strips ? row / strips : 1;
-    const int64_t next = i * step < row ? k * (row + i * step) : 0;
-    at = reinterpret_cast<const char*>(uintptr_t(panel) + uintptr_t(next));
+  void fetch() {
+    __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
+    at += step;
   }
 
-  void fetch(int64_t l) const { __builtin_prefetch(at + l * step, 0, 2); }
+ private:
+  uintptr_t at, step;
 };
 
+// `strips` strips of ROWS rows, one after the other.
 template <int ROWS>
-inline void multiply_strip(const float* a, int64_t lda, const float* panel, int64_t k,
-                           const Ahead& ahead, const float* bias, float* c, int64_t ldc,
-                           int64_t columns) {
-  Vector sum[ROWS][2];
-  for (int i = 0; i < ROWS; ++i)
-    for (int j = 0; j < 2; ++j) sum[i][j] = bias ? load_vector(bias + j * WIDTH) : Vector{};
-  for (int64_t l = 0; l < k; ++l) {
-    ahead.fetch(l);
-    const Vector left = load_vector(panel + l * PANEL);
-    const Vector right = load_vector(panel + l * PANEL + WIDTH);
+inline void multiply_strips(const float* a, int64_t lda, const float* panel, int64_t k,
+                            const float* bias, float* c, int64_t ldc, int64_t columns,
+                            int64_t strips, Ahead& ahead) {
+  for (; strips > 0; --strips, a += ROWS * lda, c += ROWS * ldc) {
+    Vector sum[ROWS][2];
+    for (int i = 0; i < ROWS; ++i)
+      for (int j = 0; j < 2; ++j) sum[i][j] = bias ? load_vector(bias + j * WIDTH) : Vector{};
+    for (int64_t l = 0; l < k; ++l) {
+      ahead.fetch();
+      const Vector left = load_vector(panel + l * PANEL);
+      const Vector right = load_vector(panel + l * PANEL + WIDTH);
 #pragma GCC unroll 6
-    for (int i = 0; i < ROWS; ++i) {
-      const Vector x = vector_of(a[i * lda + l]);
-      sum[i][0] = vector_madd(x, left, sum[i][0]);
-      sum[i][1] = vector_madd(x, right, sum[i][1]);
+      for (int i = 0; i < ROWS; ++i) {
+        const Vector x = vector_of(a[i * lda + l]);
+        sum[i][0] = vector_madd(x, left, sum[i][0]);
+        sum[i][1] = vector_madd(x, right, sum[i][1]);
+      }
     }
-  }
-  for (int i = 0; i < ROWS; ++i) {
-    if (columns == PANEL) {
-      store_vector(c + i * ldc, sum[i][0]);
-      store_vector(c + i * ldc + WIDTH, sum[i][1]);
-    } else {
-      float values[PANEL];
-      store_vector(values, sum[i][0]);
-      store_vector(values + WIDTH, sum[i][1]);
-      __builtin_memcpy(c + i * ldc, values, size_t(columns) * sizeof(float));
+    for (int i = 0; i < ROWS; ++i) {
+      if (columns == PANEL) {
+        store_vector(c + i * ldc, sum[i][0]);
+        store_vector(c + i * ldc + WIDTH, sum[i][1]);
+      } else {
+        float values[PANEL];
+        store_vector(values, sum[i][0]);
+        store_vector(values + WIDTH, sum[i][1]);
+        __builtin_memcpy(c + i * ldc, values, size_t(columns) * sizeof(float));
+      }
     }
   }
 }
@@ -91,18 +94,20 @@ inline void multiply_strip(const float* a, int64_t lda, const float* panel, int6
 // C (m, n) = A B + bias; bias: null, or one value per column up to the end of the last panel.
 inline void multiply(const float* a, int64_t lda, const float* panels, int64_t m, int64_t k,
                      int64_t n, const float* bias, float* c, int64_t ldc) {
-  using Strip = void (*)(const float*, int64_t, const float*, int64_t, const Ahead&, const float*,
-                         float*, int64_t, int64_t);
-  static constexpr Strip strips[STRIP] = {multiply_strip<1>, multiply_strip<2>, multiply_strip<3>,
-                                          multiply_strip<4>, multiply_strip<5>, multiply_strip<6>};
-  const int64_t count = (m + STRIP - 1) / STRIP;
+  using Strips = void (*)(const float*, int64_t, const float*, int64_t, const float*, float*,
+                          int64_t, int64_t, int64_t, Ahead&);
+  static constexpr Strips last[STRIP - 1] = {multiply_strips<1>, multiply_strips<2>,
+                                             multiply_strips<3>, multiply_strips<4>,
+                                             multiply_strips<5>};
+  const int64_t whole = m / STRIP, done = whole * STRIP, rest = m - done;
   for (int64_t first = 0; first < n; first += PANEL, panels += k * PANEL) {
     const int64_t columns = n - first < PANEL ? n - first : PANEL;
     const float* offset = bias ? bias + first : nullptr;
-    for (int64_t i = 0; i < m; i += STRIP)
-      strips[(m - i < STRIP ? m - i : STRIP) - 1](a + i * lda, lda, panels, k,
-                                                  Ahead(panels, k, i / STRIP, count), offset,
-                                                  c + i * ldc + first, ldc, columns);
+    Ahead ahead(panels, k, whole + (rest > 0));
+    multiply_strips<STRIP>(a, lda, panels, k, offset, c + first, ldc, columns, whole, ahead);
+    if (rest)
+      last[rest - 1](a + done * lda, lda, panels, k, offset, c + done * ldc + first, ldc, columns,
+                     1, ahead);
   }
 }
 
