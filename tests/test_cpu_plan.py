@@ -372,6 +372,8 @@ def test_a_step_within_the_plan_is_the_ops(prediction, variance, loss, memory, s
         torch.testing.assert_close(output, expected_output, rtol=0, atol=0)
         torch.testing.assert_close(x, expected, rtol=0, atol=0)
         assert x.stride() == xt.stride()
+    with pytest.raises(ValueError, match="sample_index must be in 0"):
+        engine.step(xt, 0, torch.zeros(5, dtype=torch.int64), 1, index - 1)
 
 
 def test_bf16_is_the_plans_where_it_is_asked_for_or_fast(monkeypatch):

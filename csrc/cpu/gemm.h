@@ -46,7 +46,7 @@ class Ahead {
  public:
   Ahead(const float* panel, int64_t k, int64_t strips)
       : at(uintptr_t(panel + k * PANEL)),
-        step(uintptr_t(PANEL) * sizeof(float) / uintptr_t(strips)) {}
+        step(uintptr_t(PANEL) * sizeof(float) / uintptr_t(strips > 0 ? strips : 1)) {}
 
   void fetch() {
     __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);

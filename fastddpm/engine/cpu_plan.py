@@ -14,7 +14,7 @@ from torch import nn
 from fastddpm import _native
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine.eager import Eager
-from fastddpm.ops import dispatch
+from fastddpm.ops import checks, dispatch
 from fastddpm.precision import resolve_precision
 from fastddpm.unet import (
     AttentionBlock,
@@ -107,6 +107,7 @@ class CpuPlan(Eager):
         sampler, prediction = self.step_options["sampler"], self.diffusion.prediction
         if sampler == "ddim" and prediction == "mean":  # goes through x0
             return super().step(xt, i, t, seed, sample_index)
+        checks.values_in("sample_index", sample_index, checks.INDEX_END, "2^63 - 1")
         plan, out, x = self._plan(xt, t), self._empty_output(xt), torch.empty_like(xt)
         model_output, log_variance = self.diffusion.split(out)
         finite = plan.step(
