@@ -536,8 +536,15 @@ def run_checks(folder: Path, objects: list[Path], *algorithms: str) -> None:
     assert "0 of the plans are wrong" in run.stdout
 
 
-PLAN = ("plan_check", "plan", "plan_run", "plan_input")
-COMMON = (*PLAN, "attention", "convolution", "posterior_step")
+COMMON = (
+    "plan_check",
+    "plan",
+    "plan_run",
+    "plan_input",
+    "attention",
+    "convolution",
+    "posterior_step",
+)
 BF16 = ("attention_bf16", "convolution_bf16")
 
 

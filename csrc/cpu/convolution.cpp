@@ -64,22 +64,6 @@ struct Place {
 
 // ---- the direct sum ----------------------------------------------------------------------------
 
-// Adds `length` inputs of each of ROWS pixels times their weights.
-template <int ROWS>
-inline void add_products(const float* const row[ROWS], int64_t length, const float* panel,
-                         Ahead& ahead, Vector sum[ROWS][2]) {
-  for (int64_t l = 0; l < length; ++l, panel += PANEL) {
-    ahead.fetch();
-    const Vector left = load_vector(panel), right = load_vector(panel + WIDTH);
-#pragma GCC unroll 6
-    for (int i = 0; i < ROWS; ++i) {
-      const Vector v = vector_of(row[i][l]);
-      sum[i][0] = vector_madd(v, left, sum[i][0]);
-      sum[i][1] = vector_madd(v, right, sum[i][1]);
-    }
-  }
-}
-
 // `strips` strips of ROWS pixels. x[i]: where pixel i's filter begins, `kernel` runs of kernel *
 // c_in floats, `line` apart; second: the pixels of the second source, or null.
 template <int ROWS>

@@ -57,6 +57,22 @@ class Ahead {
   uintptr_t at, step;
 };
 
+// sum += ROWS rows of A times `length` rows of a panel.
+template <int ROWS>
+inline void add_products(const float* const row[ROWS], int64_t length, const float* panel,
+                         Ahead& ahead, Vector sum[ROWS][2]) {
+  for (int64_t l = 0; l < length; ++l, panel += PANEL) {
+    ahead.fetch();
+    const Vector left = load_vector(panel), right = load_vector(panel + WIDTH);
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; ++i) {
+      const Vector v = vector_of(row[i][l]);
+      sum[i][0] = vector_madd(v, left, sum[i][0]);
+      sum[i][1] = vector_madd(v, right, sum[i][1]);
+    }
+  }
+}
+
 // `strips` strips of ROWS rows, one after the other.
 template <int ROWS>
 inline void multiply_strips(const float* a, int64_t lda, const float* panel, int64_t k,
@@ -66,17 +82,9 @@ inline void multiply_strips(const float* a, int64_t lda, const float* panel, int
     Vector sum[ROWS][2];
     for (int i = 0; i < ROWS; ++i)
       for (int j = 0; j < 2; ++j) sum[i][j] = bias ? load_vector(bias + j * WIDTH) : Vector{};
-    for (int64_t l = 0; l < k; ++l) {
-      ahead.fetch();
-      const Vector left = load_vector(panel + l * PANEL);
-      const Vector right = load_vector(panel + l * PANEL + WIDTH);
-#pragma GCC unroll 6
-      for (int i = 0; i < ROWS; ++i) {
-        const Vector x = vector_of(a[i * lda + l]);
-        sum[i][0] = vector_madd(x, left, sum[i][0]);
-        sum[i][1] = vector_madd(x, right, sum[i][1]);
-      }
-    }
+    const float* row[ROWS];
+    for (int i = 0; i < ROWS; ++i) row[i] = a + i * lda;
+    add_products<ROWS>(row, k, panel, ahead, sum);
     for (int i = 0; i < ROWS; ++i) {
       if (columns == PANEL) {
         store_vector(c + i * ldc, sum[i][0]);

@@ -66,8 +66,6 @@ class Range {
   alignas(64) std::atomic<uint64_t> range{0};
 };
 
-constexpr size_t HUGE_PAGE = 2 * 1024 * 1024;
-
 constexpr int64_t MAX_TEAM = 64, MAX_JOBS = int64_t(1) << 31;  // with ranges; else fixed shares
 
 struct Region {
@@ -115,6 +113,7 @@ const char* threading() { return runtime() ? "libgomp" : "none (libgomp.so.1 not
 // Large memory in huge pages where the system grants them: weights that stream past would miss the
 // TLB once for every 4 KiB, and prefetchers stop at the end of a page.
 void* scratch_alloc(int64_t bytes, bool zeroed) {
+  constexpr size_t HUGE_PAGE = 2 * 1024 * 1024;
   const size_t size = (size_t(bytes) + 127) / 64 * 64, whole = size / HUGE_PAGE * HUGE_PAGE;
   void* data = nullptr;
   if (posix_memalign(&data, whole ? HUGE_PAGE : 64, size)) throw std::bad_alloc();

@@ -13,17 +13,9 @@ constexpr int64_t RUN = 64;     // pixels in a partial sum
 constexpr int64_t LANES = 4;    // vectors of channels at a time
 constexpr int64_t PIECE = 256;  // channels that are rounded at a time
 
-inline void load_channels(const float* x, float& v) { v = *x; }
+using fastddpm::madd;
 
-inline void load_channels(const float* x, Vector& v) { v = load_vector(x); }
-
-inline void store_channels(float* x, float v) { *x = v; }
-
-inline void store_channels(float* x, Vector v) { store_vector(x, v); }
-
-inline float madd_channels(float a, float b, float c) { return madd(a, b, c); }
-
-inline Vector madd_channels(Vector a, Vector b, Vector c) { return vector_madd(a, b, c); }
+inline Vector madd(Vector a, Vector b, Vector c) { return vector_madd(a, b, c); }
 
 // Mean and sum of squares around it of COUNT vectors of channels, or of single channels: those of
 // each run of pixels around its own mean, whose second reading is from the first cache, joined by
@@ -40,31 +32,29 @@ void statistics_of(const float* x, int64_t pixels, int64_t channels, float* mean
     for (int64_t i = first; i < last; ++i)
       for (int v = 0; v < COUNT; ++v) {
         V value;
-        load_channels(x + i * channels + v * STEP, value);
+        __builtin_memcpy(&value, x + i * channels + v * STEP, sizeof value);
         centre[v] += value;
       }
     for (int v = 0; v < COUNT; ++v) centre[v] *= inverse;
     for (int64_t i = first; i < last; ++i)
       for (int v = 0; v < COUNT; ++v) {
         V d;
-        load_channels(x + i * channels + v * STEP, d);
+        __builtin_memcpy(&d, x + i * channels + v * STEP, sizeof d);
         d -= centre[v];
         a[v] += d;
-        b[v] = madd_channels(d, d, b[v]);
+        b[v] = madd(d, d, b[v]);
       }
     const V zero = {}, ones = zero + 1.0f;
     for (int v = 0; v < COUNT; ++v) {
-      const V rest = a[v] * inverse, run = madd_channels(-rest, a[v], b[v]);
+      const V rest = a[v] * inverse, run = madd(-rest, a[v], b[v]);
       const V delta = (centre[v] - mean[v]) + rest;
-      mean[v] = madd_channels(delta, ones * share, mean[v]);
+      mean[v] = madd(delta, ones * share, mean[v]);
       squares[v] += run < zero ? zero : run;  // a NaN stays
-      squares[v] = madd_channels(delta * delta, ones * (share * float(first)), squares[v]);
+      squares[v] = madd(delta * delta, ones * (share * float(first)), squares[v]);
     }
   }
-  for (int v = 0; v < COUNT; ++v) {
-    store_channels(mean_out + v * STEP, mean[v]);
-    store_channels(squares_out + v * STEP, squares[v]);
-  }
+  __builtin_memcpy(mean_out, mean, sizeof mean);
+  __builtin_memcpy(squares_out, squares, sizeof squares);
 }
 
 void statistics_of(const float* x, int64_t pixels, int64_t channels, int64_t count, float* mean,

@@ -1,4 +1,4 @@
-"""The ops as torch.library knows them: schema, what runs, shape without data, gradient.
+"""The ops as torch knows them: schema, what runs, shape without data, gradient.
 
 An op is called here with checked arguments. Where nothing but its value is asked for it goes
 straight to the backend, or for a gradient through an autograd.Function; torch.compile and all else
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 from torch.autograd import forward_ad
 
 from fastddpm import reference
@@ -20,7 +21,7 @@ from fastddpm.ops import dispatch
 from fastddpm.ops.checks import INDEX_END, STEP_END, values_in
 from fastddpm.ops.dispatch import choose
 
-_library = torch.library.Library("fastddpm", "DEF")
+_library = torch_library.Library("fastddpm", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -45,12 +46,12 @@ class Op:
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
         _library.define(name + schema, tags=tags)
         _library.impl(name, kernel or run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastddpm::{name}", fake, lib=_library)
+        torch_library.register_fake(f"fastddpm::{name}", fake, lib=_library)
         self.registered = getattr(torch.ops.fastddpm, name).default
         self.name, self.run = name, run
         self.differentiable = run
         if backward is not None:
-            torch.library.register_autograd(
+            torch_library.register_autograd(
                 f"fastddpm::{name}", backward, setup_context=setup, lib=_library
             )
             self.differentiable = _function(name, run, setup, backward)

@@ -204,23 +204,23 @@ class Watch:
     """Counts the accesses of kernels of the build "races" to the memory of a dense tensor."""
 
     def __init__(self, *tensors: torch.Tensor):
-        self.library, self.tensors = ctypes.CDLL(str(module("races").__file__)), tensors
+        self.races, self.tensors = ctypes.CDLL(str(module("races").__file__)), tensors
 
     def __enter__(self) -> Watch:
         for x in self.tensors:
             size = x.numel() * x.element_size()
-            self.library.emulator_watch(ctypes.c_void_p(x.data_ptr()), ctypes.c_size_t(size))
+            self.races.emulator_watch(ctypes.c_void_p(x.data_ptr()), ctypes.c_size_t(size))
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.counts = []
         for which in range(len(self.tensors)):
             counts = (ctypes.c_uint64 * 4)()
-            self.library.emulator_counts(which, counts)
+            self.races.emulator_counts(which, counts)
             self.counts.append(
                 dict(zip(("reads", "writes", "read", "written"), counts, strict=True))
             )
-        self.library.emulator_unwatch()
+        self.races.emulator_unwatch()
 
 
 @contextlib.contextmanager
