@@ -69,7 +69,7 @@ class Zip:
         source = expanded_member(stream, member.compress_type, member.file_size)
         content = read_exactly(source, member.file_size)
         if zlib.crc32(content) != member.CRC:
-            raise ValueError("its checksum is wrong (Bad CRC-32)")
+            raise ValueError("Bad CRC-32: its checksum and its bytes differ")
         return content
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from fastddpm.data.files import RegularFile
 from fastddpm.data.limits import check_memory
 
 LAYOUTS = "uint8 arrays of shape (N, H, W), (N, C, H, W) or (N, H, W, C)"
+FORM = f"a NumPy array (pickles are never loaded; give {LAYOUTS})"
 HEADER_LIMIT = 1 << 14  # bytes; NumPy reads none of more than 10,000
 
 
@@ -58,7 +59,7 @@ def read_npz(path: Path, channels: int | None) -> np.ndarray:
             "name the images x, images or arr_0"
         )
     name = f"{path}[{key}]"
-    with reading(name, "a NumPy array"):
+    with reading(name, FORM):
         check_memory(archive.members[members[key]].file_size)
         content = archive.read(members[key])
         archive.close()
@@ -71,7 +72,7 @@ def _header(content: bytes | bytearray, length: int, name: str) -> Header:
     more, in words of this package instead of NumPy's.
     """
     file = io.BytesIO(content)
-    with reading(name, f"a NumPy array (pickles are never loaded; give {LAYOUTS})"):
+    with reading(name, FORM):
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0
         if version != (1, 0):
