@@ -6,6 +6,7 @@ import io
 import struct
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -87,3 +88,51 @@ def write_tar(path: Path, files: dict[str, bytes]) -> Path:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return path
+
+
+def png(depth: int, colour: int, rows: list[bytes], *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of rows as they are stored, with `chunks` before its pixels. colour: 0 grey, 2 RGB,
+    4 grey and alpha.
+    """
+    samples = {0: 1, 2: 3, 4: 2}[colour]
+    width = len(rows[0]) * 8 // (depth * samples)
+    head = struct.pack(">2I5B", width, len(rows), depth, colour, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    parts = [(b"IHDR", head), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*part) for part in parts)
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + checksum
+
+
+def tiff(array: np.ndarray, bits: int, white_is_zero: bool, sample_format: int) -> bytes:
+    """A little-endian TIFF of (H, W) or (H, W, 3); sample_format: 1 unsigned, 2 signed, 3 float."""
+    samples = 1 if array.ndim == 2 else 3
+    content = array.tobytes() if bits != 12 else pack_12_bits(array)
+    photometric = 2 if samples == 3 else int(not white_is_zero)
+    tags = [
+        (256, 4, array.shape[1]), (257, 4, array.shape[0]), (258, 3, bits), (259, 3, 1),
+        (262, 3, photometric), (273, 4, 8), (277, 3, samples), (278, 4, array.shape[0]),
+        (279, 4, len(content)), (339, 3, sample_format),
+    ]  # fmt: skip
+    directory, behind = struct.pack("<H", len(tags)), b""
+    end = 8 + len(content) + 2 + 12 * len(tags) + 4
+    for tag, kind, value in tags:
+        count = samples if tag in (258, 339) else 1
+        if count == 3:  # too long for its entry, so it stands behind the directory
+            packed, behind = (
+                struct.pack("<I", end + len(behind)),
+                behind + struct.pack("<3H", *[value] * 3),
+            )
+        else:
+            packed = struct.pack("<I" if kind == 4 else "<Hxx", value)
+        directory += struct.pack("<2HI", tag, kind, count) + packed
+    return b"II*\0" + struct.pack("<I", 8 + len(content)) + content + directory + bytes(4) + behind
+
+
+def pack_12_bits(array: np.ndarray) -> bytes:
+    """Each row's values, the first in the upper bits."""
+    rows = ["".join(f"{value:012b}" for value in row) for row in array]
+    return b"".join(int(row, 2).to_bytes(len(row) // 8, "big") for row in rows)

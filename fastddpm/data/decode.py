@@ -17,7 +17,7 @@ from fastddpm.data.errors import reason
 from fastddpm.data.limits import Budget
 
 # Named, since Pillow would try every format it knows on hostile bytes, and runs a program for some.
-DECODERS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+DECODERS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 EXTENSIONS = (
     *(".apng", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pfm", ".pgm"),
     *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
@@ -100,7 +100,7 @@ def decode(
             with DECODING.take(pixels * BYTES_A_PIXEL):
                 return _decoded(file, content, size, channels)
     except UnidentifiedImageError:
-        return f"none of {', '.join(DECODERS)}"
+        return f"none of {', '.join(DECODERS)}, or of a kind that Pillow does not read"
     except Exception as error:  # on hostile bytes decoders raise nearly anything
         return reason(error)
 
