@@ -29,7 +29,7 @@ class Zip:
 
     def __init__(self, path: Path):
         self._file = RegularFile(path)
-        with os.fdopen(os.dup(self._file._open()), "rb") as file, zipfile.ZipFile(file) as archive:
+        with os.fdopen(os.dup(self._file.fileno()), "rb") as file, zipfile.ZipFile(file) as archive:
             listed = archive.infolist()
         self.members = {member.filename: member for member in listed}
         if len(self.members) < len(listed):
@@ -77,14 +77,16 @@ class Zip:
 
 
 def read_exactly(source: Readable, size: int) -> bytearray:
-    """The next `size` bytes, without a second copy of them; ValueError if there are fewer."""
-    content, at = bytearray(size), 0
-    while at < size:
-        piece = source.read(min(PIECE, size - at))
+    """The next `size` bytes, without a second copy of them; ValueError if there are fewer.
+
+    It grows with what is there, not with what is announced.
+    """
+    content = bytearray()
+    while len(content) < size:
+        piece = source.read(min(PIECE, size - len(content)))
         if not piece:
-            raise ValueError(f"it is truncated: {at:,} bytes, {size:,} announced")
-        content[at : at + len(piece)] = piece
-        at += len(piece)
+            raise ValueError(f"it is truncated: {len(content):,} bytes, {size:,} announced")
+        content += piece
     return content
 
 

@@ -133,7 +133,7 @@ def read_cifar10(path: Path, split: str) -> np.ndarray:
     parts: Mapping[str, bytes | bytearray] = (
         _folder_files(path, names) if path.is_dir() else _tar_files(path, names)
     )
-    images = []
+    images: list[np.ndarray] = []
     for name in names:
         if name not in parts:
             raise ValueError(
@@ -147,6 +147,11 @@ def read_cifar10(path: Path, split: str) -> np.ndarray:
             )
         records = np.frombuffer(parts[name], np.uint8).reshape(-1, 3073)
         images.append(records[:, 1:].reshape(-1, 3, 32, 32))
+        if len(images[0]) != len(images[-1]):  # a cut at the end of a record
+            raise ValueError(
+                f"{path}: {name} is truncated or no CIFAR-10 batch: {len(images[-1]):,} images, "
+                f"{len(images[0]):,} in {names[0]}"
+            )
     return np.concatenate(images)
 
 

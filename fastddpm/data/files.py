@@ -37,22 +37,23 @@ class RegularFile:
     def read(self, size: int, offset: int) -> bytes:
         """`size` bytes from `offset` on, fewer where the file ended when it was opened."""
         size = max(0, min(size, self.length - offset))
-        content = os.pread(self._open(), size, offset) if size <= PIECE else b""
-        if len(content) == size:
-            return content
-        buffer = bytearray(size)
-        self.read_into(memoryview(buffer), offset)
-        return bytes(buffer)
+        content = os.pread(self.fileno(), size, offset)
+        if len(content) < size:  # of very many, the system gives a part
+            buffer = bytearray(size)
+            self.read_into(memoryview(buffer), offset)
+            return bytes(buffer)
+        return content
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill the buffer from `offset` on; OSError if the file has not so many bytes any more."""
         at = 0
         while at < len(buffer):
-            piece = os.pread(self._open(), min(PIECE, len(buffer) - at), offset + at)
+            piece = os.pread(self.fileno(), min(PIECE, len(buffer) - at), offset + at)
             if not piece:
                 raise OSError(
                     errno.EIO,
-                    f"it ended at {offset + at:,} bytes and had {self.length:,} when it was opened",
+                    f"it has {os.fstat(self.fileno()).st_size:,} bytes and had {self.length:,} "
+                    "when it was opened",
                     str(self.path),
                 )
             buffer[at : at + len(piece)] = piece
@@ -62,7 +63,7 @@ class RegularFile:
         """Its bytes from `start` up to `stop`, one after the other."""
         return Stream(self, start, self.length if stop is None else min(stop, self.length))
 
-    def _open(self) -> int:
+    def fileno(self) -> int:
         if self._handle is None:
             raise ValueError(f"{self.path} is closed")
         return self._handle

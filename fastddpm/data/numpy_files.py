@@ -84,6 +84,8 @@ def _header(content: bytes | bytearray, length: int, name: str) -> Header:
         raise ValueError(f"{name} holds {dtype}; give {LAYOUTS}")
     if any(type(side) is not int or side < 0 for side in shape):  # NumPy takes True and -1
         raise ValueError(f"{name} has shape {shape}; give {LAYOUTS}")
+    if 0 in shape:
+        raise ValueError(f"{name} holds no images: {shape}")
     header = Header(shape, fortran, file.tell())
     left = length - header.start - math.prod(shape)
     if left < 0:
