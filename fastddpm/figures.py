@@ -153,8 +153,7 @@ def read_image(path: str | os.PathLike, size: Sequence[int], channels: int | Non
     if channels is not None:
         check_channels(channels)
     with reading(path, "an image"):
-        content = read_encoded(path)
-    picture = decode(content, (size[0], size[1]), channels)
+        picture = decode(read_encoded(path), (size[0], size[1]), channels)
     if isinstance(picture, str):
         raise ValueError(f"{path} can't be read as an image: {picture}")
     return torch.from_numpy(picture.pixels)

@@ -20,6 +20,7 @@ import time
 import tracemalloc
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -213,7 +214,10 @@ def test_threads_share_what_decoding_may_take(tmp_path, monkeypatch):
             assert len(open_dataset(tmp_path)) == 12
         assert most[0] in images
     monkeypatch.setattr(limits, "free_bytes", lambda _: size - 1)
-    fails(tmp_path, "it takes 65,536 bytes of memory, and 65,535 are free")
+    fails(tmp_path, "0.png can't be read: it takes 65,536 bytes of memory, and 65,535 are free")
+    monkeypatch.setattr(decode, "_decoded", Mock(side_effect=MemoryError))
+    monkeypatch.setattr(limits, "free_bytes", lambda _: None)
+    fails(tmp_path, "0.png can't be read: MemoryError")  # not fewer images
 
 
 def test_a_budget_outlives_errors_and_forks():

@@ -61,7 +61,7 @@ def decode_image(
 
     Raises ValueError, naming `name`, when there is no such image in `content`, when a checksum in
     it is wrong, for numbers whose range is unknown (floating point, signed, 32 bits), and for more
-    than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    than `PIL.Image.MAX_IMAGE_PIXELS` pixels. Raises MemoryError when there is too little.
     """
     if channels not in (None, 1, 3):
         raise ValueError(f"{name}: channels must be None, 1 or 3; got {channels!r}")
@@ -104,6 +104,8 @@ def decode(
         return picture
     except UnidentifiedImageError:
         return f"none of {', '.join(DECODERS)}, or of a kind that Pillow does not read"
+    except MemoryError:  # no fault of the image
+        raise
     except Exception as error:  # on hostile bytes decoders raise nearly anything
         return reason(error)
 

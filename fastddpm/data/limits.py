@@ -14,10 +14,10 @@ from fastddpm.batching import free_bytes
 
 
 def check_memory(needed: int) -> None:
-    """ValueError when `needed` bytes are more than this process may still take."""
+    """MemoryError when `needed` bytes are more than this process may still take."""
     free = free_bytes(torch.device("cpu"))
     if free is not None and needed > free:
-        raise ValueError(f"it takes {needed:,} bytes of memory, and {free:,} are free")
+        raise MemoryError(f"it takes {needed:,} bytes of memory, and {free:,} are free")
 
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
@@ -41,7 +41,7 @@ class Budget:
 
     @contextlib.contextmanager
     def take(self, size: int) -> Iterator[None]:
-        """Hold `size` bytes meanwhile; ValueError when the machine has not so many."""
+        """Hold `size` bytes meanwhile; MemoryError when the machine has not so many."""
         if much := size > self.total // 16:  # /proc is not read for each small image
             check_memory(size)
         with self._given_back:

@@ -148,6 +148,8 @@ def _decode(
             return decode(read(name), size, channels)
     except Unusable:
         raise
+    except MemoryError as error:  # or the images would depend on what else runs
+        raise Unusable(f"{source.path}: {one_line(name)} can't be read: {reason(error)}") from None
     except Exception as error:  # archives raise nearly anything on hostile bytes
         return reason(error)
 
