@@ -23,12 +23,11 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fastddpm import ranks
+from fastddpm import arguments, ranks
 from fastddpm.checkpoint import atomic_write, remove_abandoned
 from fastddpm.figures import to_pil, to_uint8
-from fastddpm.ops.checks import seed_word
-from fastddpm.sampling import Chain, bar, finite, sample_indices
-from fastddpm.schedule import check_count
+from fastddpm.host import own_state
+from fastddpm.sampling import Chain, bar, finite
 from fastddpm.unet import UNet
 
 PICTURES = 1000  # up to so many images a folder has one file an image
@@ -37,6 +36,7 @@ SHARD = 256  # images a file from there on
 Range = tuple[int, int]  # of sample indices: from, and up to but without
 
 
+@own_state()
 def sample_to_folder(
     model: UNet,
     folder: str | Path,
@@ -66,16 +66,16 @@ def sample_to_folder(
                 "a folder's files name their model by its fingerprint: model must be a "
                 f"fastddpm.UNet; got {type(model).__name__}"
             )
-        seed_word(seed)
-        sample_indices(n, first_index)
-        n, first_index = int(n), int(first_index)  # NumPy's are taken too
+        seed = arguments.seed(seed)
+        n, first_index = arguments.indices(n, first_index)
         if shard_size is None:
             shard_size = 0 if n <= PICTURES else SHARD
-        elif shard_size != 0:
-            check_count("shard_size", shard_size)
+        else:
+            allowed = "of at least 0"
+            shard_size = arguments.integer("shard_size", shard_size, 0, 2**63 - 1, allowed)
         chain = Chain(model, **options)
         batches = chain.batches(batch_size)
-        about = {"model": fingerprint(model), "seed": int(seed), **chain.facts}
+        about = {"model": fingerprint(model), "seed": seed, **chain.facts}
         about |= {"precision": chain.engine.precision}
     ranks.agree(n=n, first_index=first_index, shard_size=shard_size, **about)
     pieces: list[Range] = []
@@ -93,7 +93,7 @@ def sample_to_folder(
     with ranks.together(), bar(left, chain.T, progress and rank == 0) as steps:
         for start, stop in mine:
             left -= stop - start
-            index = torch.arange(start, stop)
+            index = torch.arange(start, stop, device="cpu")
             images = finite(torch.cat(chain.draw(seed, index, batches, steps, later=left)))
             write(folder, start, images, about, one_file=shard_size > 0)
     return sum(stop - start for start, stop in pieces)

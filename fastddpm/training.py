@@ -24,6 +24,7 @@ from fastddpm.checkpoint import atomic_write, read_tensors, save_model, write_te
 from fastddpm.data import Dataset, batch_indices
 from fastddpm.diffusion import Diffusion
 from fastddpm.figures import loss_plot, save_samples
+from fastddpm.host import own_state, plain, seeded, training
 from fastddpm.precision import Precision, autocast, resolve_precision
 from fastddpm.progress import tqdm
 from fastddpm.sampling import sample
@@ -96,6 +97,7 @@ class Trainer:
     Raises ValueError for an option out of range, FloatingPointError when the loss or gradient is
     not finite."""
 
+    @own_state()
     def __init__(
         self,
         model: torch.nn.Module,
@@ -127,17 +129,23 @@ class Trainer:
         self.ema_warmup, self.flip, self.seed = ema_warmup, flip, seed
         self.step_count = 0
         self.example_count = 0
+        if any(p.is_inference() for p in model.parameters()):
+            raise ValueError(
+                "the model's weights were made under torch.inference_mode, so they can't be "
+                "trained: build or load the model outside it"
+            )
         self._named = dict(model.named_parameters())
         self._buffers = dict(model.named_buffers())
         self._parameters = list(self._named.values())
         self._ema = [p.detach().clone() for p in self._parameters]
         self.optimizer = torch.optim.Adam(self._parameters, lr=lr, fused=True)
 
+    @own_state(grad=True)
     def step(self, x0: torch.Tensor) -> torch.Tensor:
         """One optimiser step on x0, (N, C, H, W) uint8 or float in [-1, 1]; returns the mean loss,
         detached.
         """
-        x0 = x0.to(self.device)
+        x0 = plain(x0.to(self.device))
         n, T = x0.shape[0], self.diffusion.T
         if n == 0:
             raise ValueError("a batch needs at least one image; got 0")
@@ -148,11 +156,10 @@ class Trainer:
         t = (words[:, 0] * T) >> 32
         flip = (words[:, 1] & 1).bool() if self.flip else None
 
-        self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * min((self.step_count + 1) / max(self.warmup, 1), 1.0)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed((self.seed * 0x9E3779B97F4A7C15 + self.step_count) % 2**63)
+        dropout = (self.seed * 0x9E3779B97F4A7C15 + self.step_count) % 2**63
+        with training(self.model), seeded(dropout, self.device):
             with autocast(self.precision, self.device):
                 loss = self.diffusion.loss(
                     self.model, x0, t=t, flip=flip, seed=self.seed, sample_index=index
@@ -177,6 +184,7 @@ class Trainer:
         """The averaged weights under the model's state_dict names."""
         return {**self._buffers, **dict(zip(self._named, self._ema, strict=True))}
 
+    @own_state()
     def ema_model(self) -> torch.nn.Module:
         """A copy of the model with the averaged weights, in eval mode."""
         model = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -184,6 +192,7 @@ class Trainer:
             p.copy_(ema)
         return model
 
+    @own_state()
     def save(self, folder: str | Path) -> None:
         """Write the averaged model into `folder`, then the whole state into one file beside it,
         atomically: where there is a state, there is a model to resume with.
@@ -204,6 +213,7 @@ class Trainer:
         }
         write_tensors(folder / STATE, tensors, {"trainer": json.dumps(settings)})
 
+    @own_state()
     def load(self, folder: str | Path) -> None:
         """Take up the state of `save`. ValueError names what differs from this trainer's model or
         recipe.
@@ -265,6 +275,7 @@ class Trainer:
         }
 
 
+@own_state()
 def fit(
     trainer: Trainer,
     dataset: Dataset,

@@ -87,7 +87,7 @@ class CpuPlan(Eager):
             precision = best_precision()
         self.precision = resolve_precision(precision, device)
         self._unet = model
-        self._steps = diffusion.model_t(torch.arange(diffusion.T))
+        self._steps = diffusion.model_t(torch.arange(diffusion.T, device=device))
         self._time = time_rows(model, self._steps)
         self._table = diffusion.table(
             device, sampler=self.step_options["sampler"], eta=self.step_options["eta"]
