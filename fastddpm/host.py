@@ -28,8 +28,7 @@ def own_state(*, grad: bool = False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(grad))
-        hosts = [device for device in DEVICES if torch.is_autocast_enabled(device)]
-        for device in hosts:
+        for device in filter(torch.is_autocast_enabled, DEVICES):
             stack.enter_context(torch.autocast(device, enabled=False))
         made = type(torch.empty(0, dtype=torch.float32, device="cpu"))
         if made is not torch.Tensor:
@@ -37,11 +36,8 @@ def own_state(*, grad: bool = False) -> Iterator[None]:
                 f"tensors made here are of the type {made.__name__}, which has no values: leave "
                 "the mode that is active first"
             )
-        if not hosts:
-            yield
-            return
-        # Rounded copies of weights live until the outermost autocast ends: past our changes of the
-        # weights, and ours past the host's.
+        # Rounded copies of weights live until the outermost autocast, which may be the host's, ends:
+        # past our changes of the weights, and ours past the host's.
         torch.clear_autocast_cache()
         try:
             yield
