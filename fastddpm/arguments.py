@@ -23,8 +23,10 @@ def integer(name: str, value: Any, low: int, high: int, allowed: str) -> int:
     whole = not isinstance(value, (bool, np.bool_)) and hasattr(value, "__index__")
     if isinstance(value, (torch.Tensor, np.ndarray)):
         whole = value.ndim == 0 and "int" in str(value.dtype)
-    if not whole or not low <= operator.index(value) <= high:
-        raise ValueError(f"{name} must be an integer {allowed}; got {value!r}")
+    if not whole:
+        raise ValueError(f"{name} must be an integer, {allowed}; got {value!r}")
+    if not low <= operator.index(value) <= high:
+        raise ValueError(f"{name} must be {allowed}; got {value!r}")
     return operator.index(value)
 
 
@@ -48,7 +50,9 @@ def eta(value: Any) -> float:
 
 def indices(n: Any, first_index: Any) -> tuple[int, int]:
     """How many samples, and the number of the first: (n, first_index)."""
-    n = check_count("n", n, INDICES - 1)
+    n = check_count("n", n)
+    if n >= INDICES:
+        raise ValueError(f"n must be below 2^63; got {n}")
     last = INDICES - 1 - n
     return n, integer("first_index", first_index, 0, last, "in 0 .. 2^63 - 1 - n")
 
@@ -118,10 +122,15 @@ def device_of(model: Any, device: Any) -> torch.device:
         wanted = torch.device(device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device must be one of torch's; got {device!r}") from None
-    if wanted.type == "meta":
-        raise ValueError("device must be one where tensors have values; got 'meta'")
     if parameter is not None and wanted.type != own.type:
         raise ValueError(f"the model is on {own} and device is {wanted}: move the model first")
+    try:
+        torch.zeros(1, dtype=torch.float32, device=wanted).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:  # torch's ways to say no
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"device must be one that can be used here; got {device!r}: {why}"
+        ) from None
     return wanted
 
 

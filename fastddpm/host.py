@@ -36,8 +36,8 @@ def own_state(*, grad: bool = False) -> Iterator[None]:
                 f"tensors made here are of the type {made.__name__}, which has no values: leave "
                 "the mode that is active first"
             )
-        # Rounded copies of weights live until the outermost autocast, which may be the host's, ends:
-        # past our changes of the weights, and ours past the host's.
+        # Rounded copies of weights live until the outermost autocast ends, be it the host's: past
+        # our changes of the weights, and ours past the host's.
         torch.clear_autocast_cache()
         try:
             yield

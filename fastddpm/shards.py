@@ -71,8 +71,7 @@ def sample_to_folder(
         if shard_size is None:
             shard_size = 0 if n <= PICTURES else SHARD
         else:
-            allowed = "of at least 0"
-            shard_size = arguments.integer("shard_size", shard_size, 0, 2**63 - 1, allowed)
+            shard_size = arguments.integer("shard_size", shard_size, 0, 2**63 - 1, "at least 0")
         chain = Chain(model, **options)
         batches = chain.batches(batch_size)
         about = {"model": fingerprint(model), "seed": seed, **chain.facts}
