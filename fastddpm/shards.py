@@ -25,7 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from fastddpm import arguments, ranks
 from fastddpm.checkpoint import atomic_write, remove_abandoned
-from fastddpm.figures import to_pil, to_uint8
+from fastddpm.figures import check_output, to_pil, to_uint8
 from fastddpm.host import own_state
 from fastddpm.sampling import Chain, bar, finite
 from fastddpm.unet import UNet
@@ -59,8 +59,8 @@ def sample_to_folder(
     files that are missing, and all must make the call. Raises ValueError for a folder that holds
     other samples, naming the file and what differs."""
     rank, world = ranks.place()
-    folder = Path(folder)
     with ranks.together():
+        folder = check_output(folder, kinds=("",))
         if not isinstance(model, UNet):
             raise ValueError(
                 "a folder's files name their model by its fingerprint: model must be a "

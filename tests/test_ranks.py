@@ -169,7 +169,7 @@ def together(*ranks_of_run) -> list:
 
     def run(rank, work):
         try:
-            results[rank] = work(Presence(rank, len(ranks_of_run), 1.0))
+            results[rank] = work(Presence(rank, len(ranks_of_run), 1.5))
         except Exception as error:
             results[rank] = error
 
@@ -198,7 +198,7 @@ def meets(before: float, *, times: int = 2):
 
 def test_long_work_is_no_silence(place):
     """More than the timeout between two meetings."""
-    assert together(meets(0), meets(1.4), meets(0.1)) == ["done"] * 3
+    assert together(meets(0), meets(2.0), meets(0.1)) == ["done"] * 3
 
 
 @pytest.mark.parametrize("absent", [0, 1])
@@ -206,7 +206,7 @@ def test_a_rank_that_never_comes_is_named(place, absent):
     works = [None if rank == absent else meets(0) for rank in range(3)]
     for error in filter(None, together(*works)):
         assert isinstance(error, RankError)
-        said = "is rank 0 there" if absent == 0 else "rank 1 gave no sign of life for 1 s"
+        said = "is rank 0 there" if absent == 0 else "rank 1 gave no sign of life for 1.5 s"
         assert said in str(error)
 
 
@@ -215,7 +215,7 @@ def test_a_rank_that_falls_silent_is_named(place):
 
     def silent(presence):
         with presence:
-            presence._own = SimpleNamespace(set=lambda *_: over.wait(60))
+            presence._own = SimpleNamespace(set=lambda *_: over.wait(60), check=lambda _: False)
             over.wait(60)
 
     def waits(presence):
@@ -224,7 +224,7 @@ def test_a_rank_that_falls_silent_is_named(place):
         finally:
             over.set()
 
-    assert "rank 1 gave no sign of life for 1 s" in str(together(waits, silent)[0])
+    assert "rank 1 gave no sign of life for 1.5 s" in str(together(waits, silent)[0])
 
 
 def test_a_rank_that_leaves_early_is_named_at_once(place):
