@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+
 
 from fastddpm import ops, ranks, reference
 from fastddpm.batching import Batches, batch_size_for
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine import make_engine
 from fastddpm.engine.eager import Eager, OnStep
+from fastddpm.progress import tqdm
 from fastddpm.schedule import Sampler, check_count
 
 

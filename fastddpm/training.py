@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+
 
 from fastddpm import reference
 from fastddpm.checkpoint import atomic_write, read_tensors, save_model, write_tensors
@@ -26,6 +26,7 @@ from fastddpm.data import Dataset, batch_indices
 from fastddpm.diffusion import Diffusion
 from fastddpm.figures import loss_plot, save_samples
 from fastddpm.precision import Precision, autocast, resolve_precision
+from fastddpm.progress import tqdm
 from fastddpm.sampling import sample
 from fastddpm.unet import UNet
 

@@ -13,13 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
-from tqdm import tqdm
 
 from fastddpm.data.arrays import ArrayDataset
 from fastddpm.data.dataset import Dataset
 from fastddpm.data.decode import EXTENSIONS, decode
 from fastddpm.data.errors import one_line, reason
 from fastddpm.data.sources import Reader, Source
+from fastddpm.progress import tqdm
 
 THREADS = min(8, os.cpu_count() or 1)
 AHEAD = 4 * THREADS  # images decoded before their turn, which bounds the memory of the scan

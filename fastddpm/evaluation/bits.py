@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
+
 
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine.eager import evaluating
+from fastddpm.progress import tqdm
 from fastddpm.sampling import sample_indices
 from fastddpm.schedule import check_count
 
