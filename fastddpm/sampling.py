@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-
 from fastddpm import ops, ranks, reference
 from fastddpm.batching import Batches, batch_size_for
 from fastddpm.diffusion import Diffusion, Model

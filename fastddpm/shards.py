@@ -24,7 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from fastddpm import ranks
-from fastddpm.checkpoint import atomic_write
+from fastddpm.checkpoint import atomic_write, remove_abandoned
 from fastddpm.figures import to_pil, to_uint8
 from fastddpm.ops.checks import seed_word
 from fastddpm.sampling import Chain, bar, finite, sample_indices
@@ -86,8 +86,7 @@ def sample_to_folder(
             lacking = sum(stop - start for start, stop in gaps)
             size = min(shard_size or batches.size, max(1, -(-lacking // world)))
             pieces = cut(gaps, size)
-            for piece in pieces:
-                _remove_half_written(folder, piece)
+            remove_abandoned(folder, lambda name: _overlaps(_indices(name), gaps))
     pieces = ranks.from_first(pieces)
     mine = pieces[rank::world]
     left = sum(stop - start for start, stop in mine)
@@ -157,6 +156,12 @@ def _indices(name: str) -> Range | None:
     return None
 
 
+def _overlaps(indices: Range | None, ranges: Iterable[Range]) -> bool:
+    return indices is not None and any(
+        start < indices[1] and indices[0] < stop for start, stop in ranges
+    )
+
+
 def _about(path: Path, count: int) -> dict[str, Any] | None:
     """What a whole file says of its set, {} if it says nothing; None if it is damaged."""
     try:
@@ -209,11 +214,3 @@ def _files(
         buffer = io.BytesIO()
         to_pil(image).save(buffer, format="PNG", pnginfo=text)
         yield f"{first + k:06d}.png", buffer.getvalue()
-
-
-def _remove_half_written(folder: Path, piece: Range) -> None:
-    """What `atomic_write` left behind when it was killed in one of the piece's files."""
-    for path in folder.glob(".*.*"):
-        indices = _indices(re.sub(r"^\.(.+)\.[^.]+$", r"\1", path.name))
-        if indices is not None and indices[0] < piece[1] and piece[0] < indices[1]:
-            path.unlink(missing_ok=True)

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-
 from fastddpm import reference
 from fastddpm.checkpoint import atomic_write, read_tensors, save_model, write_tensors
 from fastddpm.data import Dataset, batch_indices

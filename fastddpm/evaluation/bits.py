@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine.eager import evaluating
 from fastddpm.progress import tqdm
