@@ -17,10 +17,11 @@ import torch
 from fastddpm import ops, ranks, reference
 from fastddpm.batching import Batches, batch_size_for
 from fastddpm.diffusion import Diffusion, Model
-from fastddpm.engine import make_engine
+from fastddpm.engine import make_engine, runnable
 from fastddpm.engine.eager import Eager, OnStep
 from fastddpm.progress import tqdm
 from fastddpm.schedule import Sampler, check_count
+from fastddpm.wrapped import unwrap
 
 
 def sample(
@@ -215,7 +216,7 @@ class Chain:
         engine: str = "auto",
         device: torch.device | str | None = None,
     ):
-        full = Diffusion.of(model, diffusion)
+        full, model = Diffusion.of(model, diffusion), runnable(model)
         parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
         own = torch.device("cpu") if parameter is None else parameter.device
         self.device = own if device is None else torch.device(device)
@@ -224,10 +225,10 @@ class Chain:
                 f"the model is on {own} and device is {self.device}: move the model first"
             )
         if shape is None:
-            size = getattr(model, "image_size", None)
+            size = getattr(unwrap(model), "image_size", None)
             if size is None:
                 raise ValueError("shape=(C, H, W) is needed for a model that has no image_size")
-            shape = (model.in_channels, *size)  # type: ignore[attr-defined]
+            shape = (unwrap(model).in_channels, *size)
         if len(shape) != 3 or any(not isinstance(s, int) or s < 1 for s in shape):
             raise ValueError(
                 f"shape must be (C, H, W), three positive integers; got {tuple(shape)}"

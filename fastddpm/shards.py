@@ -30,6 +30,7 @@ from fastddpm.ops.checks import seed_word
 from fastddpm.sampling import Chain, bar, finite, sample_indices
 from fastddpm.schedule import check_count
 from fastddpm.unet import UNet
+from fastddpm.wrapped import unwrap
 
 PICTURES = 1000  # up to so many images a folder has one file an image
 SHARD = 256  # images a file from there on
@@ -59,7 +60,7 @@ def sample_to_folder(
     files that are missing, and all must make the call. Raises ValueError for a folder that holds
     other samples, naming the file and what differs."""
     rank, world = ranks.place()
-    folder = Path(folder)
+    folder, model = Path(folder), unwrap(model)
     with ranks.together():
         if not isinstance(model, UNet):
             raise ValueError(
