@@ -219,8 +219,13 @@ def save_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, model.state_dict() if weights is None else weights)
+    save_config(model, folder)
+
+
+def save_config(model: UNet, folder: str | os.PathLike) -> None:
+    """Write the model's config.json alone."""
     write_json(
-        folder / CONFIG,
+        Path(folder) / CONFIG,
         {"format": "fastddpm", "unet": model.config, "diffusion": model.diffusion.to_config()},
     )
 

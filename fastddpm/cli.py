@@ -7,29 +7,31 @@ Every mistake of the user is one line on stderr and exit code 2, made before any
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from tabulate import tabulate
 
 import fastddpm
-from fastddpm import figures, ranks, shards
+from fastddpm import figures, ranks, run_folder, shards
 from fastddpm.checkpoint import CONFIG, build_model, read_json
 from fastddpm.data import open_dataset
 from fastddpm.diffusion import Diffusion
 from fastddpm.doctor import doctor, what_runs
 from fastddpm.engine import EngineName
 from fastddpm.schedule import Schedule
-from fastddpm.training import PRESETS, STATE, Trainer, fit
+from fastddpm.training import PRESETS, STATE, Trainer, fit, preset
 from fastddpm.unet import UNet
 
 MISTAKES = (
     ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError, ranks.RankError,
 )  # fmt: skip
 SCHEDULES = ("linear", "quadratic", "constant", "cosine")
+OF_THE_DATA = ("image_size", "in_channels")  # of a preset's model, which follow the images
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,21 +130,25 @@ def _interpolate(a: argparse.Namespace) -> None:
 
 
 def _train(a: argparse.Namespace) -> None:
-    preset = PRESETS[a.preset]
-    if a.resume and not (Path(a.out) / STATE).is_file():
-        raise FileNotFoundError(f"nothing to resume: {Path(a.out) / STATE} does not exist")
-    if not a.resume and (Path(a.out) / STATE).exists():
-        raise FileExistsError(
-            f"{a.out} holds a run: add --resume to go on with it, or give another --out"
+    if (world := os.environ.get("WORLD_SIZE") or "1") != "1":
+        raise ValueError(
+            f"a training run is one process, and WORLD_SIZE is {world}: start it without torchrun, "
+            "or unset WORLD_SIZE"
         )
-    figures.check_output(a.out, kinds=("",))
+    out, recipe = Path(a.out), preset(a.preset or "cifar10")
+    if a.resume and not (out / STATE).is_file():
+        raise FileNotFoundError(f"nothing to resume: {out / STATE} does not exist")
+    if not a.resume:
+        run_folder.check_new(out)
+    figures.check_output(out, kinds=("",))
+    run_folder.check_apart(a.data, out)
     # What folders are resized to; arrays keep their size, and the model of a new run follows.
-    size = preset.model["image_size"]
+    size, channels = recipe.model["image_size"], a.channels
     if a.resume:
-        model = build_model(read_json(Path(a.out) / CONFIG), Path(a.out) / CONFIG)
+        model = _resumed(a, out)
         own = (model.in_channels, *model.image_size)
-        size = model.image_size
-    dataset = open_dataset(a.data, size=_or(a.image_size, size), channels=a.channels)
+        size, channels = model.image_size, _or(channels, model.in_channels)
+    dataset = open_dataset(a.data, size=_or(a.image_size, size), channels=channels)
     if a.resume:
         if own != tuple(dataset.shape):
             raise ValueError(
@@ -150,30 +156,35 @@ def _train(a: argparse.Namespace) -> None:
             )
     else:
         torch.manual_seed(a.seed % 2**63)  # the Trainer names one that is out of range
-        diffusion = Diffusion(getattr(Schedule, a.schedule)(), a.prediction, a.variance, a.loss)
+        diffusion = Diffusion(
+            getattr(Schedule, a.schedule or "linear")(),
+            a.prediction or "eps",
+            a.variance or recipe.variance,
+            a.loss or "simple",
+        )
         shape = {"in_channels": dataset.shape[0], "image_size": dataset.shape[1:]}
-        model = UNet(**{**preset.model, **shape}, diffusion=diffusion)
+        model = UNet(**{**recipe.model, **shape}, diffusion=diffusion)
     trainer = Trainer(
         model.to(a.device),
         precision=a.precision,
-        lr=_or(a.lr, preset.lr),
-        ema_decay=_or(a.ema_decay, preset.ema_decay),
-        ema_warmup=preset.ema_warmup,
-        grad_clip=preset.grad_clip,
-        warmup=_or(a.warmup, preset.warmup),
-        flip=preset.flip,
+        lr=_or(a.lr, recipe.lr),
+        ema_decay=_or(a.ema_decay, recipe.ema_decay),
+        ema_warmup=recipe.ema_warmup,
+        grad_clip=recipe.grad_clip,
+        warmup=_or(a.warmup, recipe.warmup),
+        flip=recipe.flip,
         seed=a.seed,
     )
     parameters = sum(p.numel() for p in model.parameters())
     print(f"data   {dataset.describe()}")
-    print(f"model  {parameters:,} parameters, preset {a.preset}, {trainer.precision}")
-    started, out = time.perf_counter(), Path(a.out)
+    print(f"model  {parameters:,} parameters, preset {a.preset or 'cifar10'}, {trainer.precision}")
+    started = time.perf_counter()
     fit(
         trainer,
         dataset,
         out,
-        steps=_or(a.steps, preset.steps),
-        batch_size=_or(a.batch_size, preset.batch_size),
+        steps=_or(a.steps, recipe.steps),
+        batch_size=_or(a.batch_size, recipe.batch_size),
         save_every=a.save_every,
         sample_every=a.sample_every,
         resume=a.resume,
@@ -186,6 +197,36 @@ def _train(a: argparse.Namespace) -> None:
         "time": f"{time.perf_counter() - started:.1f} s",
     }
     print(tabulate(rows.items(), tablefmt="plain"))
+
+
+def _resumed(a: argparse.Namespace, out: Path) -> UNet:
+    """The model of the run in `out` with fresh weights; ValueError names what was asked for and is
+    another there. What is not asked for is the run's.
+    """
+    model = build_model(read_json(out / CONFIG), out / CONFIG)
+    process = model.diffusion
+    there: dict[str, Any] = {
+        "--schedule": process.schedule.to_config(),
+        "--prediction": process.prediction,
+        "--variance": process.variance,
+        "--loss": process.objective,
+    }
+    asked = {name: getattr(a, name.removeprefix("--")) for name in there}
+    if a.schedule is not None:
+        asked["--schedule"] = getattr(Schedule, a.schedule)().to_config()
+    if a.preset is not None:
+        of_preset = {k: v for k, v in preset(a.preset).model.items() if k not in OF_THE_DATA}
+        there |= {f"--preset {a.preset}: {k}": model.config[k] for k in of_preset}
+        asked |= {f"--preset {a.preset}: {k}": _listed(v) for k, v in of_preset.items()}
+    for name, value in asked.items():
+        if value is not None and value != there[name]:
+            raise ValueError(f"{out / CONFIG}: {name} is {there[name]!r} there and {value!r} here")
+    return model
+
+
+def _listed(value):
+    """As it is read from JSON."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _doctor(a: argparse.Namespace) -> None:
@@ -283,9 +324,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", required=True, help="the run's folder")
     add(
         "--preset",
-        default="cifar10",
-        choices=sorted(PRESETS),
-        help="model and recipe (default: cifar10)",
+        type=_preset,
+        metavar="NAME",
+        help=f"model and recipe: {', '.join(sorted(PRESETS))} (default: cifar10)",
     )
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, exactly")
     add("--steps", type=int, help="optimiser steps in all (default: the preset's)")
@@ -295,15 +336,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--ema-decay", type=float, help="of the averaged weights (default: the preset's)")
     add("--image-size", type=int, help="resize images of a folder to it (default: the preset's)")
     add("--channels", type=int, choices=(1, 3), help="grey or colour (default: as the first image)")
-    add("--schedule", default="linear", choices=SCHEDULES, help="betas (default: linear)")
-    add("--prediction", default="eps", choices=("eps", "x0", "mean"), help="(default: eps)")
+    add("--schedule", choices=SCHEDULES, help="betas (default: linear)")
+    add("--prediction", choices=("eps", "x0", "mean"), help="(default: eps)")
     add(
         "--variance",
-        default="fixed_large",
         choices=("fixed_large", "fixed_small", "learned"),
-        help="(default: fixed_large)",
+        help="(default: the preset's)",
     )
-    add("--loss", default="simple", choices=("simple", "vlb"), help="(default: simple)")
+    add("--loss", choices=("simple", "vlb"), help="(default: simple)")
     add("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
     add(
         "--sample-every",
@@ -360,6 +400,14 @@ def _device(text: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError("no CUDA device can be used here; give cpu")
     return device
+
+
+def _preset(name: str) -> str:
+    try:
+        preset(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
 
 
 def _integers(text: str) -> list[int]:
