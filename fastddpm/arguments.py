@@ -3,7 +3,6 @@ ValueError that names the argument, what it was and what is allowed."""
 
 from __future__ import annotations
 
-import numbers
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -32,20 +31,6 @@ def integer(name: str, value: Any, low: int, high: int, allowed: str) -> int:
 
 def seed(value: Any) -> int:
     return integer("seed", value, 0, SEEDS - 1, "in 0 .. 2^64 - 1")
-
-
-def flag(name: str, value: Any) -> bool:
-    """True or False, NumPy's too, or 0 or 1."""
-    if isinstance(value, (bool, np.bool_)) or (isinstance(value, int) and value in (0, 1)):
-        return bool(value)
-    raise ValueError(f"{name} must be True or False; got {value!r}")
-
-
-def eta(value: Any) -> float:
-    """The noise of DDIM as a float; its range is the schedule's to say."""
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return float(value)
-    raise ValueError(f"eta must be a number of at least 0; got {value!r}")
 
 
 def indices(n: Any, first_index: Any) -> tuple[int, int]:

@@ -7,16 +7,17 @@ Every mistake of the user is one line on stderr and exit code 2, made before any
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from tabulate import tabulate
 
 import fastddpm
-from fastddpm import batching, console, figures, ranks, shards
+from fastddpm import batching, console, figures, ranks, run_folder, shards
 from fastddpm.checkpoint import CONFIG, build_model, read_json
 from fastddpm.data import open_dataset
 from fastddpm.diffusion import Diffusion
@@ -25,13 +26,14 @@ from fastddpm.engine import EngineName
 from fastddpm.host import check_threads, seeded
 from fastddpm.ops.dispatch import BackendError
 from fastddpm.schedule import Schedule
-from fastddpm.training import PRESETS, STATE, Trainer, fit
+from fastddpm.training import PRESETS, STATE, Trainer, fit, preset
 from fastddpm.unet import UNet
 
 MISTAKES = (
     ValueError, OSError, ImportError, FloatingPointError, ranks.RankError, BackendError,
 )  # fmt: skip
 SCHEDULES = ("linear", "quadratic", "constant", "cosine")
+OF_THE_DATA = ("image_size", "in_channels")  # of a preset's model, which follow the images
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,7 +127,7 @@ def _sample_on(a: argparse.Namespace) -> None:
 
 
 def _interpolate(a: argparse.Namespace) -> None:
-    _alone("interpolate")
+    _alone("an interpolation")
     out = figures.check_output(a.out, kinds=(".png",))
     model = UNet.from_pretrained(a.model).to(a.device)
     channels = model.in_channels if model.in_channels in (1, 3) else None
@@ -147,53 +149,59 @@ def _interpolate(a: argparse.Namespace) -> None:
 
 
 def _train(a: argparse.Namespace) -> None:
-    _alone("train")
-    preset = PRESETS[a.preset]
-    if a.resume and not (Path(a.out) / STATE).is_file():
-        raise FileNotFoundError(f"nothing to resume: {Path(a.out) / STATE} does not exist")
-    if not a.resume and (Path(a.out) / STATE).exists():
-        raise FileExistsError(
-            f"{a.out} holds a run: add --resume to go on with it, or give another --out"
-        )
-    figures.check_output(a.out, kinds=("",))
+    _alone("a training run")
+    out, recipe = Path(a.out), preset(a.preset or "cifar10")
+    if a.resume and not (out / STATE).is_file():
+        raise FileNotFoundError(f"nothing to resume: {out / STATE} does not exist")
+    if not a.resume:
+        run_folder.check_new(out)
+    figures.check_output(out, kinds=("",))
+    run_folder.check_apart(a.data, out)
     # What folders are resized to; arrays keep their size, and the model of a new run follows.
-    size = preset.model["image_size"]
+    size, channels = recipe.model["image_size"], a.channels
     if a.resume:
-        model = build_model(read_json(Path(a.out) / CONFIG), Path(a.out) / CONFIG)
+        model = _resumed(a, out)
         own = (model.in_channels, *model.image_size)
-        size = model.image_size
-    dataset = open_dataset(a.data, size=_or(a.image_size, size), channels=a.channels)
+        size, channels = model.image_size, _or(channels, model.in_channels)
+    dataset = open_dataset(a.data, size=_or(a.image_size, size), channels=channels)
     if a.resume:
         if own != tuple(dataset.shape):
             raise ValueError(
                 f"{a.data} has images of shape {dataset.shape}; the run's model takes {own}"
             )
     else:
-        diffusion = Diffusion(getattr(Schedule, a.schedule)(), a.prediction, a.variance, a.loss)
+        diffusion = Diffusion(
+            getattr(Schedule, a.schedule or "linear")(),
+            a.prediction or "eps",
+            a.variance or recipe.variance,
+            a.loss or "simple",
+        )
         shape = {"in_channels": dataset.shape[0], "image_size": dataset.shape[1:]}
         with seeded(a.seed % 2**63, torch.device("cpu")):  # the Trainer names one out of range
-            model = UNet(**{**preset.model, **shape}, diffusion=diffusion)
+            model = UNet(**{**recipe.model, **shape}, diffusion=diffusion)
     trainer = Trainer(
         model.to(a.device),
         precision=a.precision,
-        lr=_or(a.lr, preset.lr),
-        ema_decay=_or(a.ema_decay, preset.ema_decay),
-        ema_warmup=preset.ema_warmup,
-        grad_clip=preset.grad_clip,
-        warmup=_or(a.warmup, preset.warmup),
-        flip=preset.flip,
+        lr=_or(a.lr, recipe.lr),
+        ema_decay=_or(a.ema_decay, recipe.ema_decay),
+        ema_warmup=recipe.ema_warmup,
+        grad_clip=recipe.grad_clip,
+        warmup=_or(a.warmup, recipe.warmup),
+        flip=recipe.flip,
         seed=a.seed,
     )
     parameters = sum(p.numel() for p in model.parameters())
     console.say(f"data   {dataset.describe()}")
-    console.say(f"model  {parameters:,} parameters, preset {a.preset}, {trainer.precision}")
-    started, out = time.perf_counter(), Path(a.out)
+    console.say(
+        f"model  {parameters:,} parameters, preset {a.preset or 'cifar10'}, {trainer.precision}"
+    )
+    started = time.perf_counter()
     fit(
         trainer,
         dataset,
         out,
-        steps=_or(a.steps, preset.steps),
-        batch_size=_or(a.batch_size, preset.batch_size),
+        steps=_or(a.steps, recipe.steps),
+        batch_size=_or(a.batch_size, recipe.batch_size),
         save_every=a.save_every,
         sample_every=a.sample_every,
         resume=a.resume,
@@ -206,6 +214,36 @@ def _train(a: argparse.Namespace) -> None:
         "time": f"{time.perf_counter() - started:.1f} s",
     }
     console.say(tabulate(rows.items(), tablefmt="plain"))
+
+
+def _resumed(a: argparse.Namespace, out: Path) -> UNet:
+    """The model of the run in `out` with fresh weights; ValueError names what was asked for and is
+    another there. What is not asked for is the run's.
+    """
+    model = build_model(read_json(out / CONFIG), out / CONFIG)
+    process = model.diffusion
+    there: dict[str, Any] = {
+        "--schedule": process.schedule.to_config(),
+        "--prediction": process.prediction,
+        "--variance": process.variance,
+        "--loss": process.objective,
+    }
+    asked = {name: getattr(a, name.removeprefix("--")) for name in there}
+    if a.schedule is not None:
+        asked["--schedule"] = getattr(Schedule, a.schedule)().to_config()
+    if a.preset is not None:
+        of_preset = {k: v for k, v in preset(a.preset).model.items() if k not in OF_THE_DATA}
+        there |= {f"--preset {a.preset}: {k}": model.config[k] for k in of_preset}
+        asked |= {f"--preset {a.preset}: {k}": _listed(v) for k, v in of_preset.items()}
+    for name, value in asked.items():
+        if value is not None and value != there[name]:
+            raise ValueError(f"{out / CONFIG}: {name} is {there[name]!r} there and {value!r} here")
+    return model
+
+
+def _listed(value):
+    """As it is read from JSON."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _doctor(a: argparse.Namespace) -> None:
@@ -224,10 +262,13 @@ def _report(
     console.say(tabulate(rows.items(), tablefmt="plain"))
 
 
-def _alone(command: str) -> None:
-    """ValueError where several ranks were launched for a command of one process."""
-    if (world := ranks.launched_ranks()) > 1:
-        raise ValueError(f"{command} runs in one process; {world} were launched")
+def _alone(what: str) -> None:
+    """ValueError where several ranks were launched of what is one process."""
+    if (world := os.environ.get("WORLD_SIZE") or "1") != "1":
+        raise ValueError(
+            f"{what} is one process, and WORLD_SIZE is {world}: start it without torchrun, or "
+            "unset WORLD_SIZE"
+        )
 
 
 def _or(value, default):
@@ -327,9 +368,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=_path, required=True, help="the run's folder")
     add(
         "--preset",
-        default="cifar10",
-        choices=sorted(PRESETS),
-        help="model and recipe (default: cifar10)",
+        type=_preset,
+        metavar="NAME",
+        help=f"model and recipe: {', '.join(sorted(PRESETS))} (default: cifar10)",
     )
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, exactly")
     add("--steps", type=int, help="optimiser steps in all (default: the preset's)")
@@ -344,15 +385,14 @@ def _parser() -> argparse.ArgumentParser:
         "preset's)",
     )
     add("--channels", type=int, choices=(1, 3), help="grey or colour (default: as the first image)")
-    add("--schedule", default="linear", choices=SCHEDULES, help="betas (default: linear)")
-    add("--prediction", default="eps", choices=("eps", "x0", "mean"), help="(default: eps)")
+    add("--schedule", choices=SCHEDULES, help="betas (default: linear)")
+    add("--prediction", choices=("eps", "x0", "mean"), help="(default: eps)")
     add(
         "--variance",
-        default="fixed_large",
         choices=("fixed_large", "fixed_small", "learned"),
-        help="(default: fixed_large)",
+        help="(default: the preset's)",
     )
-    add("--loss", default="simple", choices=("simple", "vlb"), help="(default: simple)")
+    add("--loss", choices=("simple", "vlb"), help="(default: simple)")
     add("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
     add(
         "--sample-every",
@@ -430,6 +470,14 @@ def _size(text: str) -> int | tuple[int, int]:
             f"{text!r}: give an integer, or height x width as 64x48 or 64,48"
         )
     return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def _preset(name: str) -> str:
+    try:
+        preset(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
 
 
 def _integers(text: str) -> list[int]:

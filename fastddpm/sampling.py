@@ -18,11 +18,13 @@ from fastddpm import arguments, ops, ranks, reference
 from fastddpm.arguments import indices, sample_indices
 from fastddpm.batching import Batches, batch_size_for
 from fastddpm.diffusion import Diffusion, Model
-from fastddpm.engine import make_engine
+from fastddpm.engine import make_engine, runnable
 from fastddpm.engine.eager import Eager, OnStep
 from fastddpm.host import own_state
+from fastddpm.options import check_flag, check_number
 from fastddpm.progress import tqdm
 from fastddpm.schedule import Sampler, check_count
+from fastddpm.wrapped import unwrap
 
 
 @own_state()
@@ -219,10 +221,11 @@ class Chain:
         engine: str = "auto",
         device: torch.device | str | None = None,
     ):
-        full = Diffusion.of(model, diffusion)
+        full, model = Diffusion.of(model, diffusion), runnable(model)
         self.device = arguments.device_of(model, device)
-        self.model, self.shape = model, arguments.image_shape(model, shape)
-        eta, clip = arguments.eta(eta), arguments.flag("clip", clip)
+        self.model, self.shape = model, arguments.image_shape(unwrap(model), shape)
+        eta = check_number("eta", eta, lambda x: x >= 0, "at least 0")
+        clip = check_flag("clip", clip)
         self.diffusion = full.respace(steps)
         self.T = self.diffusion.T
         self.diffusion.table(self.device, sampler=sampler, eta=eta)

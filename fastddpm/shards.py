@@ -29,6 +29,7 @@ from fastddpm.figures import check_output, to_pil, to_uint8
 from fastddpm.host import own_state
 from fastddpm.sampling import Chain, bar, finite
 from fastddpm.unet import UNet
+from fastddpm.wrapped import unwrap
 
 PICTURES = 1000  # up to so many images a folder has one file an image
 SHARD = 256  # images a file from there on
@@ -59,6 +60,7 @@ def sample_to_folder(
     files that are missing, and all must make the call. Raises ValueError for a folder that holds
     other samples, naming the file and what differs."""
     rank, world = ranks.place()
+    model = unwrap(model)
     with ranks.together():
         folder = check_output(folder, kinds=("",))
         if not isinstance(model, UNet):
@@ -82,9 +84,7 @@ def sample_to_folder(
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             gaps = missing((first_index, first_index + n), present(folder, about))
-            lacking = sum(stop - start for start, stop in gaps)
-            size = min(shard_size or batches.size, max(1, -(-lacking // world)))
-            pieces = cut(gaps, size)
+            pieces = cut(gaps, shard_size or _pictures_a_piece(gaps, batches.size, world))
             remove_abandoned(folder, lambda name: _overlaps(_indices(name), gaps))
     pieces = ranks.from_first(pieces)
     mine = pieces[rank::world]
@@ -128,6 +128,13 @@ def cut(ranges: Iterable[Range], size: int) -> list[Range]:
         ends = [*range(start - start % size + size, stop, size), stop]
         pieces += list(zip([start, *ends[:-1]], ends, strict=True))
     return pieces
+
+
+def _pictures_a_piece(gaps: Iterable[Range], most: int, world: int) -> int:
+    """So that every rank has some to draw. Not for shards: where a set is cut must be the same when
+    it is gone on with, and by how many."""
+    lacking = sum(stop - start for start, stop in gaps)
+    return min(most, max(1, -(-lacking // world)))
 
 
 # ---- files ---------------------------------------------------------------------------------------
