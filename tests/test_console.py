@@ -156,7 +156,10 @@ def test_descriptors_that_are_closed_are_taken(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("FASTDDPM_BACKEND", "must be one of 'auto', 'reference'"), ("FASTDDPM_ISA", "must be one o")],
+    [
+        ("FASTDDPM_BACKEND", "must be one of 'auto', 'reference'"),
+        pytest.param("FASTDDPM_ISA", "must be one of 'plain'", marks=pytest.mark.slow),
+    ],
 )
 def test_a_misspelt_setting_is_one_line(tmp_path, name, message):
     if name == "FASTDDPM_ISA":
@@ -253,6 +256,7 @@ def test_a_stray_world_size_is_named_at_once(folder, monkeypatch, capsys, comman
 # ---- memory --------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*arrays keep their size")
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
 def test_no_memory_is_one_line_that_says_what_to_do(folder, monkeypatch, capsys, error):
     def raising(*_, **__):
@@ -260,14 +264,11 @@ def test_no_memory_is_one_line_that_says_what_to_do(folder, monkeypatch, capsys,
 
     monkeypatch.setattr(fastddpm, "sample", raising)
     monkeypatch.setattr(cli, "Trainer", raising)
-    for command, way_out in (
-        (SAMPLE, "a smaller --batch-size"),
-        ((*TRAIN, "--out=run"), "--batch"),
-    ):
+    for command in (SAMPLE, (*TRAIN, "--out=run")):
         assert cli.main(list(command)) == 2
         err = capsys.readouterr().err.splitlines()[-1]
         assert err.startswith("fastddpm: error: out of memory (")
-        assert way_out in err
+        assert "give a smaller --batch-size" in err
 
 
 @pytest.mark.slow
