@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdRef
-from toy import SCHEDULE, tiny_unet, wave
+from toy import SCHEDULE, images, tiny_unet, wave
 
 import fastddpm
 from fastddpm import Diffusion, UNet, batching
@@ -59,6 +59,26 @@ def test_a_batch_that_does_not_fit_is_halved_and_said_so_once(error):
     assert torch.equal(x, draw(16))
     half = SCHEDULE.T // 2
     assert model.sizes == [7] * half + [4] * half + [2] * SCHEDULE.T * 8  # and no larger one again
+
+
+def test_progressive_batches_are_halved_and_no_frame_is_kept_of_those_that_failed():
+    options = {"shape": (2, 3, 5), "diffusion": Diffusion(SCHEDULE), "progress": False}
+    with pytest.warns(RuntimeWarning, match="batches of 7 images"):
+        got = fastddpm.sample_progressive(Small(2, ERRORS[1]), 7, frames=5, **options)
+    expected = fastddpm.sample_progressive(wave, 7, frames=5, **options)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+    assert got[2] == expected[2]
+
+
+def test_the_bounds_batches_are_halved_too():
+    x0 = images(7, 2, 3, 5)
+    options = {"diffusion": Diffusion(SCHEDULE), "progress": False}
+    with pytest.warns(RuntimeWarning, match="batches of 7 images"):
+        bits = fastddpm.bits_per_dim(Small(2, MemoryError("no more")), x0, **options)
+    expected = fastddpm.bits_per_dim(wave, x0, **options)
+    for name in ("total", "prior", "terms", "mse"):
+        assert torch.equal(getattr(bits, name), getattr(expected, name))
 
 
 @pytest.mark.filterwarnings("ignore:memory is too small")
