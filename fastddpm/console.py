@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from typing import TextIO
 
 
@@ -69,25 +68,3 @@ def settle() -> None:
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, stream.fileno())
                 os.close(null)
-
-
-@contextlib.contextmanager
-def mistakes_of_the_command() -> Iterator[None]:
-    """Around the package's imports, where FASTDDPM_ISA or FASTDDPM_BACKEND may be a ValueError: to
-    who runs the command one line and exit code 2, as all mistakes are."""
-    try:
-        yield
-    except ValueError as error:
-        if not _is_command():
-            raise
-        complain(f"fastddpm: error: {error}")
-        raise SystemExit(2) from None
-
-
-def _is_command() -> bool:
-    """True in `fastddpm ...` and `python -m fastddpm[.cli] ...`."""
-    script = os.path.basename(sys.argv[0]) if sys.argv else ""
-    if script == "-m":  # until the module is found
-        original = sys.orig_argv
-        script = original[original.index("-m") + 1].split(".")[0]
-    return script in ("fastddpm", "fastddpm.exe", "fastddpm-script.py")

@@ -18,7 +18,7 @@ from test_progress import STREAMS, Failing
 from toy import images, tiny_unet
 
 import fastddpm
-from fastddpm import cli, console, figures, host
+from fastddpm import cli, figures, host
 from fastddpm.checkpoint import save_model
 from fastddpm.training import STATE
 
@@ -168,26 +168,6 @@ def test_a_misspelt_setting_is_one_line(tmp_path, name, message):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"fastddpm: error: {name} {message}")
     assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("original", "argv", "command"),
-    [
-        (["python", "/usr/bin/fastddpm", "doctor"], ["/usr/bin/fastddpm", "doctor"], True),
-        (["python", "-u", "-m", "fastddpm.cli", "doctor"], ["-m", "doctor"], True),
-        (["python", "-m", "fastddpm"], ["-m"], True),
-        (["python", "-m", "pytest", "fastddpm"], ["-m", "fastddpm"], False),
-        (["python", "train.py", "-m", "fastddpm"], ["train.py", "-m", "fastddpm"], False),
-        (["python", "-c", "import fastddpm"], ["-c"], False),
-        (["python"], [""], False),
-    ],
-)
-def test_only_the_command_ends_the_process(monkeypatch, original, argv, command):
-    monkeypatch.setattr(sys, "orig_argv", original)
-    monkeypatch.setattr(sys, "argv", argv)
-    error = SystemExit if command else ValueError
-    with pytest.raises(error), console.mistakes_of_the_command():
-        raise ValueError("FASTDDPM_ISA must be another")
 
 
 @pytest.mark.parametrize(
