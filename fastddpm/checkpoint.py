@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
+from fastddpm import digest
 from fastddpm.diffusion import Diffusion
 from fastddpm.unet import UNet
 
@@ -61,23 +62,33 @@ def write_tensors(
     tensors: dict[str, torch.Tensor],
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically, with the digest of all that is in it in its header."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {**(metadata or {}), digest.KEY: digest.of_tensors(contiguous, metadata or {})}
     with atomic_write(path) as file:
         file.write(safetensors_bytes(contiguous, metadata))
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; ValueError names a file that is missing, cut or
-    not one.
+    """Tensors and metadata of a safetensors file; ValueError names a file that is missing, cut, not
+    one, or not what was written: a file that names a digest, as all of `write_tensors` do, is
+    checked against it.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    said = metadata.pop(digest.KEY, None)
+    if said is not None and said != digest.of_tensors(tensors, metadata):
+        raise ValueError(
+            f"{path} is damaged: its tensors and metadata are not those that were written "
+            "(their digest is not the one in its header)"
+        )
+    return tensors, metadata
 
 
 def read_weights(path: str | os.PathLike, *, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
