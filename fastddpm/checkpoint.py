@@ -1,5 +1,5 @@
-"""Models on disk: safetensors and JSON, read with every key checked and written atomically. No
-training state.
+"""Tensors and JSON on disk, read with everything checked and written atomically; nothing of any
+model.
 """
 
 from __future__ import annotations
@@ -17,11 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 from fastddpm import digest
-from fastddpm.diffusion import Diffusion
-from fastddpm.unet import UNet
-
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-BUNDLED = Path(__file__).parent / "checkpoints"
 
 
 @contextlib.contextmanager
@@ -165,66 +160,11 @@ def load_weights(
     model.load_state_dict(weights)
 
 
-def save_model(
-    model: UNet, folder: str | os.PathLike, weights: dict[str, torch.Tensor] | None = None
-) -> None:
-    """Write the model's config.json and model.safetensors (or `weights` in its place) into
-    `folder`.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, model.state_dict() if weights is None else weights)
-    write_json(
-        folder / CONFIG,
-        {"format": "fastddpm", "unet": model.config, "diffusion": model.diffusion.to_config()},
-    )
+def __getattr__(name: str) -> Any:
+    """What stood here before `fastddpm.pretrained` did."""
+    if name in ("BUNDLED", "CONFIG", "WEIGHTS", "build_model", "bundled_models", "load_model",
+                "save_config", "save_model"):  # fmt: skip
+        from fastddpm import pretrained
 
-
-def build_model(config: dict[str, Any], source: str | os.PathLike) -> UNet:
-    """The UNet of a config.json's content, with fresh weights."""
-    for name in ("unet", "diffusion"):
-        if not isinstance(config.get(name), dict):
-            raise ValueError(f"{source}: the object {name!r} is missing")
-    try:
-        return UNet(**config["unet"], diffusion=Diffusion.from_config(config["diffusion"]))
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{source}: {error}") from None
-
-
-def bundled_models() -> list[str]:
-    """The names that come with the package."""
-    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
-
-
-def load_model(source: str | os.PathLike, **options: Any) -> UNet:
-    """A UNet in eval mode from a bundled name, a folder of `save_model`, a diffusers folder, or a
-    weights file of the PyTorch port of the paper's code.
-
-    options go to the loaders of `fastddpm.integrations`; our own folders take none. Raises
-    FileNotFoundError or ValueError, naming what is wrong.
-    """
-    if str(source) in bundled_models():
-        source = BUNDLED / source
-    path = Path(source)
-    if path.is_file():
-        from fastddpm.integrations.port import load_file
-
-        return load_file(path, **options).eval()
-    if (path / "model_index.json").is_file() and (path / "unet" / CONFIG).is_file():
-        path = path / "unet"  # a pipeline of diffusers
-    if not (path / CONFIG).is_file():
-        what = f"no {CONFIG} in it" if path.is_dir() else "no such file or folder"
-        raise FileNotFoundError(
-            f"model {str(source)!r}: {what}; give a folder with {CONFIG} and {WEIGHTS}, or one of "
-            f"the bundled names: {', '.join(bundled_models()) or 'none'}"
-        )
-    config = read_json(path / CONFIG)
-    if config.get("format") != "fastddpm":
-        from fastddpm.integrations.diffusers import load_folder
-
-        return load_folder(path, config, **options).eval()
-    if options:
-        raise ValueError(f"a fastddpm folder takes no options; got {', '.join(sorted(options))}")
-    model = build_model(config, path / CONFIG)
-    load_weights(model, read_tensors(path / WEIGHTS)[0], path / WEIGHTS)
-    return model.eval()
+        return getattr(pretrained, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,11 +17,12 @@ from tabulate import tabulate
 
 import fastddpm
 from fastddpm import figures, ranks, shards
-from fastddpm.checkpoint import CONFIG, build_model, read_json
+from fastddpm.checkpoint import read_json
 from fastddpm.data import open_dataset
 from fastddpm.diffusion import Diffusion
 from fastddpm.doctor import doctor, what_runs
 from fastddpm.engine import EngineName
+from fastddpm.pretrained import CONFIG, build_model
 from fastddpm.schedule import Schedule
 from fastddpm.training import PRESETS, STATE, Trainer, fit
 from fastddpm.unet import UNet

@@ -21,11 +21,12 @@ import torch
 from tqdm import tqdm
 
 from fastddpm import reference
-from fastddpm.checkpoint import atomic_write, read_tensors, save_model, write_tensors
+from fastddpm.checkpoint import atomic_write, read_tensors, write_tensors
 from fastddpm.data import Dataset, batch_indices
 from fastddpm.diffusion import Diffusion
 from fastddpm.figures import loss_plot, save_samples
 from fastddpm.precision import Precision, autocast, resolve_precision
+from fastddpm.pretrained import save_model
 from fastddpm.sampling import sample
 from fastddpm.unet import UNet
 

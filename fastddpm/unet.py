@@ -358,13 +358,13 @@ class UNet(nn.Module):
         Returned in eval mode, float32, channels_last, on the CPU. options (allow_pickle, ...): see
         `fastddpm.integrations`. Raises FileNotFoundError or ValueError, naming what is wrong.
         """
-        from fastddpm.checkpoint import load_model
+        from fastddpm.pretrained import load_model
 
         return load_model(source, **options)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write config.json and model.safetensors into `folder`, each atomically."""
-        from fastddpm.checkpoint import save_model
+        from fastddpm.pretrained import save_model
 
         save_model(self, folder)
 
