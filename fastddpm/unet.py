@@ -18,11 +18,11 @@ from torch import nn
 
 from fastddpm import ops
 from fastddpm.diffusion import Diffusion
+from fastddpm.memory import check_fits
 from fastddpm.schedule import Variance
 from fastddpm.unet_config import (
     check_config,
     check_freq_shift,
-    check_memory,
     fewest_parameters,
 )
 
@@ -247,7 +247,7 @@ class UNet(nn.Module):
             outputs=2 if self.diffusion.variance == "learned" else 1,
         )
         if torch.empty(0).device.type == "cpu":
-            check_memory(fewest_parameters(self.config), "this UNet")
+            check_fits("this UNet in float32", 4 * fewest_parameters(self.config))
         config = self.config  # from here on, the checked options
         in_channels, channels, channel_mult = (
             config["in_channels"], config["channels"], config["channel_mult"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -88,18 +87,6 @@ def check_freq_shift(freq_shift: float, dim: int) -> float:
             f"(channels must be at least {2 * max(1, math.floor(freq_shift) + 1)} for it)"
         )
     return int(freq_shift) if _is_integer(freq_shift) else float(freq_shift)
-
-
-def check_memory(parameters: int, what: str) -> None:
-    """ValueError if float32 weights of this number would not fit into the machine's memory."""
-    if not hasattr(os, "sysconf"):
-        return
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if 4 * parameters > memory:
-        raise ValueError(
-            f"{what} has {parameters:.2e} parameters, {4 * parameters / 2**30:,.0f} GiB in "
-            f"float32; this machine has {memory / 2**30:,.0f} GiB"
-        )
 
 
 def fewest_parameters(config: dict[str, Any]) -> int:
