@@ -90,6 +90,12 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
     return tensors, metadata
 
 
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata of a safetensors file; nothing else of it is read or checked."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Any]:
     """A safetensors file whose header was read; whatever is wrong with it is a ValueError."""

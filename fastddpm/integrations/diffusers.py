@@ -114,6 +114,7 @@ def load_folder(
     another shape.
     """
     source = folder / "config.json"
+    _check_pipeline(folder)
     files = weight_files(folder, variant)
     if diffusion is None:
         diffusion = load_process(folder)
@@ -130,6 +131,19 @@ def load_folder(
             raise ValueError(f"{source}: {error}") from None
 
     return load(make, files, convert=convert, allow_pickle=allow_pickle, source=files[0])
+
+
+def _check_pipeline(folder: Path) -> None:
+    """A network that is one part of a pipeline draws images only if it is its one network."""
+    index = folder.parent / "model_index.json"
+    if folder.name != "unet" or not index.is_file():
+        return
+    parts = [name for name, part in read_json(index).items() if name[:1] != "_" and part]
+    if others := sorted(set(parts) - {"unet", "scheduler"}):
+        raise ValueError(
+            f"{index}: the pipeline has a {others[0]} beside its unet, so the unet alone does not "
+            "draw its images; only pipelines of a unet and a scheduler are read"
+        )
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:

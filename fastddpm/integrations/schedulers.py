@@ -18,6 +18,9 @@ from fastddpm.diffusion import Diffusion
 from fastddpm.schedule import Schedule, check_count, check_number
 
 SCHEDULER = "scheduler_config.json"
+LOSS = (
+    "_fastddpm_loss"  # the objective has no name there; what begins with _ diffusers leaves alone
+)
 
 CLASSES = (
     "DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler",
@@ -114,8 +117,9 @@ def process(config: dict[str, Any], source: object) -> Diffusion:
     prediction = choice("prediction_type", default, PREDICTIONS)
     variance = choice("variance_type", "fixed_small", VARIANCES)
     choice("beta_schedule", "linear", BETAS)
+    loss = choice(LOSS, "simple", {"simple": "simple", "vlb": "vlb"})
     try:
-        return Diffusion(_schedule(config), prediction, variance)  # type: ignore[arg-type]
+        return Diffusion(_schedule(config), prediction, variance, loss)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
@@ -164,6 +168,7 @@ def scheduler_config(diffusion: Diffusion) -> dict[str, Any]:
         "prediction_type": predictions[diffusion.prediction],
         "variance_type": diffusion.variance,
         "clip_sample": True,
+        LOSS: diffusion.objective,
     }
     recipe = full["schedule"]
     names = {ours: theirs for theirs, ours in BETAS.items()}
