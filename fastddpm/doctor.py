@@ -13,11 +13,11 @@ import torch
 from tabulate import tabulate
 
 from fastddpm import _native
-from fastddpm.checkpoint import bundled_models
 from fastddpm.diffusion import Model
 from fastddpm.engine import choose, cpu_plan, cuda_graph
 from fastddpm.ops import dispatch
 from fastddpm.precision import has_fast_bf16
+from fastddpm.pretrained import bundled_models
 from fastddpm.unet import UNet
 
 

@@ -19,7 +19,7 @@ from toy import images, tiny_unet
 
 import fastddpm
 from fastddpm import cli, figures, host
-from fastddpm.checkpoint import save_model
+from fastddpm.pretrained import save_model
 from fastddpm.training import STATE
 
 

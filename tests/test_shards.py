@@ -21,9 +21,10 @@ from toy import tiny_unet, wave
 
 import fastddpm
 from fastddpm import cli, shards
-from fastddpm.checkpoint import atomic_write, save_model
+from fastddpm.checkpoint import atomic_write
 from fastddpm.data import open_dataset
 from fastddpm.figures import to_uint8
+from fastddpm.pretrained import save_model
 from fastddpm.shards import cut, missing, sample_to_folder
 
 OPTIONS = {"precision": "fp32", "engine": "eager", "progress": False}
