@@ -164,10 +164,14 @@ def test_descriptors_that_are_closed_are_taken(monkeypatch):
 def test_a_misspelt_setting_is_one_line(tmp_path, name, message):
     if name == "FASTDDPM_ISA":
         pytest.importorskip("fastddpm._C")
-    done = program("$F doctor", tmp_path, **{name: "fast"})
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"fastddpm: error: {name} {message}")
+    said = f"{name} {message}"
+    done = program("$F doctor; $F sample -n 1 --steps 1 --quiet", tmp_path, **{name: "fast"})
+    assert done.returncode == 2
+    assert said in done.stdout.splitlines()[1]  # the report goes on, about what is known
+    assert "bundled models" in done.stdout
+    assert done.stderr.startswith(f"fastddpm: error: {said}")
     assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
