@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastddpm import _native, reference
-from fastddpm.checkpoint import read_tensors, write_tensors
+from fastddpm.checkpoint import named, read_tensors, write_tensors
 from fastddpm.diffusion import Diffusion
 from fastddpm.host import own_state, plain, seeded, training
 from fastddpm.master_weights import MasterWeights
@@ -196,7 +196,7 @@ class Trainer:
         run: what else must be the same when the run goes on (`fit`'s data), JSON-ready; see `load`
         """
         self.weights.check()
-        folder = Path(folder)
+        folder = named(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if first := not (folder / STATE).exists():
             # Weights last: those without a state are a model that no run may write over.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastddpm import ranks
-from fastddpm.checkpoint import atomic_write
+from fastddpm.checkpoint import atomic_write, named
 from fastddpm.data import Dataset, batch_indices
 from fastddpm.figures import loss_plot, save_samples
 from fastddpm.host import own_state
@@ -68,7 +68,7 @@ def fit(
             f"a training run is one process; this is one of {ranks.place()[1]} ranks: start one, "
             "or make the steps of a Trainer on your own"
         )
-    out = Path(out)
+    out = named(out)
     check_apart(dataset.path, out)
     if not resume:
         check_new(out)

@@ -19,8 +19,9 @@ from toy import images, tiny_unet
 
 import fastddpm
 from fastddpm import cli, figures, host
+from fastddpm.data import open_dataset
 from fastddpm.pretrained import save_model
-from fastddpm.training import STATE
+from fastddpm.training import STATE, fit
 
 
 @pytest.fixture
@@ -201,6 +202,13 @@ def test_the_library_does_not_write_into_the_current_folder_unasked(folder):
         fastddpm.sample_to_folder(tiny_unet(), "", 1, progress=False)
     with pytest.raises(ValueError, match="output ''"):
         figures.save_samples(torch.zeros(1, 1, 8, 8), "")
+    with pytest.raises(ValueError, match="output ''"):
+        tiny_unet().save_pretrained("")
+    trainer = fastddpm.Trainer(tiny_unet())
+    with pytest.raises(ValueError, match="output ''"):
+        trainer.save("")
+    with pytest.raises(ValueError, match="output ''"):
+        fit(trainer, open_dataset(folder / "data.npy"), "", steps=1, progress=False)
     assert sorted(p.name for p in folder.iterdir()) == ["data.npy", "model"]
 
 
