@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -43,6 +46,20 @@ def own_state(*, grad: bool = False) -> Iterator[None]:
             yield
         finally:
             torch.clear_autocast_cache()
+
+
+def callers_level() -> int:
+    """`warnings.warn`'s stacklevel of the line that called this package, from who calls this."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _is_inside(frame):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _is_inside(frame: FrameType) -> bool:
+    """In the package, or in a decorator of ours or of torch's."""
+    package = frame.f_globals.get("__name__", "").split(".")[0] == __package__
+    return package or Path(frame.f_code.co_filename).name in ("contextlib.py", "_contextlib.py")
 
 
 def check_threads(name: str, threads: int) -> None:

@@ -200,6 +200,15 @@ def test_threads_that_the_system_does_not_have_are_named(monkeypatch):
         fastddpm.sample(wave, 1, shape=(1, 8, 8), **QUIET)
 
 
+def test_warnings_point_at_the_line_that_called():
+    short = Diffusion(fastddpm.Schedule.linear(100))
+    with pytest.warns(UserWarning, match="abar_T is") as told:
+        fastddpm.sample(wave, 1, shape=(1, 2, 2), diffusion=short, **QUIET)
+    with pytest.warns(UserWarning, match="no pixel below 0") as more:
+        Trainer(tiny_unet()).step(UNIT.abs())
+    assert {w.filename for w in (*told, *more)} == {__file__}
+
+
 def test_weights_of_inference_mode_are_sampled_and_not_trained():
     with torch.inference_mode():
         model = tiny_unet()
