@@ -18,7 +18,7 @@ from test_progress import STREAMS, Failing
 from toy import images, tiny_unet
 
 import fastddpm
-from fastddpm import cli, figures, host
+from fastddpm import cli, console, figures, host
 from fastddpm.data import open_dataset
 from fastddpm.pretrained import save_model
 from fastddpm.training import STATE, fit
@@ -129,6 +129,13 @@ def test_what_becomes_of_the_streams_is_no_exit_code(folder, command, code):
             image.load()
 
 
+def test_a_warning_is_one_line(monkeypatch):
+    stream = Failing(OSError("never"), 10**9)
+    monkeypatch.setattr(sys, "stderr", stream)
+    console.warn(RuntimeWarning("two\n lines"), RuntimeWarning, "file.py", 3)
+    assert stream.getvalue() == "fastddpm: warning: two lines\n"
+
+
 @pytest.mark.slow
 def test_training_survives_a_reader_that_leaves(folder):
     command = " ".join(("$F", *TRAIN, "--out=run", "--steps=30"))
@@ -216,7 +223,8 @@ def test_the_library_does_not_write_into_the_current_folder_unasked(folder):
 def test_threads_have_a_bound(folder, capsys, threads):
     before = torch.get_num_threads()
     assert cli.main([*SAMPLE, "--out=x.png", f"--threads={threads}"]) == 2
-    said = f"--threads must be in 1 .. {host.MOST_THREADS} here; got {threads}"
+    bound = "at least 1" if threads < 1 else f"at most {host.MOST_THREADS} here"
+    said = f"--threads must be {bound}; got {threads}"
     assert capsys.readouterr().err == f"fastddpm: error: {said}\n"
     assert torch.get_num_threads() == before
 
