@@ -46,6 +46,8 @@ def unsupported(model: Model, device: torch.device) -> str | None:
         where = f"{name or 'the model'} ({type(module).__name__})"
         if type(module) not in _PARTS:
             return f"{where} is not a part that a plan knows"
+        if "forward" in vars(module):  # as accelerate and others replace it
+            return f"{where} has a forward that is not its class's"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{where} has a forward hook"
     for name, parameter in model.named_parameters():
