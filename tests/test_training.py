@@ -354,7 +354,7 @@ def test_presets_of_old_names_say_what_they_became():
         training.preset("lsun256")
     with pytest.raises(ValueError, match="give lsun-bedroom-large"):
         training.preset("lsun256-large")
-    with pytest.raises(ValueError, match="must be one of 'celebahq256', 'cifar10', .*'imagenet'"):
+    with pytest.raises(ValueError, match=r"must be one of 'celebahq256', 'cifar10', .*'imagenet'"):
         training.preset("imagenet")
 
 

@@ -7,9 +7,9 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from toy import SCHEDULE, images, tiny_unet
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from toy import SCHEDULE, images, tiny_unet
 
 import fastddpm
 from fastddpm import Diffusion, Schedule, UNet, bits_per_dim
