@@ -297,8 +297,8 @@ class Diffusion:
         if sample_index is None:
             sample_index = torch.arange(n, device=device)
         x0 = reference.to_unit(x0) if x0.dtype == torch.uint8 else x0
-        terms = torch.empty(n, self.T, device=device)
-        mse = torch.empty(n, self.T, device=device)
+        terms = torch.empty(n, self.T, dtype=torch.float32, device=device)
+        mse = torch.empty_like(terms)
         with torch.no_grad():
             for i in range(self.T):
                 t = torch.full((n,), i, dtype=torch.int64, device=device)

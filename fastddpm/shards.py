@@ -23,12 +23,11 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fastddpm import ranks
+from fastddpm import arguments, ranks
 from fastddpm.checkpoint import atomic_write, remove_abandoned
-from fastddpm.figures import to_pil, to_uint8
-from fastddpm.ops.checks import seed_word
-from fastddpm.sampling import Chain, bar, finite, sample_indices
-from fastddpm.schedule import check_count
+from fastddpm.figures import check_output, to_pil, to_uint8
+from fastddpm.host import own_state
+from fastddpm.sampling import Chain, bar, finite
 from fastddpm.unet import UNet
 from fastddpm.wrapped import unwrap
 
@@ -38,6 +37,7 @@ SHARD = 256  # images a file from there on
 Range = tuple[int, int]  # of sample indices: from, and up to but without
 
 
+@own_state()
 def sample_to_folder(
     model: UNet,
     folder: str | Path,
@@ -60,23 +60,23 @@ def sample_to_folder(
     files that are missing, and all must make the call. Raises ValueError for a folder that holds
     other samples, naming the file and what differs."""
     rank, world = ranks.place()
-    folder, model = Path(folder), unwrap(model)
+    model = unwrap(model)
     with ranks.together():
+        folder = check_output(folder, kinds=("",))
         if not isinstance(model, UNet):
             raise ValueError(
                 "a folder's files name their model by its fingerprint: model must be a "
                 f"fastddpm.UNet; got {type(model).__name__}"
             )
-        seed_word(seed)
-        sample_indices(n, first_index)
-        n, first_index = int(n), int(first_index)  # NumPy's are taken too
+        seed = arguments.seed(seed)
+        n, first_index = arguments.indices(n, first_index)
         if shard_size is None:
             shard_size = 0 if n <= PICTURES else SHARD
-        elif shard_size != 0:
-            check_count("shard_size", shard_size)
+        else:
+            shard_size = arguments.integer("shard_size", shard_size, 0, 2**63 - 1, "at least 0")
         chain = Chain(model, **options)
         batches = chain.batches(batch_size)
-        about = {"model": fingerprint(model), "seed": int(seed), **chain.facts}
+        about = {"model": fingerprint(model), "seed": seed, **chain.facts}
         about |= {"precision": chain.engine.precision}
     ranks.agree(n=n, first_index=first_index, shard_size=shard_size, **about)
     pieces: list[Range] = []
@@ -84,9 +84,7 @@ def sample_to_folder(
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             gaps = missing((first_index, first_index + n), present(folder, about))
-            lacking = sum(stop - start for start, stop in gaps)
-            size = min(shard_size or batches.size, max(1, -(-lacking // world)))
-            pieces = cut(gaps, size)
+            pieces = cut(gaps, shard_size or _pictures_a_piece(gaps, batches.size, world))
             remove_abandoned(folder, lambda name: _overlaps(_indices(name), gaps))
     pieces = ranks.from_first(pieces)
     mine = pieces[rank::world]
@@ -94,7 +92,7 @@ def sample_to_folder(
     with ranks.together(), bar(left, chain.T, progress and rank == 0) as steps:
         for start, stop in mine:
             left -= stop - start
-            index = torch.arange(start, stop)
+            index = torch.arange(start, stop, device="cpu")
             images = finite(torch.cat(chain.draw(seed, index, batches, steps, later=left)))
             write(folder, start, images, about, one_file=shard_size > 0)
     return sum(stop - start for start, stop in pieces)
@@ -130,6 +128,13 @@ def cut(ranges: Iterable[Range], size: int) -> list[Range]:
         ends = [*range(start - start % size + size, stop, size), stop]
         pieces += list(zip([start, *ends[:-1]], ends, strict=True))
     return pieces
+
+
+def _pictures_a_piece(gaps: Iterable[Range], most: int, world: int) -> int:
+    """So that every rank has some to draw. Not for shards: where a set is cut must be the same when
+    it is gone on with, and by how many."""
+    lacking = sum(stop - start for start, stop in gaps)
+    return min(most, max(1, -(-lacking // world)))
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch
 from fastddpm import _native, reference
 from fastddpm.checkpoint import read_tensors, save_config, save_model, write_tensors
 from fastddpm.diffusion import Diffusion
+from fastddpm.host import own_state, plain, seeded, training
 from fastddpm.master_weights import MasterWeights
 from fastddpm.ops import dispatch
 from fastddpm.options import check_flag, check_integer, check_number
@@ -53,6 +54,7 @@ class Trainer:
     changed (layers, device, dtype) after the trainer was made, FloatingPointError when the loss or
     gradient is not finite."""
 
+    @own_state()
     def __init__(
         self,
         model: torch.nn.Module,
@@ -77,6 +79,11 @@ class Trainer:
         self.model, self.network = model, unwrap(model)
         if not isinstance(self.network, torch.nn.Module):
             raise ValueError(f"model must be a torch.nn.Module; got {type(self.network).__name__}")
+        if any(p.is_inference() for p in self.network.parameters()):
+            raise ValueError(
+                "the model's weights were made under torch.inference_mode, so they can't be "
+                "trained: build or load the model outside it"
+            )
         self.weights = MasterWeights(self.network)
         self.device = next(self.network.parameters()).device
         self.precision = resolve_precision(precision, self.device)
@@ -89,13 +96,13 @@ class Trainer:
     def _masters(self) -> list[torch.Tensor]:
         return list(self.weights.masters.values())
 
-    @torch.inference_mode(False)
+    @own_state(grad=True)
     def step(self, x0: torch.Tensor) -> torch.Tensor:
         """One optimiser step on x0, (N, C, H, W) uint8 or float in [-1, 1]; returns the mean loss,
         detached.
         """
         self.weights.check()
-        x0 = self._checked(x0).to(self.device)
+        x0 = plain(self._checked(x0).to(self.device))
         n, T = x0.shape[0], self.diffusion.T
         index = torch.arange(self.example_count, self.example_count + n, device=self.device)
         words = reference.random_words(
@@ -104,19 +111,17 @@ class Trainer:
         t = (words[:, 0] * T) >> 32
         flip = (words[:, 1] & 1).bool() if self.flip else None
 
-        train = self.model.train if isinstance(self.model, torch.nn.Module) else self.network.train
-        train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * min((self.step_count + 1) / max(self.warmup, 1), 1.0)
         self.weights.zero_gradients()
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed((self.seed * 0x9E3779B97F4A7C15 + self.step_count) % 2**63)
-            with torch.enable_grad():
-                with autocast(self.precision, self.device):
-                    loss = self.diffusion.loss(
-                        self.model, x0, t=t, flip=flip, seed=self.seed, sample_index=index
-                    ).mean()
-                (loss * self.weights.loss_scale).backward()
+        module = self.model if isinstance(self.model, torch.nn.Module) else self.network
+        dropout = (self.seed * 0x9E3779B97F4A7C15 + self.step_count) % 2**63
+        with training(module), seeded(dropout, self.device):
+            with autocast(self.precision, self.device):
+                loss = self.diffusion.loss(
+                    self.model, x0, t=t, flip=flip, seed=self.seed, sample_index=index
+                ).mean()
+            (loss * self.weights.loss_scale).backward()
         self.weights.take_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self._masters, self.grad_clip)
         if not torch.isfinite(norm + loss.detach()):
@@ -169,6 +174,7 @@ class Trainer:
         self.weights.check()
         return self.weights.averaged_state()
 
+    @own_state()
     def ema_model(self) -> torch.nn.Module:
         """A copy of the network with the averaged weights, in eval mode."""
         self.weights.check()
@@ -180,6 +186,7 @@ class Trainer:
 
     # ---- the state on disk ----------------------------------------------------------------------
 
+    @own_state()
     def save(self, folder: str | Path, run: Mapping[str, Any] | None = None) -> None:
         """Write the averaged model into `folder`, then the whole state into one file beside it,
         atomically: where there is a state, there is a model to resume with.
@@ -223,6 +230,7 @@ class Trainer:
                 tensors[f"adam.{key}.{name}"] = value
         return tensors
 
+    @own_state()
     def load(self, folder: str | Path, run: Mapping[str, Any] | None = None) -> None:
         """Take up the state of `save`. ValueError names what differs from this trainer's model or
         recipe, or from the `run` that was saved with it; nothing is taken up then.

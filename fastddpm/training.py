@@ -17,6 +17,7 @@ from fastddpm import ranks
 from fastddpm.checkpoint import WEIGHTS, atomic_write
 from fastddpm.data import Dataset, batch_indices
 from fastddpm.figures import loss_plot, save_samples
+from fastddpm.host import own_state
 from fastddpm.options import check_integer
 from fastddpm.presets import PRESETS, Preset, preset
 from fastddpm.progress import tqdm
@@ -31,6 +32,7 @@ LOG_EVERY = 50  # steps that a row of log.csv averages over
 COLUMNS = ["step", "loss", "images_per_second"]
 
 
+@own_state()
 def fit(
     trainer: Trainer,
     dataset: Dataset,
