@@ -40,6 +40,8 @@ class Diffusion:
     are not known: see Schedule.trained.
     """
 
+    _warned_of_the_end = False
+
     def __init__(
         self,
         schedule: Schedule | None = None,
@@ -61,7 +63,6 @@ class Diffusion:
         self.variance: Variance = variance
         self.objective: Loss = loss
         self._tables: dict[str, torch.Tensor] = {}
-        self._warned_of_the_end = False
         if prediction == "mean" or variance == "learned":
             _ = self.schedule.trained
 
@@ -105,7 +106,7 @@ class Diffusion:
         """The schedule's [T, K] float32 table, kept on each device it was asked for."""
         schedule, variance = self.schedule, self.variance
         return self._kept(
-            f"{device} {sampler} {eta}",
+            f"{device} {sampler} {eta!r}",
             lambda: schedule.table(variance, sampler=sampler, eta=eta, device=device),
         )
 
@@ -276,10 +277,11 @@ class Diffusion:
             x0 = torch.where(flip[:, None, None, None], x0.flip(-1), x0)
         if self.objective == "vlb":
             return self.vlb_term(x0, xt, output, t, clip=False)
-        if self.prediction == "mean":
+        target = x0
+        if self.prediction == "mean":  # q_posterior's, over the chain that the model speaks of
             c = _rows(self._trained_table(x0.device), COLUMNS, t)
-            x0 = c["mean_x0"] * x0 + c["mean_xt"] * xt
-        return (output - x0).square().mean(dim=(1, 2, 3))
+            target = c["mean_x0"] * x0 + c["mean_xt"] * xt
+        return (output - target).square().mean(dim=(1, 2, 3))
 
     def vlb_term(
         self,
@@ -366,7 +368,8 @@ class Diffusion:
             return self.table(device)
         full, steps = self.schedule.trained, self.schedule.timesteps
         return self._kept(
-            f"{device} trained", lambda: full.table(self.variance)[steps.tolist()].to(device)
+            f"{device} trained",
+            lambda: torch.from_numpy(full.table(self.variance).numpy()[steps]).to(device),
         )
 
     def _translate(self, log_variance: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
