@@ -216,6 +216,7 @@ class Chain:
         device: torch.device | str | None = None,
     ):
         full = Diffusion.of(model, diffusion)
+        full.warn_of_the_end()
         parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
         own = torch.device("cpu") if parameter is None else parameter.device
         self.device = own if device is None else torch.device(device)

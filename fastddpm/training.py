@@ -121,6 +121,7 @@ class Trainer:
                 raise ValueError(f"{name} must be {allowed}; got {value!r}")
         self.model = model
         self.diffusion = Diffusion.of(model, diffusion)
+        self.diffusion.warn_of_the_end()
         self.device = next(model.parameters()).device
         self.precision = resolve_precision(precision, self.device)
         self.lr, self.warmup, self.ema_decay, self.grad_clip = lr, warmup, ema_decay, grad_clip

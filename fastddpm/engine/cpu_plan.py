@@ -106,7 +106,7 @@ class CpuPlan(Eager):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As Eager's, in one native call: each image takes its step where its eps was computed."""
         sampler, prediction = self.step_options["sampler"], self.diffusion.prediction
-        if sampler == "ddim" and prediction == "mean":  # goes through x0
+        if not self.diffusion.takes_output(sampler):
             return super().step(xt, i, t, seed, sample_index)
         checks.values_in("sample_index", sample_index, checks.INDEX_END, "2^63 - 1")
         plan, out, x = self._plan(xt, t), self._empty_output(xt), torch.empty_like(xt)
