@@ -25,7 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from fastddpm import ranks
 from fastddpm.checkpoint import atomic_write
-from fastddpm.figures import to_pil, to_uint8
+from fastddpm.figures import check_channels, to_pil, to_uint8
 from fastddpm.ops.checks import seed_word
 from fastddpm.sampling import Chain, bar, finite, sample_indices
 from fastddpm.schedule import check_count
@@ -74,6 +74,8 @@ def sample_to_folder(
         elif shard_size != 0:
             check_count("shard_size", shard_size)
         chain = Chain(model, **options)
+        if shard_size == 0:
+            check_channels(chain.shape[0])
         batches = chain.batches(batch_size)
         about = {"model": fingerprint(model), "seed": int(seed), **chain.facts}
         about |= {"precision": chain.engine.precision}

@@ -24,7 +24,7 @@ from fastddpm import reference
 from fastddpm.checkpoint import atomic_write, read_tensors, save_model, write_tensors
 from fastddpm.data import Dataset, batch_indices
 from fastddpm.diffusion import Diffusion
-from fastddpm.figures import loss_plot, save_samples
+from fastddpm.figures import check_channels, loss_plot, save_samples
 from fastddpm.precision import Precision, autocast, resolve_precision
 from fastddpm.sampling import sample
 from fastddpm.unet import UNet
@@ -293,6 +293,8 @@ def fit(
             raise ValueError(f"{name} must be at least 1; got {value}")
     if sample_every < 0:
         raise ValueError(f"sample_every must be at least 0; got {sample_every}")
+    if sample_every and isinstance(trainer.model, UNet):
+        check_channels(trainer.model.in_channels)
     out = Path(out)
     if resume:
         trainer.load(out)
