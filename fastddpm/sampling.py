@@ -222,6 +222,7 @@ class Chain:
         device: torch.device | str | None = None,
     ):
         full, model = Diffusion.of(model, diffusion), runnable(model)
+        full.warn_of_the_end()
         self.device = arguments.device_of(model, device)
         self.model, self.shape = model, arguments.image_shape(unwrap(model), shape)
         eta = check_number("eta", eta, lambda x: x >= 0, "at least 0")

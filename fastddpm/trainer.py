@@ -76,6 +76,7 @@ class Trainer:
         self.seed = check_integer("seed", seed, 0)
         self.ema_warmup, self.flip = check_flag("ema_warmup", ema_warmup), check_flag("flip", flip)
         self.diffusion = Diffusion.of(model, diffusion)
+        self.diffusion.warn_of_the_end()
         self.model, self.network = model, unwrap(model)
         if not isinstance(self.network, torch.nn.Module):
             raise ValueError(f"model must be a torch.nn.Module; got {type(self.network).__name__}")

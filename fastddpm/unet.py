@@ -18,6 +18,7 @@ from torch import nn
 
 from fastddpm import ops
 from fastddpm.diffusion import Diffusion
+from fastddpm.schedule import Variance
 
 
 def timestep_embedding(
@@ -329,12 +330,16 @@ class UNet(nn.Module):
 
     @classmethod
     def cifar10(cls, **options: Any) -> UNet:
-        """CIFAR-10, 32x32: 35,746,307 parameters."""
+        """CIFAR-10, 32x32: 35,746,307 parameters; variance fixed_large, as in the paper's run."""
+        options = _with_variance("fixed_large", options)
         return cls(**{"image_size": 32, "dropout": 0.1, **options})
 
     @classmethod
     def celebahq256(cls, **options: Any) -> UNet:
-        """CelebA-HQ and LSUN, 256x256: 113,673,219 parameters."""
+        """CelebA-HQ and LSUN, 256x256: 113,673,219 parameters; variance fixed_small, as in the
+        paper's runs.
+        """
+        options = _with_variance("fixed_small", options)
         mult = (1, 1, 2, 2, 4, 4)
         return cls(**{"image_size": 256, "channel_mult": mult, "attention_levels": (4,), **options})
 
@@ -367,6 +372,11 @@ class UNet(nn.Module):
         from fastddpm.checkpoint import save_model
 
         save_model(self, folder)
+
+
+def _with_variance(variance: Variance, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the paper's process of this variance, unless they name one."""
+    return {**options, "diffusion": options.get("diffusion") or Diffusion(variance=variance)}
 
 
 def _check_config(config: dict[str, Any]) -> None:

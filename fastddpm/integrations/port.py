@@ -12,18 +12,21 @@ from typing import Any
 import torch
 
 from fastddpm.checkpoint import load_weights, read_weights
+from fastddpm.diffusion import Diffusion
 from fastddpm.unet import UNet
 
 ATTENTION_RESOLUTION = 16  # where every model of the paper has its attention
+FIXED_SMALL_FROM = 256  # image_size: CelebA-HQ's and LSUN's variance; CIFAR-10's is fixed_large
 
 
 def load_file(path: str | os.PathLike, *, allow_pickle: bool = False, **options: Any) -> UNet:
     """The UNet in a .safetensors file, or with allow_pickle=True in a .ckpt, .pt, .pth or .bin.
 
     The architecture is read off the keys and shapes, and image_size from the level of the
-    attention, which the paper has at 16x16; options (image_size, num_groups, dropout, diffusion,
-    ...) are those of UNet and take precedence. Raises ValueError naming the first key that is
-    missing, unknown or of another shape.
+    attention, which the paper has at 16x16. The process is the paper's, with its variance:
+    fixed_small from 256x256 on (CelebA-HQ, LSUN), fixed_large below (CIFAR-10). options
+    (image_size, num_groups, dropout, diffusion, ...) are those of UNet and take precedence. Raises
+    ValueError naming the first key that is missing, unknown or of another shape.
     """
     weights = {
         name.removeprefix("module."): tensor  # of DataParallel
@@ -31,6 +34,9 @@ def load_file(path: str | os.PathLike, *, allow_pickle: bool = False, **options:
     }
     weights = join_qkv(weights, path)
     model = UNet(**{**_architecture(weights, path), **options})
+    if options.get("diffusion") is None:
+        large = min(model.image_size) < FIXED_SMALL_FROM
+        model.diffusion = Diffusion(variance="fixed_large" if large else "fixed_small")
     load_weights(model, weights, path)
     return model
 
