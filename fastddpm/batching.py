@@ -8,7 +8,7 @@ import errno
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from fastddpm.diffusion import Model
 from fastddpm.schedule import check_count
 from fastddpm.unet import UNet
 
+Drawn = TypeVar("Drawn")
 MOST = {"cpu": 64, "cuda": 256}  # larger batches gain nothing
 SHARE = 0.5  # of the free memory
 
@@ -165,15 +166,15 @@ class Batches:
 
     def draw(
         self,
-        draw: Callable[[torch.Tensor], torch.Tensor],
+        draw: Callable[[torch.Tensor], Drawn],
         index: torch.Tensor,
         progress: Progress,
         later: int = 0,
-    ) -> list[torch.Tensor]:
+    ) -> list[Drawn]:
         """draw(part) of each part of `index`, in order. later: images that further calls draw.
 
         Raises what `draw` does, its out-of-memory error if one image is too much."""
-        images: list[torch.Tensor] = []
+        images: list[Drawn] = []
         while len(index):
             part = index[: self.size]
             progress.begin(-(-len(index) // self.size) - (-later // self.size))

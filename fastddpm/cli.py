@@ -18,13 +18,14 @@ from tabulate import tabulate
 
 import fastddpm
 from fastddpm import batching, console, figures, ranks, run_folder, shards
-from fastddpm.checkpoint import CONFIG, build_model, read_json
+from fastddpm.checkpoint import read_json
 from fastddpm.data import open_dataset
 from fastddpm.diffusion import Diffusion
 from fastddpm.doctor import doctor, what_runs
 from fastddpm.engine import EngineName
 from fastddpm.host import check_threads, seeded
 from fastddpm.ops.dispatch import BackendError
+from fastddpm.pretrained import CONFIG, build_model
 from fastddpm.schedule import Schedule
 from fastddpm.training import PRESETS, STATE, Trainer, fit, preset
 from fastddpm.unet import UNet

@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastddpm.checkpoint import CONFIG, WEIGHTS, _lock, read_json, remove_abandoned
+from fastddpm.checkpoint import _lock, read_json, remove_abandoned
+from fastddpm.pretrained import CONFIG, WEIGHTS
 
 STATE, LOG, PLOT, SAMPLES = "trainer.safetensors", "log.csv", "loss.png", "samples"
 LOCK = ".lock"

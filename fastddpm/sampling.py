@@ -104,22 +104,22 @@ def sample_progressive(
     frames, seed = check_count("frames", frames), arguments.seed(seed)
     chain = Chain(model, **options)
     keep = {round(k) for k in np.linspace(chain.T - 1, 0, min(frames, chain.T))}
-    predictions: dict[int, list[torch.Tensor]] = {i: [] for i in sorted(keep, reverse=True)}
-    parts = sample_indices(n, first_index).split(chain.batches(None).size)
-    with bar(sum(map(len, parts)), chain.T, progress, len(parts) * chain.T) as tick:
+    index = sample_indices(n, first_index)
+    with bar(len(index), chain.T, progress) as tick:
 
-        def on_step(i, x, x0):
-            tick(i, x, x0)
-            if i in predictions:
-                predictions[i].append(x0())
+        def draw(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            shown: list[torch.Tensor] = []
 
-        images = [chain.draw_batch(seed, index, on_step=on_step) for index in parts]
-    times = [int(chain.diffusion.schedule.timesteps[i]) for i in predictions]
-    return (
-        finite(torch.cat(images)),
-        torch.stack([torch.cat(p) for p in predictions.values()]),
-        times,
-    )
+            def on_step(i, x, x0):
+                tick(i, x, x0)
+                if i in keep:
+                    shown.append(x0())
+
+            return chain.draw_batch(seed, part, on_step=on_step), torch.stack(shown)
+
+        images, predictions = zip(*chain.batches(None).draw(draw, index, tick), strict=True)
+    times = [int(chain.diffusion.schedule.timesteps[i]) for i in sorted(keep, reverse=True)]
+    return finite(torch.cat(images)), torch.cat(predictions, dim=1), times
 
 
 @own_state()

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from fastddpm import _native, reference
-from fastddpm.checkpoint import read_tensors, save_config, save_model, write_tensors
+from fastddpm.checkpoint import read_tensors, write_tensors
 from fastddpm.diffusion import Diffusion
 from fastddpm.host import own_state, plain, seeded, training
 from fastddpm.master_weights import MasterWeights
 from fastddpm.ops import dispatch
 from fastddpm.options import check_flag, check_integer, check_number
 from fastddpm.precision import Precision, autocast, resolve_precision
+from fastddpm.pretrained import save_config, save_model
 from fastddpm.run_folder import STATE
 from fastddpm.run_settings import architecture, compare, differing, read_settings
 from fastddpm.unet import UNet

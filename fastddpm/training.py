@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from fastddpm import ranks
-from fastddpm.checkpoint import WEIGHTS, atomic_write
+from fastddpm.checkpoint import atomic_write
 from fastddpm.data import Dataset, batch_indices
 from fastddpm.figures import check_channels, loss_plot, save_samples
 from fastddpm.host import own_state
 from fastddpm.options import check_integer
 from fastddpm.presets import PRESETS, Preset, preset
+from fastddpm.pretrained import WEIGHTS
 from fastddpm.progress import tqdm
 from fastddpm.run_folder import LOG, PLOT, SAMPLES, STATE, check_apart, check_new, locked
 from fastddpm.sampling import sample

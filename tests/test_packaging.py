@@ -180,9 +180,16 @@ def test_unknown_isa_is_an_error(tmp_path):
 
     if _native.C is None:
         pytest.skip(_native.reason)
-    imported = run(sys.executable, "-c", "import fastddpm._native", cwd=ROOT, FASTDDPM_ISA="mmx")
-    assert imported.returncode != 0
-    assert "FASTDDPM_ISA must be one of 'plain'" in imported.stdout
+    code = (
+        "import torch; from fastddpm import _native, ops\n"
+        "print('problem:', _native.problem())\n"
+        "ops.use_backend('cpu')\n"
+        "ops.discretized_log_likelihood(*[torch.zeros(1)] * 3)"
+    )
+    done = run(sys.executable, "-c", code, cwd=ROOT, FASTDDPM_ISA="mmx")
+    assert done.returncode != 0
+    assert "problem: FASTDDPM_ISA must be one of 'plain'" in done.stdout
+    assert "ValueError: FASTDDPM_ISA must be one of 'plain'" in done.stdout
 
 
 @needs_build_tools

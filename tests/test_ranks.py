@@ -266,7 +266,7 @@ def test_signs_are_read_as_they_are_written():
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("sent", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_rank_that_is_stopped_or_killed_ends_the_other(tmp_path, rank, sent):
-    processes = _two_ranks(tmp_path, "-n64", "--batch-size=2")
+    processes = _two_ranks(tmp_path, "-n24", "--batch-size=2", "--steps=50")
     while not list((tmp_path / "set").glob("*.npz")):
         time.sleep(0.01)
         assert all(p.poll() is None for p in processes)
@@ -296,7 +296,7 @@ def test_a_rank_whose_partner_never_starts_ends(tmp_path, rank):
 
 @pytest.mark.slow
 def test_two_ranks_without_torchrun_draw_a_set(tmp_path):
-    for process in _two_ranks(tmp_path, "-n8"):
+    for process in _two_ranks(tmp_path, "-n8", "--steps=5"):
         _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
     assert len(list((tmp_path / "set").glob("*.npz"))) == 4

@@ -35,13 +35,22 @@ namespace {
 
 const PlanKernels table[] = {FASTDDPM_EACH_ISA(FASTDDPM_PLAN_ROW)};
 
-constexpr int64_t STEP = 32;      // channels: bfloat16 pixels are whole steps
-constexpr int64_t OVERREAD = 15;  // pixels: see ConvolutionBf16
-constexpr int64_t STREAMS = 2;    // that an activation is read and written, about
+constexpr int64_t STEP = 32;                        // channels: bfloat16 pixels are whole steps
+constexpr int64_t OVERREAD = 15;                    // pixels: see ConvolutionBf16
+constexpr int64_t STREAMS = 2;                      // that an activation is read and written, about
+constexpr int64_t MAX_CHANNELS = int64_t(1) << 24;  // of one activation, or time embeddings in all
+constexpr int64_t MAX_FLOATS = int64_t(1) << 40;    // of one image: no product of sizes overflows
 constexpr int64_t SHARED_WEIGHT_BYTES = 16 * 1024 * 1024;  // more do not stay in a shared cache
 
 [[noreturn]] void refuse(const std::string& name, const std::string& what) {
   throw std::invalid_argument(name + ": " + what);
+}
+
+void check_size(const std::string& name, int64_t height, int64_t width, int64_t channels) {
+  if (channels > MAX_CHANNELS || height > MAX_FLOATS || width > MAX_FLOATS / height ||
+      channels > MAX_FLOATS / (height * width))
+    refuse(name, "an image of " + std::to_string(channels) + "x" + std::to_string(height) + "x" +
+                     std::to_string(width) + " is too large");
 }
 
 }  // namespace
@@ -211,6 +220,7 @@ Plan::Plan(int64_t height, int64_t width, int64_t channels, bool bf16) : state(n
   state->bf16 = bf16;
   if (height < 1 || width < 1 || channels < 1)
     refuse("input", "height, width and channels must be positive");
+  check_size("input", height, width, channels);
   state->add_image(height, width, channels);
 }
 
@@ -245,7 +255,11 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
   const int64_t columns = x.width * spec.repeat + spec.before + spec.after - spec.kernel;
   if (rows < 0 || columns < 0) refuse(name, "the input is smaller than the kernel");
   const int64_t height = rows / spec.stride + 1, width = columns / spec.stride + 1;
+  check_size(name, height, width, spec.c_out);
+  if (spec.time_offset < -1 || spec.time_offset > MAX_CHANNELS)
+    refuse(name, "time_offset must be -1 or lie in 0 .. 2^24");
   const Norm& norm = spec.norm;
+  if (!(norm.eps >= 0.0f)) refuse(name, "eps must be a number of at least 0");
   if (norm.groups < 0 || (norm.groups && layer.c_in % norm.groups))
     refuse(name, "num_groups must divide the " + std::to_string(layer.c_in) + " channels");
   if (norm.groups &&
@@ -286,7 +300,7 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
 int64_t Plan::attention(const std::string& name, int64_t qkv, int64_t heads) {
   State& s = *state;
   const Activation x = s.read(name, qkv);
-  if (heads < 1 || x.channels % (3 * heads))
+  if (heads < 1 || heads > x.channels || x.channels % (3 * heads))
     refuse(name, "num_heads must divide the channels; got " + std::to_string(heads) + " and " +
                      std::to_string(x.channels / 3));
   Layer layer{};
@@ -299,6 +313,7 @@ int64_t Plan::attention(const std::string& name, int64_t qkv, int64_t heads) {
 
 void Plan::finish(int64_t output) {
   state->read("output", output).last = int64_t(state->layers.size());
+  if (state->layers.empty()) refuse("output", "the plan has no layers");
   state->output = output;
   state->place_all();
 }

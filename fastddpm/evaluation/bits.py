@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from fastddpm import arguments
+from fastddpm.batching import Batches, batch_size_for
 from fastddpm.diffusion import Diffusion, Model
+from fastddpm.engine import runnable
 from fastddpm.host import evaluating, own_state
 from fastddpm.progress import tqdm
+from fastddpm.sampling import Steps
 from fastddpm.schedule import check_count
 
 
@@ -56,17 +59,18 @@ def bits_per_dim(
     x0 = x0.to(arguments.device_of(model, None))
     seed = arguments.seed(seed)
     index = arguments.sample_indices(len(x0), first_index).to(x0.device)
-    size = check_count("batch_size", 64 if batch_size is None else batch_size)
-    terms, mse = [], []
-    batches = list(zip(x0.split(size), index.split(size), strict=True))
-    bar = tqdm(total=len(batches) * process.T, unit="step", desc="bits/dim", disable=not progress)
-    with bar, evaluating(model):
-        for images, indices in batches:
-            batch_terms, batch_mse = process.vlb_terms(
-                model, images, seed=seed, sample_index=indices, on_step=bar.update
+    if batch_size is None:
+        batch_size = min(64, batch_size_for(runnable(model), x0.shape[1:], "fp32", x0.device))
+    batches = Batches(check_count("batch_size", batch_size))
+    with tqdm(unit="step", desc="bits/dim", disable=not progress) as bar, evaluating(model):
+
+        def terms_of(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return process.vlb_terms(
+                model, x0[part], seed=seed, sample_index=index[part], on_step=bar.update
             )
-            terms.append(batch_terms)
-            mse.append(batch_mse)
+
+        everything = torch.arange(len(x0), device=x0.device)
+        terms, mse = zip(*batches.draw(terms_of, everything, Steps(bar, process.T)), strict=True)
     prior, all_terms = process.prior_kl(x0), torch.cat(terms)
     total = prior + all_terms.sum(dim=1)
     if bad := int((~torch.isfinite(total)).sum()):

@@ -63,7 +63,9 @@ def randn(
     n = shape[0]
     if sample_index is None:
         first = checks.integer("first_index", first_index, checks.INDEX_END - n, "2^63 - N")
-        sample_index = torch.arange(first, first + n, device=device)
+        # Not torch's default device: without one of its own an op's results are on the CPU.
+        place = "cpu" if device is None else device
+        sample_index = torch.arange(first, first + n, dtype=torch.int64, device=place)
     elif first_index != 0 or device is not None:
         raise ValueError("sample_index takes the place of first_index and device; got both")
     checks.tensor("sample_index", sample_index)

@@ -86,6 +86,7 @@ def choose(op: str, *tensors: torch.Tensor | None, **options: Any) -> Any:
     Raises RuntimeError if the forced backend is missing, ValueError if it can't do this case.
     """
     if _forced != "auto":
+        check_forced()
         return _require(_forced, op, *tensors, **options).module
     device = tensors[0].device.type  # type: ignore[union-attr]
     for name in _PREFERENCE.get(device, ()):
@@ -98,7 +99,24 @@ def choose(op: str, *tensors: torch.Tensor | None, **options: Any) -> Any:
 
 def forced() -> str:
     """The name of the backend that was forced, or "auto"."""
+    check_forced()
     return _forced
+
+
+def check_forced() -> None:
+    """ValueError, with the choices, if FASTDDPM_BACKEND names no backend. Importing is no error: a
+    report can say so, and use_backend() mend it.
+    """
+    check_choice("FASTDDPM_BACKEND", _forced, CHOICES)
+
+
+def problem() -> str | None:
+    """What check_forced() raises, for reports; None if nothing is wrong."""
+    try:
+        check_forced()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _require(name: str, op: str, *tensors: torch.Tensor | None, **options: Any) -> Backend:
@@ -175,8 +193,9 @@ def matrix() -> dict[str, dict[str, dict[str, Any]]]:
         for device in devices:
             order = (*_PREFERENCE[device], "reference")
             if _forced != "auto":
-                probe = torch.empty(0, device=device)
-                order = (_forced,) if load(_forced).unsupported(op, probe) is None else ()
+                probe = torch.empty(0, dtype=torch.float32, device=device)
+                able = _forced in BACKENDS and load(_forced).unsupported(op, probe) is None
+                order = (_forced,) if able else ()
             used = next((name for name in order if reasons[name] is None), None)
             if used is not None:
                 table[op][used][device] = True
@@ -184,4 +203,3 @@ def matrix() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 _forced = os.environ.get("FASTDDPM_BACKEND") or "auto"
-check_choice("FASTDDPM_BACKEND", _forced, CHOICES)
