@@ -90,6 +90,7 @@ def _sample_on(a: argparse.Namespace) -> None:
     if a.shard_size is not None and not to_folder:
         raise ValueError(f"--shard-size is for an --out that is a folder; got {a.out!r}")
     model = UNet.from_pretrained(a.model).to(a.device)
+    figures.check_output(out, channels=model.in_channels)
     options = _sampler_options(a)
     n = a.n if a.n is not None else (8 if figure else 64)
     samples = f"samples {a.first_index} .. {a.first_index + n - 1} of seed {a.seed}"
@@ -133,9 +134,10 @@ def _interpolate(a: argparse.Namespace) -> None:
     _alone("an interpolation")
     out = figures.check_output(a.out, kinds=(".png",))
     model = UNet.from_pretrained(a.model).to(a.device)
-    channels = model.in_channels if model.in_channels in (1, 3) else None
+    figures.check_output(out, channels=model.in_channels)
     first, second = (
-        figures.read_image(path, model.image_size, channels) for path in (a.first, a.second)
+        figures.read_image(path, model.image_size, model.in_channels)
+        for path in (a.first, a.second)
     )
     options = _sampler_options(a)
     started = time.perf_counter()
@@ -387,7 +389,7 @@ def _parser() -> argparse.ArgumentParser:
         help="resize images of a folder to it: 64, or 64x48 for height x width (default: the "
         "preset's)",
     )
-    add("--channels", type=int, choices=(1, 3), help="grey or colour (default: as the first image)")
+    add("--channels", type=int, choices=(1, 3), help="grey or colour (default: colour if any is)")
     add("--schedule", choices=SCHEDULES, help="betas (default: linear)")
     add("--prediction", choices=("eps", "x0", "mean"), help="(default: eps)")
     add(

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastddpm.checkpoint import atomic_write, named
 
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of pictures, by their channels
 FORMATS = (
     "a .png file (a grid), a .npz file (uint8 array `images`, NHWC) or a folder (one .png an image)"
 )
@@ -28,25 +29,37 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def check_channels(channels: int) -> int:
+    """The count, if a .png can show it; ValueError before anything is computed."""
+    if channels not in MODES:
+        raise ValueError(
+            f"images of {channels} channels can't be a .png, which has 1 (grey), 2 (grey and "
+            "alpha), 3 (RGB) or 4 (RGB and alpha): write them into .npz files"
+        )
+    return channels
+
+
 def to_pil(image: torch.Tensor) -> Image.Image:
-    """(C, H, W) with 1 or 3 channels -> a grey or RGB image; of other counts the first channel."""
+    """(C, H, W) of one of MODES -> an image; ValueError for other counts of channels."""
+    check_channels(len(image))
     array = to_uint8(image).permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(array if array.shape[2] == 3 else array[:, :, 0])
+    return Image.fromarray(array[:, :, 0] if len(image) == 1 else array)
 
 
 def grid(
     images: torch.Tensor, columns: int | None = None, *, padding: int = 2, min_width: int = 600
 ) -> Image.Image:
-    """(n, C, H, W) -> one picture, row by row, on white; small pictures are enlarged by a whole
-    factor.
+    """(n, C, H, W) of one of MODES -> one picture, row by row, on opaque white; small pictures are
+    enlarged by a whole factor.
     """
-    n, _, h, w = images.shape
+    n, channels, h, w = images.shape
+    mode = MODES[check_channels(channels)]
     columns = min(n, columns or math.ceil(math.sqrt(n)))
     rows = math.ceil(n / columns)
     canvas = Image.new(
-        "RGB" if images.shape[1] == 3 else "L",
+        mode,
         (columns * (w + padding) + padding, rows * (h + padding) + padding),
-        255 if images.shape[1] != 3 else (255, 255, 255),
+        "white",
     )
     for k, image in enumerate(images):
         row, column = divmod(k, columns)
@@ -63,9 +76,15 @@ def save_image(image: Image.Image, path: str | os.PathLike) -> None:
         image.save(file, format="PNG")
 
 
-def check_output(path: str | os.PathLike, *, kinds: Sequence[str] = (".png", ".npz", "")) -> Path:
+def check_output(
+    path: str | os.PathLike,
+    *,
+    kinds: Sequence[str] = (".png", ".npz", ""),
+    channels: int | None = None,
+) -> Path:
     """The path, if samples can be written there; ValueError or OSError before anything is computed.
 
+    channels: of the samples, where they are known. What a folder takes is shards.py's to say.
     Nothing is left behind. A path without a suffix, or an existing folder, is a folder; where
     nothing but a folder will do, any path is.
     """
@@ -74,6 +93,8 @@ def check_output(path: str | os.PathLike, *, kinds: Sequence[str] = (".png", ".n
     if suffix not in kinds:
         allowed = FORMATS if "" in kinds else " or ".join(kinds)
         raise ValueError(f"output {str(path)!r}: give {allowed}")
+    if suffix == ".png" and channels is not None:
+        check_channels(channels)
     folder = path if suffix == "" else path.parent
     while not folder.exists():
         folder = folder.parent
@@ -88,7 +109,7 @@ def save_samples(
     images: torch.Tensor, path: str | os.PathLike, *, columns: int | None = None
 ) -> Path:
     """Write images into one file, .png or .npz, as FORMATS says; whole or not at all."""
-    path = check_output(path, kinds=(".png", ".npz"))
+    path = check_output(path, kinds=(".png", ".npz"), channels=images.shape[1])
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".png":
         save_image(grid(images, columns), path)
@@ -122,11 +143,18 @@ def loss_plot(
 def read_image(path: str | os.PathLike, size: Sequence[int], channels: int | None) -> torch.Tensor:
     """An image file as (C, H, W) uint8 by the resize rule of `fastddpm.data`; ValueError names the
     file.
-    """
-    from fastddpm.data import decode_image
 
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}") from None
-    return decode_image(content, str(path), size=tuple(size), channels=channels)
+    channels: one of MODES; 2 and 4 keep the alpha, which 1 and 3 put onto white
+    """
+    from fastddpm.data.decode import decode
+    from fastddpm.data.errors import reading
+    from fastddpm.data.sources import read_encoded
+
+    if channels is not None:
+        check_channels(channels)
+    with reading(path, "an image"):
+        content = read_encoded(path)
+    picture = decode(content, (size[0], size[1]), channels)
+    if isinstance(picture, str):
+        raise ValueError(f"{path} can't be read as an image: {picture}")
+    return torch.from_numpy(picture.pixels)

@@ -388,9 +388,9 @@ def _check_length(name: str, T: int) -> None:
 
 
 def _numbers(name: str, values: Any, kinds: str, what: str) -> np.ndarray:
-    """An array of a copy of `values`, if their dtype is one of the `kinds`; else the ValueError."""
+    """`values` as an array, if their dtype is one of the `kinds`; else the ValueError."""
     try:
-        array = np.array(values)
+        array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:  # ragged, or a tensor on a GPU
         raise ValueError(f"{name} must be a 1-D array of {what}: {error}") from None
     if array.dtype.kind not in kinds and array.size:

@@ -25,7 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from fastddpm import arguments, ranks
 from fastddpm.checkpoint import atomic_write, remove_abandoned
-from fastddpm.figures import check_output, to_pil, to_uint8
+from fastddpm.figures import check_channels, check_output, to_pil, to_uint8
 from fastddpm.host import own_state
 from fastddpm.sampling import Chain, bar, finite
 from fastddpm.unet import UNet
@@ -75,6 +75,8 @@ def sample_to_folder(
         else:
             shard_size = arguments.integer("shard_size", shard_size, 0, 2**63 - 1, "at least 0")
         chain = Chain(model, **options)
+        if shard_size == 0:
+            check_channels(chain.shape[0])
         batches = chain.batches(batch_size)
         about = {"model": fingerprint(model), "seed": seed, **chain.facts}
         about |= {"precision": chain.engine.precision}

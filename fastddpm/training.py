@@ -16,7 +16,7 @@ import torch
 from fastddpm import ranks
 from fastddpm.checkpoint import atomic_write, named
 from fastddpm.data import Dataset, batch_indices
-from fastddpm.figures import loss_plot, save_samples
+from fastddpm.figures import check_channels, loss_plot, save_samples
 from fastddpm.host import own_state
 from fastddpm.options import check_integer
 from fastddpm.presets import PRESETS, Preset, preset
@@ -68,6 +68,8 @@ def fit(
             f"a training run is one process; this is one of {ranks.place()[1]} ranks: start one, "
             "or make the steps of a Trainer on your own"
         )
+    if sample_every and isinstance(trainer.network, UNet):
+        check_channels(trainer.network.in_channels)
     out = named(out)
     check_apart(dataset.path, out)
     if not resume:

@@ -37,8 +37,8 @@ def _inside(model: Any) -> Any:
         return model.__self__ if model.__name__ in calls else None
     if not isinstance(model, nn.Module):
         return None
-    compiled = model._modules.get("_orig_mod")
-    if compiled is not None:
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
         return compiled
     inner = getattr(model, "module", None)
     if not isinstance(inner, nn.Module) or is_sharded(model) or not _passes_on(model):

@@ -16,25 +16,31 @@ from fastddpm.kernels.tiles import like, merged, power_of_two
 
 SLAB = 8192  # elements that a program holds at once
 LEAST = 8192 if INTERPRETED.value else 1024  # of a program's elements: it takes more rows for that
+WARPS = 16  # of a program, at most
 
 
 class Rows:
     """How images (N, C, ...) are cut into programs of BR rows, in tiles of BP pixels."""
 
-    def __init__(self, num_groups, *images):
-        """images: of one shape, None for one that is not given; the first says the layout."""
+    def __init__(self, num_groups, *images, each=32):
+        """images: of one shape, None for one that is not given; the first says the layout.
+
+        each: elements of a tile that a thread handles, where there are threads enough
+        """
         x = images[0]
         self.n, c = x.shape[:2]
         self.groups, self.channels = num_groups, c // num_groups
         self.sizes, self.views = pixels(images)
         count, bg = self.sizes[0] * self.sizes[1], power_of_two(self.channels)
         self.bp = min(power_of_two(count), max(SLAB // bg, 1))
+        self.once = self.bp >= count
+        if not self.once:
+            self.bp = max(min(SLAB, 32 * WARPS * each) // bg, 1)
         wide = 32 // bg if x.stride(1) < x.stride(-1) else 1  # neighbours in memory
         rows = max(min(wide, SLAB // (self.bp * bg)), LEAST // (self.bp * bg), 1)
         self.br, self.bg = power_of_two(min(rows, self.n * num_groups)), bg
         self.grid = (triton.cdiv(self.n * num_groups, self.br),)
-        self.warps = 8 if self.bp * self.br * bg > 4096 else 4
-        self.once = self.bp >= count
+        self.warps = min(max(self.bp * self.br * bg // (32 * each), 4), WARPS)
 
     def arguments(self):
         return {
@@ -243,7 +249,6 @@ def _group_norm_silu_backward_kernel(
     of each channel sums = sum dv and products = sum dv xhat, both (N, C).
     """
     n, c, live = slab(N, G, CG, BR, BG)
-    gain, offset = _gain_and_offset(weight, bias, scale, shift, n, c, live)
     P = B * D
     p = tl.arange(0, BP)[:, None, None]
     inside = live & (p < P)
@@ -251,12 +256,14 @@ def _group_norm_silu_backward_kernel(
         tile = load(pixels_of(x, n, c, p, D, FLAT), inside)
         g = load(pixels_of(grad, n, c, p, D, FLAT), inside)
         about, mean, rstd = statistics_once(tile, inside, P, CG, eps)
+        gain, offset = _gain_and_offset(weight, bias, scale, shift, n, c, live)
         xhat, dv = _gradient_of_v(g, tile, about, mean, rstd, gain, offset, SILU)
         dv = tl.where(inside, dv, 0.0)
         total = over_pixels(dv)
         product = over_pixels(tl.where(inside, dv * xhat, 0.0))
     else:
         about, mean, rstd = statistics(x, n, c, live, CG, B, D, eps, BP, BR, BG, FLAT)
+        gain, offset = _gain_and_offset(weight, bias, scale, shift, n, c, live)
         total, product = gain * 0.0, gain * 0.0
         for start in range(0, P, BP):
             p = start + tl.arange(0, BP)[:, None, None]
@@ -299,7 +306,7 @@ def group_norm_silu_backward(
     dx = like(x)
     sums, products = x.new_zeros(2, *x.shape[:2], dtype=torch.float32)
     if dx.numel():
-        rows = Rows(num_groups, x, grad, residual, dx)
+        rows = Rows(num_groups, x, grad, residual, dx, each=8)
         _group_norm_silu_backward_kernel[rows.grid](
             *rows.views, *map(of_channels, (weight, bias, scale, shift)), sums, products, eps,
             SILU=silu, ONCE=rows.once, **rows.arguments(),

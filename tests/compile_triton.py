@@ -79,7 +79,9 @@ def init_handles(kernel: CompiledKernel, dtype: str) -> None:
     if kernel.module is None:
         report(kernel, dtype)
         kernel.module = kernel.function = "compiled"
-        kernel._run = lambda *arguments: None
+        # Before triton 3.5 what launches was an attribute `run`, then a property that reads `_run`.
+        launch = "_run" if isinstance(getattr(type(kernel), "run", None), property) else "run"
+        setattr(kernel, launch, lambda *arguments: None)
 
 
 def image(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -187,6 +187,23 @@ def test_interpolate(call, model, tmp_path):
     assert np.array_equal(picture(tmp_path / "interpolation.png"), np.asarray(expected))
 
 
+@pytest.mark.parametrize("channels", [2, 4])
+def test_pictures_with_alpha(call, tmp_path, channels):
+    save_model(tiny_unet(in_channels=channels), tmp_path / "model")
+    call("sample", "--model=model", "--n=1", "--out=x", "--steps=2", "--quiet")
+    call("sample", "--model=model", "--n=1", "--out=x.npz", "--steps=2", "--quiet")
+    with np.load(tmp_path / "x.npz") as file:
+        assert np.array_equal(picture(tmp_path / "x" / "000000.png"), file["images"][0])
+    for name, x in zip(("A.png", "B.png"), images(2, channels, 8, 8), strict=True):
+        figures.save_image(figures.to_pil(x), tmp_path / name)
+    call("interpolate", "A.png", "B.png", "--model=model", "--n=1", "--t=2", "--quiet")
+    row = picture(tmp_path / "interpolation.png")
+    factor = row.shape[0] // 12  # of enlargement: 8 pixels and two gaps of 2
+    assert np.array_equal(
+        row[::factor][2:10, 2 * factor :: factor][:, :8], picture(tmp_path / "A.png")
+    )
+
+
 # ---- train ---------------------------------------------------------------------------------------
 
 SHORT = ("--batch-size=2", "--sample-every=0", "--preset=fashion-mnist", "--quiet")
@@ -358,6 +375,28 @@ def test_a_model_of_nan_leaves_the_old_samples(refused, tmp_path):
     assert "2 of 2 images are not finite" in refused(*sample, "--engine=eager")
     assert "conv_out: its weights hold a NaN" in refused(*sample, "--engine=cpu_plan")
     assert (tmp_path / "x.npz").read_bytes() == b"old"
+
+
+def test_five_channels_are_no_picture(refused, call, tmp_path, monkeypatch):
+    save_model(tiny_unet(in_channels=5), tmp_path / "model")
+    figures.save_image(figures.to_pil(images(1, 8, 8)), tmp_path / "A.png")
+    call("sample", "--model=model", "--n=1", "--out=x.npz", "--steps=2", "--quiet")
+
+    def drawn(*_, **__):
+        raise AssertionError("something was drawn")
+
+    monkeypatch.setattr("fastddpm.sampling.Chain.draw", drawn)
+    monkeypatch.setattr("fastddpm.sampling.Chain.draw_batch", drawn)
+    for command in (
+        ("sample", "--out=x.png"),
+        ("sample", "--out=pictures", "--n=2"),
+        ("sample", "--out=x.png", "--progressive"),
+        ("sample", "--out=x.png", "--shared-latent"),
+        ("interpolate", "A.png", "A.png", "--t=2"),
+    ):
+        message = refused(*command, "--model=model")
+        assert "images of 5 channels can't be a .png" in message
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["A.png", "model", "x.npz"]
 
 
 def test_an_unwritable_output_is_found_before_anything_is_loaded(refused, tmp_path, monkeypatch):

@@ -35,12 +35,12 @@ def test_to_uint8_rounds_to_the_nearest_and_clips():
     assert to_uint8(infinite).tolist() == [0, 255]
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "L"), (3, "RGB"), (4, "L")])
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
 def test_to_pil(channels, mode):
     x = images(channels, 3, 5)
     picture = to_pil(x)
     assert (picture.mode, picture.size) == (mode, (5, 3))
-    expected = x.permute(1, 2, 0).numpy() if channels == 3 else x[0].numpy()
+    expected = x.permute(1, 2, 0).numpy() if channels > 1 else x[0].numpy()
     assert np.array_equal(np.asarray(picture), expected)
     assert to_pil(reference.to_unit(x)).tobytes() == picture.tobytes()
 
@@ -49,13 +49,12 @@ def test_to_pil(channels, mode):
 def test_grid_layout(channels):
     x = images(5, channels, 3, 4)
     picture = np.asarray(grid(x, 3, padding=2, min_width=0))
-    shown = 3 if channels == 3 else 1
-    picture = picture.reshape(*picture.shape[:2], shown)
-    expected = np.full((2 * (3 + 2) + 2, 3 * (4 + 2) + 2, shown), 255, np.uint8)
+    picture = picture.reshape(*picture.shape[:2], channels)
+    expected = np.full((2 * (3 + 2) + 2, 3 * (4 + 2) + 2, channels), 255, np.uint8)
     for k in range(5):
         row, column = divmod(k, 3)
         top, left = 2 + 5 * row, 2 + 6 * column
-        expected[top : top + 3, left : left + 4] = x[k, :shown].permute(1, 2, 0)
+        expected[top : top + 3, left : left + 4] = x[k].permute(1, 2, 0)
     assert np.array_equal(picture, expected)
 
 
@@ -76,12 +75,47 @@ def test_small_grids_are_enlarged_by_a_whole_factor():
     assert grid(images(1, 1, 4, 4)).width == 8 * 8  # by 8 at most
 
 
-def test_png_of_samples(tmp_path):
-    x = images(6, 3, 8, 8)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_png_of_samples(tmp_path, channels):
+    x = images(6, channels, 8, 8)
     path = save_samples(x, tmp_path / "new" / "x.PNG", columns=2)
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         assert np.array_equal(np.asarray(picture), np.asarray(grid(x, 2)))
+
+
+@pytest.mark.parametrize("channels", [5, 0, 6])
+def test_a_png_of_other_channels_is_refused(tmp_path, channels):
+    x = images(2, 6, 8, 8)[:, :channels]
+    (tmp_path / "x.png").write_bytes(b"old")
+    for call in (
+        lambda: save_samples(x, tmp_path / "x.png"),
+        lambda: check_output(tmp_path / "x.png", channels=channels),
+        lambda: grid(x),
+        lambda: to_pil(x[0]),
+        lambda: read_image(tmp_path / "x.png", (8, 8), channels),
+    ):
+        with pytest.raises(ValueError, match=f"images of {channels} channels can't be a .png"):
+            call()
+    assert (tmp_path / "x.png").read_bytes() == b"old"
+    check_output(tmp_path / "x.npz", channels=channels)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_pictures_are_read_back(tmp_path, channels):
+    x = images(channels, 6, 5)
+    save_image(to_pil(x), tmp_path / "x.png")
+    assert torch.equal(read_image(tmp_path / "x.png", (6, 5), channels), x)
+
+
+def test_reading_adds_and_keeps_alpha(tmp_path):
+    x = images(4, 6, 5)
+    save_image(to_pil(x[:3]), tmp_path / "rgb.png")
+    opaque = torch.full((1, 6, 5), 255, dtype=torch.uint8)
+    assert torch.equal(read_image(tmp_path / "rgb.png", (6, 5), 4), torch.cat((x[:3], opaque)))
+    grey = read_image(tmp_path / "rgb.png", (6, 5), 2)
+    assert torch.equal(grey[:1], read_image(tmp_path / "rgb.png", (6, 5), 1))
+    assert torch.equal(grey[1:], opaque)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])

@@ -410,6 +410,27 @@ def test_options_of_the_port_take_precedence(tmp_path):
     assert (loaded.image_size, loaded.diffusion) == ((16, 16), own)
 
 
+@pytest.mark.parametrize(
+    ("options", "variance"),
+    [
+        ({"channel_mult": (1, 2, 2, 2), "attention_levels": (1,)}, "fixed_large"),  # CIFAR-10's
+        ({"image_size": 256, "channel_mult": (1, 1, 2, 2, 4, 4), "attention_levels": (4,)},
+         "fixed_small"),  # CelebA-HQ's and LSUN's
+    ],
+)  # fmt: skip
+def test_a_port_file_has_the_papers_variance(tmp_path, options, variance):
+    model = tiny_unet(**{**PORT, **options, "diffusion": None})
+    path = tmp_path / "x.safetensors"
+    save_file(as_port(model), path)
+    for given in ({}, {"diffusion": None}):
+        diffusion = UNet.from_pretrained(path, **given).diffusion
+        assert (diffusion.prediction, diffusion.variance) == ("eps", variance)
+        assert diffusion.schedule.to_config() == fastddpm.Schedule.linear().to_config()
+    own = fastddpm.Diffusion(variance="fixed_large")
+    assert UNet.from_pretrained(path, diffusion=own).diffusion is own
+    assert UNet.from_pretrained(path, image_size=512).diffusion.variance == "fixed_small"
+
+
 def test_damaged_port_files(tmp_path):
     path = tmp_path / "x.safetensors"
     weights = as_port(tiny_unet(**PORT))

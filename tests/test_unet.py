@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from toy import generator, tiny_unet
 
-from fastddpm import Diffusion, UNet
+from fastddpm import Diffusion, Schedule, UNet
 from fastddpm.unet import Downsample, ResnetBlock, Upsample, timestep_embedding
 
 
@@ -32,6 +32,28 @@ def test_the_papers_models(build, parameters, size):
         model = build()
     assert count(model) == parameters
     assert model.image_size == size
+
+
+@pytest.mark.parametrize(
+    ("build", "variance"),
+    [
+        (UNet.cifar10, "fixed_large"),
+        (UNet.celebahq256, "fixed_small"),
+        (UNet.lsun256, "fixed_small"),
+        (UNet.lsun256_large, "fixed_small"),
+    ],
+)
+def test_the_papers_variances(build, variance):
+    """diffusion_utils_2.py of the authors' CIFAR-10 run, diffusion_utils.py of their 256x256
+    ones.
+    """
+    with torch.device("meta"):
+        for given in ({}, {"diffusion": None}):
+            diffusion = build(**given).diffusion
+            assert (diffusion.prediction, diffusion.variance) == ("eps", variance)
+            assert diffusion.schedule.to_config() == Schedule.linear().to_config()
+        own = Diffusion(Schedule.cosine(9))
+        assert build(diffusion=own).diffusion is own
 
 
 def test_the_papers_attention_is_at_16x16():

@@ -29,6 +29,7 @@ namespace {
    isa::attention_bf16,              \
    isa::attention_workspace_bf16,    \
    isa::packed_weight_size_bf16,     \
+   isa::product_rate_bf16,           \
    isa::pack_weight_bf16,            \
    base::posterior_step},
 
@@ -97,22 +98,28 @@ void Plan::State::need_statistics(int64_t id) {
 void Plan::State::choose_algorithm(Layer& layer, const std::string& asked, int64_t height,
                                    int64_t width) {
   const bool square = layer.kernel == 3 && layer.stride == 1;
-  if (bf16) {
-    if (asked != "auto" && asked != "bf16")
-      refuse(layer.name, "algorithm must be 'auto' or 'bf16' in bfloat16; got '" + asked + "'");
-    layer.pixel = (layer.c_in + STEP - 1) / STEP * STEP;
-    layer.repeated = square && layer.repeat == 2 && layer.before == 1 && layer.after == 1;
-    if (layer.repeated) layer.repeat = 1;
-    return;
-  }
-  if (asked == "auto")
-    layer.algorithm =
-        square ? kernels.best_algorithm(layer.c_in, layer.c_out, height, width) : Algorithm::direct;
+  if (bf16 && asked != "auto" && asked != "bf16")
+    refuse(layer.name, "algorithm must be 'auto' or 'bf16' in bfloat16; got '" + asked + "'");
+  const bool folded =
+      square && layer.repeat == 2 && layer.before == 1 && layer.after == 1;  // in bf16: 4 taps of 9
+  const double rate = bf16 ? kernels.product_rate_bf16() * (folded ? 9.0 / 4.0 : 1.0) : 0.0;
+  if (asked == "bf16" && bf16)
+    layer.algorithm = Algorithm::bf16;
+  else if (asked == "auto" && square)
+    layer.algorithm = kernels.best_algorithm(layer.c_in, layer.c_out, height, width, rate);
+  else if (asked == "auto")
+    layer.algorithm = bf16 ? Algorithm::bf16 : Algorithm::direct;
   else if (asked == "winograd_2" || asked == "winograd_4")
     layer.algorithm = square ? Algorithm(asked.back() - '0') : Algorithm::direct;
   else if (asked != "direct")
     refuse(layer.name,
            "algorithm must be 'auto', 'direct', 'winograd_2' or 'winograd_4'; got '" + asked + "'");
+  if (layer.algorithm == Algorithm::bf16) {
+    layer.pixel = (layer.c_in + STEP - 1) / STEP * STEP;
+    layer.repeated = folded;
+    if (folded) layer.repeat = 1;
+    return;
+  }
   layer.pixel = layer.c_in;
   if (const int64_t m = int64_t(layer.algorithm)) {
     // Whole tiles and whole vectors can be read: what the image lacks is zeros.
@@ -124,11 +131,12 @@ void Plan::State::choose_algorithm(Layer& layer, const std::string& asked, int64
 
 void Plan::State::pack(Layer& layer, const float* weight) {
   const int64_t c_in = layer.c_in, c_out = layer.c_out, kernel = layer.kernel;
+  const bool rounded = layer.algorithm == Algorithm::bf16;
   layer.weight_floats =
-      bf16 ? kernels.packed_weight_size_bf16(c_in, c_out, kernel, layer.repeated) / 2
-           : kernels.packed_weight_size(layer.algorithm, c_in, c_out, kernel);
+      rounded ? kernels.packed_weight_size_bf16(c_in, c_out, kernel, layer.repeated) / 2
+              : kernels.packed_weight_size(layer.algorithm, c_in, c_out, kernel);
   layer.weight = allocate(layer.weight_floats, true);
-  if (bf16)
+  if (rounded)
     kernels.pack_weight_bf16(weight, c_in, c_out, kernel, layer.repeated,
                              reinterpret_cast<BF16*>(layer.weight.get()));
   else
@@ -274,13 +282,14 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
     for (int64_t id : layer.sources) s.need_statistics(id);
     layer.coefficients = s.add_scratch(3 * layer.c_in);
   }
-  const bool as_it_is = !s.bf16 && layer.kernel == 1 && layer.stride == 1 && !norm.groups &&
+  const bool rounded = layer.algorithm == Algorithm::bf16;
+  const bool as_it_is = !rounded && layer.kernel == 1 && layer.stride == 1 && !norm.groups &&
                         !norm.silu && !layer.before && !layer.after && layer.repeat == 1;
   if (!as_it_is) {
     layer.image = (x.height * layer.repeat + layer.before + layer.after) *
                   (x.width * layer.repeat + layer.before + layer.after) * layer.pixel;
-    if (s.bf16) layer.image += OVERREAD * layer.stride * layer.pixel;
-    layer.prepared = s.add_scratch(s.bf16 ? layer.image / 2 : layer.image);
+    if (rounded) layer.image += OVERREAD * layer.stride * layer.pixel;
+    layer.prepared = s.add_scratch(rounded ? layer.image / 2 : layer.image);
   }
   if (layer.time_offset >= 0) s.time_size = std::max(s.time_size, layer.time_offset + layer.c_out);
   layer.y = s.add_image(height, width, layer.c_out);
@@ -318,7 +327,7 @@ int64_t Plan::channels(int64_t activation) const {
 }
 
 std::vector<LayerReport> Plan::layers() const {
-  static const char* const names[] = {"direct", "", "winograd_2", "", "winograd_4"};
+  static const char* const names[] = {"direct", "bf16", "winograd_2", "", "winograd_4"};
   std::vector<LayerReport> reports;
   for (const Layer& layer : state->layers) {
     const Activation& y = state->activations[layer.y];
@@ -328,8 +337,8 @@ std::vector<LayerReport> Plan::layers() const {
                          4.0 * pixels * pixels * double(y.channels)});
     else
       reports.push_back(
-          {layer.name, state->bf16 ? "bf16" : names[int(layer.algorithm)], layer.c_in, layer.c_out,
-           y.height, y.width, layer.kernel,
+          {layer.name, names[int(layer.algorithm)], layer.c_in, layer.c_out, y.height, y.width,
+           layer.kernel,
            2.0 * pixels * double(layer.c_in * layer.c_out * layer.kernel * layer.kernel)});
   }
   return reports;

@@ -64,7 +64,7 @@ int64_t Plan::State::workspace(int64_t images, int threads) const {
     if (layer.kind == Layer::ATTENTION) {
       const auto needs = bf16 ? kernels.attention_workspace_bf16 : kernels.attention_workspace;
       most = std::max(most, needs(attention(layer, images), threads));
-    } else if (!bf16) {
+    } else if (layer.algorithm != Algorithm::bf16) {
       most = std::max(most, kernels.convolution_workspace(convolution(layer, images), threads));
     }
   }
@@ -181,7 +181,7 @@ struct Run {
     op.silu = layer.norm.silu;
     op.repeat = layer.repeat, op.before = layer.before, op.after = layer.after;
     op.pixel = layer.pixel, op.image = layer.image;
-    if (plan.bf16)
+    if (layer.algorithm == Algorithm::bf16)
       op.out_bf16 = reinterpret_cast<BF16*>(memory(layer.prepared));
     else
       op.out = memory(layer.prepared);
@@ -206,7 +206,7 @@ struct Run {
     if (layer.prepared >= 0) run_input(layer);
     const float* x = memory(layer.prepared >= 0 ? layer.prepared : layer.sources[0]);
     const float* residual = layer.residual >= 0 ? memory(layer.residual) : nullptr;
-    if (plan.bf16) {
+    if (layer.algorithm == Algorithm::bf16) {
       ConvolutionBf16 op = plan.convolution_bf16(layer, images);
       op.x = reinterpret_cast<const BF16*>(x);
       op.bias = bias, op.residual = residual, op.y = memory(layer.y);

@@ -31,6 +31,7 @@ struct PlanKernels {
   decltype(&plain::attention_bf16) attention_bf16;
   decltype(&plain::attention_workspace_bf16) attention_workspace_bf16;
   decltype(&plain::packed_weight_size_bf16) packed_weight_size_bf16;
+  decltype(&plain::product_rate_bf16) product_rate_bf16;
   decltype(&plain::pack_weight_bf16) pack_weight_bf16;
   decltype(&plain::posterior_step) posterior_step;
 };

@@ -9,12 +9,13 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from fastddpm.data import arrays
+from fastddpm.data import arrays, numpy_files
 from fastddpm.data.batches import batch_indices
 from fastddpm.data.dataset import Dataset
 from fastddpm.data.decode import check_size, decode_image
+from fastddpm.data.lmdb_source import LmdbSource
 from fastddpm.data.scan import open_images
-from fastddpm.data.sources import FolderSource, LmdbSource, Source, ZipSource
+from fastddpm.data.sources import FolderSource, Source, ZipSource
 
 __all__ = ["Dataset", "batch_indices", "decode_image", "open_dataset"]
 
@@ -49,15 +50,21 @@ def open_dataset(
     size:         pixels, one number or (H, W), that encoded images are cropped and resized to, by
                   the rule of `decode_image`; None: all must have the same size. Arrays keep theirs,
                   with a warning if it differs
-    channels:     1 or 3 for encoded images, None: as the first one; of arrays, a check
+    channels:     1 or 3 for encoded images, None: 3 if any of them has colours, which is said when
+                  others are grey; of arrays, a check
     split:        "train" or "test", of forms that have both
     memory_limit: bytes. Encoded images that all fit decoded are kept so, and the disk is not read
-                  again; else they are decoded as asked for. A larger .npy is memory-mapped
+                  again; else they are decoded as asked for. A larger .npy is read as asked for too,
+                  unless it is in Fortran order, in which an image does not lie in one piece
     progress:     show a bar when decoding takes more than 2 s
 
     Encoded images (lmdb, folder, zip) are all decoded once, here. In folders and zips an image is
-    what `decode.EXTENSIONS` names; hidden files are left out. The ones that can't be decoded are
-    in `Dataset.skipped` and in one warning.
+    what `decode.EXTENSIONS` names; hidden files are left out, other ones are counted in `describe`.
+    The ones that can't be decoded, and pictures of other formats, are in `Dataset.skipped` and in
+    one warning, which tells too how many are put onto white where they are transparent.
+
+    All that has a checksum is read to where it stands. No more is expanded than headers announce,
+    and nothing that the free memory can't hold. Pipes, devices and the like are not read.
 
     Raises FileNotFoundError when nothing is at `path`; ImportError when lmdb is missing; ValueError
     for options out of range, unknown formats, damaged archives and arrays, differing sizes without
@@ -73,6 +80,8 @@ def open_dataset(
         raise ValueError(f"memory_limit must be at least 0 bytes; got {memory_limit}")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
+    if not (path.is_dir() or path.is_file()):
+        raise ValueError(f"{path} is neither a regular file nor a folder")
 
     kind = _kind(path)
     if kind not in ("idx", "CIFAR-10") and split != "train":
@@ -82,13 +91,13 @@ def open_dataset(
             raise ValueError(f"channels must be None, 1 or 3 for encoded images; got {channels}")
         return open_images(_SOURCES[kind](path), wanted, channels, memory_limit, progress)
     if kind == "idx":
-        images = arrays.read_idx(arrays.idx_file(path, split))
+        images: arrays.Array = arrays.read_idx(arrays.idx_file(path, split))
     elif kind == "CIFAR-10":
         images = arrays.read_cifar10(path, split)
     elif kind == "npy":
-        images = arrays.read_npy(path, channels, memory_limit)
+        images = numpy_files.read_npy(path, channels, memory_limit)
     else:
-        images = arrays.read_npz(path, channels)
+        images = numpy_files.read_npz(path, channels)
     return arrays.ArrayDataset(path, kind, images, wanted, channels)
 
 
@@ -110,8 +119,9 @@ def _kind(path: Path) -> str:
         ((".zip",), "zip"),
         ((".npy",), "npy"),
         ((".npz",), "npz"),
-        ((".tar", ".tar.gz", ".tgz"), "CIFAR-10"),
-        ((".gz",), "idx"),
+        ((".tar", ".tgz", ".tbz2", ".txz"), "CIFAR-10"),
+        ((".tar.gz", ".tar.bz2", ".tar.xz"), "CIFAR-10"),
+        ((".gz", ".bz2", ".xz"), "idx"),
     ):
         if name.endswith(suffixes):
             return kind

@@ -1,27 +1,36 @@
-"""Images that lie in arrays: idx, CIFAR-10's records, NumPy files. No encoded images."""
+"""Images that lie in arrays: a Dataset of one, idx, CIFAR-10's records. No encoded images; NumPy's
+files are numpy_files.py's.
+"""
 
 from __future__ import annotations
 
-import gzip
-import math
 import struct
-import tarfile
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import IO
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from fastddpm.data.archives import read_exactly, read_tar
 from fastddpm.data.dataset import Dataset
 from fastddpm.data.errors import reading
+from fastddpm.data.files import RegularFile, read_file
+from fastddpm.data.limits import check_memory
+from fastddpm.data.streams import compression, expanded
 
-LAYOUTS = "uint8 arrays of shape (N, H, W), (N, C, H, W) or (N, H, W, C)"
+
+class Array(Protocol):
+    """As much of an array as a dataset needs."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray: ...
 
 
 class ArrayDataset(Dataset):
-    """Images of an (N, C, H, W) uint8 array of any strides, in memory or memory-mapped.
+    """Images of an (N, C, H, W) uint8 array of any strides, or of what is indexed like one.
 
     size is no more than a wish of the caller: a warning says when the images have another.
     """
@@ -30,13 +39,14 @@ class ArrayDataset(Dataset):
         self,
         path: Path,
         kind: str,
-        images: np.ndarray,
+        images: Array,
         size: tuple[int, int] | None = None,
         channels: int | None = None,
         skipped: Sequence[tuple[str, str]] = (),
+        others: Mapping[str, int] | None = None,
     ):
         n, c, h, w = images.shape
-        if images.size == 0:
+        if 0 in images.shape:
             raise ValueError(f"{path} holds no images: {images.shape}")
         if channels not in (None, c):
             raise ValueError(f"{path} has {c} channels; got channels={channels}")
@@ -46,7 +56,7 @@ class ArrayDataset(Dataset):
                 "only encoded images are resized to the given one",
                 stacklevel=3,
             )
-        super().__init__(path, kind, n, (c, h, w), skipped)
+        super().__init__(path, kind, n, (c, h, w), skipped, others)
         self._images = images
 
     def _read(self, index: np.ndarray) -> np.ndarray:
@@ -72,27 +82,39 @@ def idx_file(path: Path, split: str) -> Path:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An idx3-ubyte file, gzipped or not, as (N, 1, H, W); ValueError names what is wrong with it.
+    """An idx3-ubyte file, compressed or not, as (N, 1, H, W); ValueError names what is wrong.
 
-    Layout: 00 00, 08 (uint8), 03 (dimensions), N, H, W as big-endian 32 bits, then the pixels.
+    Layout: 00 00, 08 (uint8), 03 (dimensions), N, H, W as big-endian 32 bits, then the pixels. No
+    more is expanded than the header says.
     """
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        with reading(path, "a gzip file"):
-            content = gzip.decompress(content)
-    if len(content) < 16:
-        raise ValueError(f"{path} is truncated: {len(content)} bytes; an idx3 header has 16")
-    if content[:4] != b"\0\0\x08\x03":
-        raise ValueError(
-            f"{path} starts with {content[:4].hex(' ')}; idx images of uint8 start with 00 00 08 03"
-        )
-    n, h, w = struct.unpack(">3I", content[4:16])
-    if len(content) != 16 + n * h * w:
-        what = "is truncated" if len(content) < 16 + n * h * w else "is too long"
-        raise ValueError(
-            f"{path} {what}: {len(content) - 16:,} bytes of pixels, {n}x{h}x{w} in its header"
-        )
-    return np.frombuffer(content, np.uint8, offset=16).reshape(n, 1, h, w)
+    with reading(path, "an idx file"):
+        file = RegularFile(path)
+    with file:
+        packed = compression(file.read(8, 0))
+        form = f"a {packed} file" if packed else "an idx file"
+        source = expanded(file.stream(), packed) if packed else file.stream()
+        with reading(path, form):
+            head = source.read(16)
+        if len(head) < 16:
+            raise ValueError(f"{path} is truncated: {len(head)} bytes; an idx3 header has 16")
+        if head[:4] != b"\0\0\x08\x03":
+            raise ValueError(
+                f"{path} starts with {head[:4].hex(' ')}; idx images of uint8 start with "
+                "00 00 08 03"
+            )
+        n, h, w = struct.unpack(">3I", head[4:])
+        size = n * h * w
+        said = f"{n}x{h}x{w} in its header"
+        if not packed and file.length != 16 + size:
+            what = "is truncated" if file.length < 16 + size else "is too long"
+            raise ValueError(f"{path} {what}: {file.length - 16:,} bytes of pixels, {said}")
+        with reading(path, form):
+            check_memory(size)
+            content = read_exactly(source, size)
+            longer = source.read(1)
+        if longer:
+            raise ValueError(f"{path} is too long: more than {size:,} bytes of pixels, {said}")
+    return np.frombuffer(content, np.uint8).reshape(n, 1, h, w)
 
 
 def cifar10_names(split: str) -> tuple[str, ...]:
@@ -108,8 +130,10 @@ def read_cifar10(path: Path, split: str) -> np.ndarray:
     Layout: records of 3073 bytes: the label, then the red, green and blue plane.
     """
     names = cifar10_names(split)
-    parts = _folder_files(path, names) if path.is_dir() else _tar_files(path, names)
-    images = []
+    parts: Mapping[str, bytes | bytearray] = (
+        _folder_files(path, names) if path.is_dir() else _tar_files(path, names)
+    )
+    images: list[np.ndarray] = []
     for name in names:
         if name not in parts:
             raise ValueError(
@@ -123,87 +147,23 @@ def read_cifar10(path: Path, split: str) -> np.ndarray:
             )
         records = np.frombuffer(parts[name], np.uint8).reshape(-1, 3073)
         images.append(records[:, 1:].reshape(-1, 3, 32, 32))
+        if len(images[0]) != len(images[-1]):  # a cut at the end of a record
+            raise ValueError(
+                f"{path}: {name} is truncated or no CIFAR-10 batch: {len(images[-1]):,} images, "
+                f"{len(images[0]):,} in {names[0]}"
+            )
     return np.concatenate(images)
 
 
 def _folder_files(path: Path, names: tuple[str, ...]) -> Mapping[str, bytes]:
-    return {name: (path / name).read_bytes() for name in names if (path / name).exists()}
-
-
-def _tar_files(path: Path, names: tuple[str, ...]) -> Mapping[str, bytes]:
     files = {}
-    with reading(path, "a tar archive"), tarfile.open(path) as tar:
-        for member in tar:
-            name = PurePosixPath(member.name).name
-            if name in names and (file := tar.extractfile(member)) is not None:
-                files[name] = file.read()
+    for name in names:
+        if (path / name).exists():
+            with reading(path / name, "a CIFAR-10 batch"):
+                files[name] = read_file(path / name)
     return files
 
 
-def read_npy(path: Path, channels: int | None, memory_limit: int) -> np.ndarray:
-    """A .npy file as (N, C, H, W), memory-mapped if it is larger than the limit."""
-    length = path.stat().st_size
-    with path.open("rb") as file:
-        _check_npy(file, length, str(path))
-    images = np.load(path, mmap_mode="r" if length > memory_limit else None, allow_pickle=False)
-    return _nchw(images, channels, str(path))
-
-
-def read_npz(path: Path, channels: int | None) -> np.ndarray:
-    """The images in a .npz file as (N, C, H, W): key x, images or arr_0, or the only array."""
-    with reading(path, "a .npz file"):
-        archive = zipfile.ZipFile(path)
-    with archive:
-        members = {m.filename.removesuffix(".npy"): m for m in archive.infolist()}
-        key: str | None = next((k for k in ("x", "images", "arr_0") if k in members), None)
-        if key is None and len(members) == 1:
-            (key,) = members
-        if key is None:
-            raise ValueError(
-                f"{path} has the arrays {', '.join(members) or '(none)'}; "
-                "name the images x, images or arr_0"
-            )
-        name, member = f"{path}[{key}]", members[key]
-        with reading(name, "a NumPy array"):
-            file = archive.open(member)
-        with file:
-            _check_npy(file, member.file_size, name)
-        with reading(name, "a NumPy array"), archive.open(member) as file:
-            images = np.lib.format.read_array(file, allow_pickle=False)
-    return _nchw(images, channels, name)
-
-
-def _check_npy(file: IO[bytes], length: int, name: str) -> None:
-    """ValueError unless `file`, of `length` bytes, starts with the header of a whole uint8 array.
-
-    Before anything is allocated, and in words of this package instead of NumPy's.
-    """
-    with reading(name, f"a NumPy array (pickles are never loaded; give {LAYOUTS})"):
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            read = np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-    if dtype.hasobject:
-        raise ValueError(f"{name} holds pickled objects, which are never loaded; give {LAYOUTS}")
-    if dtype != np.uint8:
-        raise ValueError(f"{name} holds {dtype}; give {LAYOUTS}")
-    if length - file.tell() < math.prod(shape):
-        raise ValueError(f"{name} is truncated: fewer bytes than its shape {shape} takes")
-
-
-def _nchw(images: np.ndarray, channels: int | None, name: str) -> np.ndarray:
-    if images.ndim == 3:
-        return images[:, np.newaxis]
-    shape = images.shape
-    axes = [axis for axis in (1, 3) if images.ndim == 4 and 1 <= shape[axis] <= 4]
-    if len(axes) == 2:
-        axes = [axis for axis in axes if shape[axis] == channels] or axes
-    if len(axes) == 2:
-        raise ValueError(
-            f"{name} has shape {shape}, in which axis 1 or 3 may be the channels; pass channels, "
-            "or give (N, C, H, W) or (N, H, W, C) with one of the two in 1 .. 4"
-        )
-    if not axes:
-        raise ValueError(f"{name} has shape {shape}; give {LAYOUTS}, C in 1 .. 4")
-    return images if axes == [1] else images.transpose(0, 3, 1, 2)
+def _tar_files(path: Path, names: tuple[str, ...]) -> Mapping[str, bytearray]:
+    with reading(path, "a tar archive"):
+        return read_tar(path, names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ class Dataset(ABC):
     """Images of one shape, by index.
 
     shape:   (C, H, W)
-    skipped: (name, reason) of every file that was found and can't be used
+    skipped: (name, reason) of every image that was found and can't be used
     """
 
     def __init__(
@@ -29,9 +29,11 @@ class Dataset(ABC):
         n: int,
         shape: tuple[int, int, int],
         skipped: Sequence[tuple[str, str]] = (),
+        others: Mapping[str, int] | None = None,
     ):
         self.path, self.kind, self.shape = path, kind, shape
         self.skipped = list(skipped)
+        self._others = dict(others or {})  # suffix: files beside the images
         self._n = n
         self._fingerprint: str | None = None
 
@@ -76,4 +78,17 @@ class Dataset(ABC):
     def describe(self) -> str:
         """One line for people: "60,000 images 1x28x28, idx"."""
         skipped = f", {len(self.skipped):,} skipped" if self.skipped else ""
-        return f"{len(self):,} images {'x'.join(map(str, self.shape))}, {self.kind}{skipped}"
+        others = count_others(self._others)
+        return (
+            f"{len(self):,} images {'x'.join(map(str, self.shape))}, {self.kind}{others}{skipped}"
+        )
+
+
+def count_others(others: Mapping[str, int]) -> str:
+    """Files that are no images by their names, to go on a line: ", 3 other files (2 .txt, ...)"."""
+    if not others:
+        return ""
+    most = sorted(others.items(), key=lambda item: (-item[1], item[0]))
+    shown = ", ".join(f"{count:,} {suffix}" for suffix, count in most[:3])
+    n = sum(others.values())
+    return f", {n:,} other file{'s' * (n > 1)} ({shown}{', ...' * (len(most) > 3)})"

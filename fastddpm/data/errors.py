@@ -6,6 +6,10 @@ import contextlib
 from collections.abc import Iterator
 
 
+class Unusable(ValueError):
+    """A whole source is damaged or gone: not an image of it, which could be left out."""
+
+
 def one_line(text: str) -> str:
     """Text of unknown origin, fit for a message: one line, printable, not long."""
     line = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()

@@ -5,25 +5,31 @@ file formats.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
+import torch
 
+from fastddpm.batching import free_bytes
+from fastddpm.data import sources
 from fastddpm.data.arrays import ArrayDataset
-from fastddpm.data.dataset import Dataset
-from fastddpm.data.decode import EXTENSIONS, decode
-from fastddpm.data.errors import one_line, reason
+from fastddpm.data.dataset import Dataset, count_others
+from fastddpm.data.decode import EXTENSIONS, Picture, decode
+from fastddpm.data.errors import Unusable, one_line, reason
 from fastddpm.data.identity import Fingerprint
+from fastddpm.data.limits import Budget
 from fastddpm.data.sources import Reader, Source
 from fastddpm.progress import tqdm
 
 THREADS = min(8, os.cpu_count() or 1)
-AHEAD = 4 * THREADS  # images decoded before their turn, which bounds the memory of the scan
+AHEAD, AHEAD_BYTES = 4 * THREADS, 256 << 20  # images, and their bytes, decoded before their turn
+ENCODED = Budget(sources.ENCODED_LIMIT)  # bytes of all encoded images in hand
 
 
 def open_images(
@@ -34,63 +40,92 @@ def open_images(
     progress: bool,
 ) -> Dataset:
     """Decode every image of `source`; ValueError when none is left or, without `size`, sizes
-    differ.
+    differ. Without `channels`, all are colours if one is.
     """
     if not source.names and not source.unreadable:
-        raise ValueError(f"{source.path} holds no images ({', '.join(EXTENSIONS)})")
+        raise ValueError(
+            f"{source.path} holds no images ({', '.join(EXTENSIONS)}){count_others(source.others)}"
+        )
     good: list[str] = []
     shape: tuple[int, int, int] | None = None
     kept: np.ndarray | None = None
     skipped = list(source.unreadable)
     fingerprint = Fingerprint()
-    for name, image in _decoded_in_order(source, size, channels, progress):
-        if isinstance(image, str):
-            skipped.append((one_line(name), image))
+    grey = transparent = 0
+    for name, picture in _decoded_in_order(source, size, channels, progress):
+        if isinstance(picture, str):
+            skipped.append((one_line(name), picture))
             continue
+        image = picture.pixels
         if shape is None:
             shape = (image.shape[0], image.shape[1], image.shape[2])
-            if len(source.names) * image.nbytes <= memory_limit:
-                kept = np.empty((len(source.names), *shape), np.uint8)
-        if image.shape != shape:
+            kept = _array(len(source.names), shape, memory_limit)
+        if image.shape[1:] != shape[1:]:
             raise ValueError(
                 f"{source.path}: {one_line(good[0])} is {shape[1]}x{shape[2]}, {one_line(name)} is "
                 f"{image.shape[1]}x{image.shape[2]}: pass size to crop and resize all to one"
             )
+        if image.shape[0] > shape[0]:  # the first colours, behind greys
+            shape, before = (image.shape[0], *shape[1:]), kept
+            kept = None if before is None else _array(len(source.names), shape, memory_limit)
+            if kept is not None and before is not None:
+                kept[: len(good)] = before[: len(good)]
         if kept is not None:
-            kept[len(good)] = image
+            kept[len(good)] = image  # grey is the same in all three channels
         good.append(name)
         fingerprint.add([image])
+        grey += image.shape[0] == 1
+        transparent += picture.transparent
 
     total = len(good) + len(skipped)
     if shape is None:
         raise ValueError(
             f"{source.path}: none of {total:,} images can be decoded: {_first(skipped)}"
         )
+    told = []
     if skipped:
-        warnings.warn(
-            f"{source.path}: {len(skipped):,} of {total:,} can't be used and are skipped: "
-            f"{_first(skipped)}",
-            stacklevel=3,
+        told.append(
+            f"{len(skipped):,} of {total:,} can't be used and are skipped: {_first(skipped)}"
         )
+    if shape[0] == 3 and grey:
+        told.append(
+            f"{grey:,} of {len(good):,} are grey and are read as colours, as the others are"
+        )
+    if transparent:
+        told.append(f"{transparent:,} of {len(good):,} are transparent and are put onto white")
+    if told:
+        warnings.warn(f"{source.path}: {'; '.join(told)}", stacklevel=3)
     dataset: Dataset
     if kept is None:
-        dataset = EncodedDataset(source, good, shape, size, skipped)
+        dataset = EncodedDataset(source, good, shape, size, skipped, source.others)
     else:
         source.close()
-        dataset = ArrayDataset(source.path, source.kind, kept[: len(good)], skipped=skipped)
+        images = kept[: len(good)]
+        dataset = ArrayDataset(
+            source.path, source.kind, images, skipped=skipped, others=source.others
+        )
     dataset._fingerprint = fingerprint.hexdigest()
     return dataset
 
 
+def _array(n: int, shape: tuple[int, ...], memory_limit: int) -> np.ndarray | None:
+    """Memory for all images, if the limit and the machine have it."""
+    size = n * math.prod(shape)
+    free = free_bytes(torch.device("cpu"))
+    if size > memory_limit or (free is not None and size > free // 2):
+        return None
+    return np.empty((n, *shape), np.uint8)
+
+
 def _decoded_in_order(
     source: Source, size: tuple[int, int] | None, channels: int | None, progress: bool
-) -> Iterator[tuple[str, np.ndarray | str]]:
+) -> Iterator[tuple[str, Picture | str]]:
     """(name, image or the reason why there is none) of every name, decoded by several threads.
 
-    Without `channels` the first image sets them, so nothing is decoded ahead of it.
+    Nothing is decoded ahead of the first, which tells how much of the rest there may be at a time.
     """
     read, names = source.reader(), iter(source.names)
-    pending: deque[tuple[str, Future[np.ndarray | str]]] = deque()
+    pending: deque[tuple[str, Future[Picture | str]]] = deque()
     bar = tqdm(
         total=len(source.names),
         desc="checking images",
@@ -98,29 +133,32 @@ def _decoded_in_order(
         delay=2,
         disable=not progress,
     )
+    ahead = 1
     with bar, ThreadPoolExecutor(THREADS) as pool:
         while True:
-            ahead = 1 if channels is None else AHEAD
             for name in itertools.islice(names, ahead - len(pending)):
-                pending.append((name, pool.submit(_decode, read, name, size, channels)))
+                pending.append((name, pool.submit(_decode, source, read, name, size, channels)))
             if not pending:
                 return
             name, future = pending.popleft()
-            image = future.result()
-            if channels is None and not isinstance(image, str):
-                channels = image.shape[0]
-            yield name, image
+            picture = future.result()
+            if isinstance(picture, Picture):
+                ahead = max(1, min(AHEAD, AHEAD_BYTES // picture.pixels.nbytes))
+            yield name, picture
             bar.update()
 
 
 def _decode(
-    read: Reader, name: str, size: tuple[int, int] | None, channels: int | None
-) -> np.ndarray | str:
+    source: Source, read: Reader, name: str, size: tuple[int, int] | None, channels: int | None
+) -> Picture | str:
     try:
-        content = read(name)
+        # Held while it is decoded; who decodes waits for no one that reads.
+        with ENCODED.take(min(source.length(name), sources.ENCODED_LIMIT)):
+            return decode(read(name), size, channels)
+    except Unusable:
+        raise
     except Exception as error:  # archives raise nearly anything on hostile bytes
         return reason(error)
-    return decode(content, size, channels)
 
 
 def _first(skipped: Sequence[tuple[str, str]]) -> str:
@@ -143,8 +181,9 @@ class EncodedDataset(Dataset):
         shape: tuple[int, int, int],
         size: tuple[int, int] | None,
         skipped: Sequence[tuple[str, str]],
+        others: Mapping[str, int],
     ):
-        super().__init__(source.path, source.kind, len(names), shape, skipped)
+        super().__init__(source.path, source.kind, len(names), shape, skipped, others)
         self._source, self._names, self._size = source, names, size
         self._skipped_at_scan = len(skipped)
         self._lost: dict[int, str] = {}
@@ -163,10 +202,10 @@ class EncodedDataset(Dataset):
         for k in itertools.chain(range(index, len(self)), range(index)):
             if k in self._lost:
                 continue
-            image = _decode(read, self._names[k], self._size, self.shape[0])
-            if isinstance(image, np.ndarray) and image.shape == self.shape:
-                return image
-            self._lost[k] = image if isinstance(image, str) else "its size has changed"
+            picture = _decode(self._source, read, self._names[k], self._size, self.shape[0])
+            if isinstance(picture, Picture) and picture.pixels.shape == self.shape:
+                return picture.pixels
+            self._lost[k] = picture if isinstance(picture, str) else "its size has changed"
         raise OSError(f"{self.path}: none of its {len(self):,} images can be read any more")
 
     def _report(self) -> None:

@@ -1,4 +1,5 @@
-"""Where encoded images come from: a folder, a zip, an lmdb database. Names and bytes, no decoding.
+"""Where encoded images come from: a folder, a zip; an lmdb database is lmdb_source.py's. Names and
+bytes, no decoding.
 
 A source may be used by several threads, after a fork and after pickling.
 """
@@ -7,33 +8,29 @@ from __future__ import annotations
 
 import os
 import re
-import stat
-import threading
-import weakref
-import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any
 
-from fastddpm.data.decode import EXTENSIONS
+from fastddpm.data.archives import Zip
+from fastddpm.data.decode import EXTENSIONS, PICTURES
 from fastddpm.data.errors import one_line, reading, reason
+from fastddpm.data.files import RegularFile
 
-try:
-    import lmdb
-except ImportError:
-    lmdb = None  # type: ignore[assignment]
+ENCODED_LIMIT = 512 << 20  # bytes of one encoded image; more is no image that Pillow would decode
 
-ENCODED_LIMIT = 1 << 30  # bytes of one encoded image; more is no image that Pillow would decode
-
-Reader = Callable[[str], bytes]
+Reader = Callable[[str], bytes | bytearray]
 
 
 class Source(ABC):
     """Encoded images by name.
 
     names:      in the order of the dataset
-    unreadable: (name, reason) of what could not even be listed
+    unreadable: (name, reason) of what could not even be listed, or is a picture of no format that
+                is read
+    others:     how many other files there are, by suffix
     """
 
     kind: str
@@ -42,10 +39,34 @@ class Source(ABC):
         self.path = path
         self.names: list[str] = []
         self.unreadable: list[tuple[str, str]] = []
+        self.others: Counter[str] = Counter()
+
+    def _sort_out(self, names: Iterable[str]) -> None:
+        """Images, in natural order, from what else there is. Hidden files do not count."""
+        for name in names:
+            path = PurePosixPath(name)
+            suffix = path.suffix.lower()
+            if any(part.startswith(".") and part.strip(".") for part in path.parts):
+                continue
+            if suffix in EXTENSIONS:
+                self.names.append(name)
+            elif suffix in PICTURES:
+                self.unreadable.append((one_line(name), f"{suffix} is not read here"))
+            else:
+                self.others[one_line(suffix) or "no suffix"] += 1
+        self.names.sort(key=_natural)
+        self.unreadable.sort()
 
     @abstractmethod
     def reader(self) -> Reader:
-        """The function name -> bytes, good for all threads of this process until `close`."""
+        """The function name -> bytes, good for all threads of this process until `close`.
+
+        It raises OSError or ValueError, errors.Unusable when nothing more can be read.
+        """
+
+    def length(self, name: str) -> int:
+        """The bytes that reading it takes, as far as that is announced."""
+        return 0
 
     @abstractmethod
     def close(self) -> None:
@@ -53,23 +74,30 @@ class Source(ABC):
 
 
 class FolderSource(Source):
-    """The image files below a folder; names are paths from it."""
+    """The image files below a folder; names are paths from it.
+
+    Links are followed, but not into the system's own file systems, whose folders change while they
+    are walked and lead everywhere.
+    """
 
     kind = "folder"
 
     def __init__(self, path: Path):
         super().__init__(path)
-        seen = set()
+        system, seen, names = _system_devices(), set(), []
         for folder, folders, files in os.walk(path, followlinks=True, onerror=self._unlistable):
             real = os.path.realpath(folder)
             if real in seen:  # a link back up would be followed for ever
                 folders.clear()
                 continue
             seen.add(real)
+            if os.stat(folder).st_dev in system:
+                self.unreadable.append((one_line(folder), "a folder of the system"))
+                folders.clear()
+                continue
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            inside = (Path(folder, file).relative_to(path).as_posix() for file in files)
-            self.names += filter(_is_image, inside)
-        self.names.sort(key=_natural)
+            names += [Path(folder, file).relative_to(path).as_posix() for file in files]
+        self._sort_out(names)
 
     def _unlistable(self, error: OSError) -> None:
         self.unreadable.append((one_line(str(error.filename)), reason(error)))
@@ -77,15 +105,14 @@ class FolderSource(Source):
     def reader(self) -> Reader:
         return self._read
 
+    def length(self, name: str) -> int:
+        return os.stat(self.path / name).st_size
+
     def close(self) -> None:
         return
 
     def _read(self, name: str) -> bytes:
-        status = os.stat(self.path / name)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("not a regular file")  # reading a pipe would wait for ever
-        _check_length(status.st_size)
-        return (self.path / name).read_bytes()
+        return read_encoded(self.path / name)
 
 
 class ZipSource(Source):
@@ -95,100 +122,57 @@ class ZipSource(Source):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self._handle: tuple[int, zipfile.ZipFile, threading.Lock] | None = None
-        members = set(self._opened()[1].namelist())
-        self.names = sorted(filter(_is_image, members), key=_natural)
+        self._archive: Zip | None = None
+        archive = self._opened()
+        self._sort_out(name for name in archive.members if not name.endswith("/"))
+        images = set(self.names)
+        with reading(self.path, "a zip archive"):
+            for name in archive.members.keys() - images:
+                archive.check(name)  # or a damaged name would hide an image
 
     def reader(self) -> Reader:
         self._opened()
         return self._read
 
-    def close(self) -> None:
-        if self._handle is not None and self._handle[0] == os.getpid():
-            self._handle[1].close()
-        self._handle = None
+    def length(self, name: str) -> int:
+        return self._opened().members[name].file_size
 
-    def _opened(self) -> tuple[int, zipfile.ZipFile, threading.Lock]:
-        """(process, archive, lock): a fork would share the position in the file with its parent."""
-        if self._handle is None or self._handle[0] != os.getpid():
+    def close(self) -> None:
+        if self._archive is not None:
+            self._archive.close()
+        self._archive = None
+
+    def _opened(self) -> Zip:
+        if self._archive is None:
             with reading(self.path, "a zip archive"):
-                archive = zipfile.ZipFile(self.path)
-            self._handle = os.getpid(), archive, threading.Lock()
-        return self._handle
+                self._archive = Zip(self.path)
+        return self._archive
 
-    def _read(self, name: str) -> bytes:
-        _, archive, lock = self._opened()
-        _check_length(archive.getinfo(name).file_size)
-        with lock:
-            return archive.read(name)
+    def _read(self, name: str) -> bytearray:
+        archive = self._opened()
+        check_length(archive.members[name].file_size)
+        return archive.read(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None}
+        return {**self.__dict__, "_archive": None}
 
 
-class LmdbSource(Source):
-    """The values of an lmdb database, whose keys may be any bytes: names are the keys as latin-1.
-
-    Read without lmdb's lock file, so that read-only disks do and a fork may go on reading.
-    """
-
-    kind = "lmdb"
-    # lmdb opens a database once in a process, so sources of one folder share it.
-    _open: ClassVar[weakref.WeakValueDictionary[str, Any]] = weakref.WeakValueDictionary()
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self._environment: Any = None
-        environment = self._attached()
-        with reading(path, "an lmdb database"), environment.begin() as transaction:
-            keys = transaction.cursor().iternext(keys=True, values=False)
-            self.names = [key.decode("latin-1") for key in keys]
-
-    def reader(self) -> Reader:
-        self._attached()
-        return self._read
-
-    def _attached(self) -> Any:
-        if self._environment is None:
-            real = os.path.realpath(self.path)
-            self._environment = self._open.get(real) or self._open_environment(real)
-            self._open[real] = self._environment
-        return self._environment
-
-    def _open_environment(self, real: str) -> Any:
-        if lmdb is None:
-            raise ImportError(
-                f"{self.path} is an lmdb database; to read it: pip install 'fastddpm[lmdb]'"
-            )
-        data = self.path / "data.mdb"
-        if data.stat().st_size == 0:
-            raise ValueError(f"{data} is truncated: 0 bytes")
-        with reading(data, "an lmdb database"):
-            environment = lmdb.open(real, readonly=True, lock=False, readahead=False, create=False)
-        pages = environment.info()["last_pgno"] + 1
-        if data.stat().st_size < pages * environment.stat()["psize"]:
-            # Checked, since a page beyond the end of the mapped file kills the process.
-            raise ValueError(f"{data} is truncated: {pages} pages in its header, fewer on the disk")
-        return environment
-
-    def _read(self, name: str) -> bytes:
-        with self._environment.begin() as transaction:
-            value = transaction.get(name.encode("latin-1"))
-        if value is None:
-            raise KeyError("no such key")
-        return value
-
-    def close(self) -> None:
-        self._environment = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_environment": None}
+def read_encoded(path: str | os.PathLike) -> bytes:
+    """The bytes of an image file; OSError for what is no regular file, or too long to be one."""
+    with RegularFile(path) as file:
+        check_length(file.length)
+        return file.read(file.length, 0)
 
 
-def _is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") and part.strip(".") for part in path.parts)
-    return not hidden and path.suffix.lower() in EXTENSIONS
+def check_length(length: int) -> None:
+    """OSError for more bytes than an encoded image may have."""
+    if length > ENCODED_LIMIT:
+        raise OSError(f"{length:,} bytes, more than {ENCODED_LIMIT:,}")
+
+
+def _system_devices() -> set[int]:
+    """Of /proc and the like, where folders and files are made up as they are read."""
+    return {os.stat(path).st_dev for path in ("/proc", "/sys") if os.path.ismount(path)}
 
 
 def _natural(name: str) -> tuple[list[Any], str]:
@@ -198,8 +182,3 @@ def _natural(name: str) -> tuple[list[Any], str]:
         digits = parts[k].lstrip("0")
         parts[k] = (len(digits), digits)
     return parts, name
-
-
-def _check_length(length: int) -> None:
-    if length > ENCODED_LIMIT:
-        raise OSError(f"{length:,} bytes, more than {ENCODED_LIMIT:,}")

@@ -46,6 +46,8 @@ def unsupported(model: Model, device: torch.device) -> str | None:
         where = f"{name or 'the model'} ({type(module).__name__})"
         if type(module) not in _PARTS:
             return f"{where} is not a part that a plan knows"
+        if "forward" in vars(module):  # as accelerate and others replace it
+            return f"{where} has a forward that is not its class's"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{where} has a forward hook"
     for name, parameter in model.named_parameters():
@@ -62,8 +64,9 @@ def best_precision() -> str:
 class CpuPlan(Eager):
     """Algorithm 2 with the model as one native call a step.
 
-    precision "bf16": the operands of products are rounded to bfloat16; sums, statistics, what is
-    added to them and x_t stay float32. "auto" is bf16 where the instruction set has such products.
+    precision "bf16": the operands of products are rounded to bfloat16, but those of 3x3
+    convolutions that Winograd's algorithm makes faster in float32; sums, statistics, what is added
+    to them and x_t stay float32. "auto" is bf16 where the instruction set has such products.
 
     The weights are copied when the engine is made: later changes of the model are not seen. The
     bits of an image do not depend on the batch or the number of threads."""
@@ -164,8 +167,8 @@ def build_plan(
 ) -> Any:
     """The plan of a U-Net for images of one size.
 
-    algorithm: of the 3x3 convolutions of stride 1 in fp32: "direct", "winograd_2", "winograd_4" or
-    "auto", the fastest by a count of the work;  precision: "fp32" or "bf16"."""
+    algorithm: of the 3x3 convolutions of stride 1: "auto", the fastest by a count of the work, or
+    in fp32 "direct", "winograd_2" or "winograd_4", in bf16 "bf16";  precision: "fp32" or "bf16"."""
     native: Any = _native.C
     plan = native.cpu.Plan(height, width, model.in_channels, bf16=precision == "bf16")
     names = {module: name for name, module in model.named_modules()}

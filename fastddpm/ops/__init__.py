@@ -140,7 +140,7 @@ def posterior_step(
     That is line 4 of DDPM Algorithm 2, or of DDIM if the table is.
 
     xt, model_output: (N, C, H, W) float;  prediction: what the model's output is. "mean" is the
-                  mean of p itself, which clip does not touch
+                  mean of p itself, of the table's own chain, which clip does not touch
     t:            (N,) int64 in 0 .. T-1;  table: (T, 8) float32 from Schedule.table()
     z:            (N, C, H, W) float, or instead the stream to draw it from:
                   seed in [0, 2^64), sample_index (N,) int64, step (t unless given)
