@@ -65,10 +65,16 @@ def test_streams_that_fail_stop_no_work(folder, monkeypatch, stream):
     assert cli.main([*SAMPLE, "--out=x.png"]) == 0
     with Image.open(folder / "x.png") as image:
         image.load()
-    with pytest.warns(UserWarning, match="arrays keep their size"):
-        assert cli.main([*TRAIN, "--out=run"]) == 0
-    assert (folder / "run" / STATE).is_file()
     assert cli.main([*SAMPLE, "--out=x.jpeg"]) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*arrays keep their size")
+@pytest.mark.parametrize("name", ["full later", "closed"])
+def test_streams_that_fail_stop_no_training(folder, monkeypatch, name):
+    monkeypatch.setattr(sys, "stdout", STREAMS[name]())
+    monkeypatch.setattr(sys, "stderr", STREAMS[name]())
+    assert cli.main([*TRAIN, "--out=run"]) == 0
+    assert (folder / "run" / STATE).is_file()
 
 
 def test_a_report_that_can_not_be_written_is_an_error(monkeypatch, capsys):

@@ -201,7 +201,7 @@ def test_long_work_is_no_silence(place):
     assert together(meets(0), meets(2.0), meets(0.1)) == ["done"] * 3
 
 
-@pytest.mark.parametrize("absent", [0, 1])
+@pytest.mark.parametrize("absent", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_never_comes_is_named(place, absent):
     works = [None if rank == absent else meets(0) for rank in range(3)]
     for error in filter(None, together(*works)):
