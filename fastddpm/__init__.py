@@ -4,16 +4,19 @@ here.
 
 __version__ = "0.1.0"
 
-from fastddpm import ops, reference
-from fastddpm.diffusion import Diffusion
-from fastddpm.doctor import doctor
-from fastddpm.evaluation import bits_per_dim
-from fastddpm.ops import use_backend
-from fastddpm.sampling import interpolate, sample, sample_progressive, sample_shared_latent
-from fastddpm.schedule import Schedule
-from fastddpm.shards import sample_to_folder
-from fastddpm.training import Trainer
-from fastddpm.unet import UNet
+from fastddpm import console
+
+with console.mistakes_of_the_command():
+    from fastddpm import ops, reference
+    from fastddpm.diffusion import Diffusion
+    from fastddpm.doctor import doctor
+    from fastddpm.evaluation import bits_per_dim
+    from fastddpm.ops import use_backend
+    from fastddpm.sampling import interpolate, sample, sample_progressive, sample_shared_latent
+    from fastddpm.schedule import Schedule
+    from fastddpm.shards import sample_to_folder
+    from fastddpm.training import Trainer
+    from fastddpm.unet import UNet
 
 __all__ = [
     "Diffusion",

@@ -7,8 +7,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator
+import re
+import secrets
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
+from fastddpm import digest
 from fastddpm.diffusion import Diffusion
 from fastddpm.unet import UNet
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 BUNDLED = Path(__file__).parent / "checkpoints"
@@ -30,21 +38,59 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Any]:
     Whatever happens before that, a file that was there stays as it was.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, temporary = _locked_temporary(path)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+            os.replace(temporary, path)  # before it is closed: until then it is locked
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
     _fsync_folder(path.parent)
+
+
+def _locked_temporary(path: Path) -> tuple[int, Path]:
+    """A new file beside `path`, open and locked for as long as this process has it open."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            # Not tempfile's, whose permissions are not those of the umask; and to ask for the umask
+            # is to change it, for all threads.
+            handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
+        except FileExistsError:
+            continue
+        if _lock(handle, wait=True) is None or os.fstat(handle).st_nlink:
+            return handle, temporary
+        os.close(handle)  # removed as abandoned before it was locked
+
+
+def _lock(handle: int, *, wait: bool) -> bool | None:
+    """Take the lock of an open file, which ends with its process; None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # some network's file systems
+        return None
+    return True
+
+
+def remove_abandoned(folder: str | os.PathLike, ours: Callable[[str], bool]) -> None:
+    """Remove what `atomic_write` left in `folder` when its process was killed, of files for whose
+    names `ours` is true. What a living process still writes is locked, and stays; so does all
+    where there are no locks."""
+    for temporary in Path(folder).glob(".*.*"):
+        name = re.fullmatch(r"\.(.+)\.[^.]{8}", temporary.name)
+        if name is None or not ours(name[1]) or temporary.is_symlink() or not temporary.is_file():
+            continue
+        with contextlib.suppress(OSError), temporary.open("r+b") as file:
+            if _lock(file.fileno(), wait=False):
+                temporary.unlink()
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -61,23 +107,33 @@ def write_tensors(
     tensors: dict[str, torch.Tensor],
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically, with the digest of all that is in it in its header."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {**(metadata or {}), digest.KEY: digest.of_tensors(contiguous, metadata or {})}
     with atomic_write(path) as file:
         file.write(safetensors_bytes(contiguous, metadata))
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; ValueError names a file that is missing, cut or
-    not one.
+    """Tensors and metadata of a safetensors file; ValueError names a file that is missing, cut, not
+    one, or not what was written: a file that names a digest, as all of `write_tensors` do, is
+    checked against it.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    said = metadata.pop(digest.KEY, None)
+    if said is not None and said != digest.of_tensors(tensors, metadata):
+        raise ValueError(
+            f"{path} is damaged: its tensors and metadata are not those that were written "
+            "(their digest is not the one in its header)"
+        )
+    return tensors, metadata
 
 
 def read_weights(path: str | os.PathLike, *, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
@@ -163,8 +219,13 @@ def save_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, model.state_dict() if weights is None else weights)
+    save_config(model, folder)
+
+
+def save_config(model: UNet, folder: str | os.PathLike) -> None:
+    """Write the model's config.json alone."""
     write_json(
-        folder / CONFIG,
+        Path(folder) / CONFIG,
         {"format": "fastddpm", "unet": model.config, "diffusion": model.diffusion.to_config()},
     )
 

@@ -11,10 +11,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 
 from fastddpm import ops, reference
 from fastddpm.schedule import COLUMNS, Sampler, Schedule, Variance, check_choice
+from fastddpm.wrapped import parts, unwrap
 
 Prediction = Literal["eps", "x0", "mean"]
 Loss = Literal["simple", "vlb"]
@@ -72,16 +74,33 @@ class Diffusion:
 
     @classmethod
     def of(cls, model: Model, diffusion: Diffusion | None = None) -> Diffusion:
-        """`diffusion`, else the model's own, else the paper's; ValueError names what is neither a
-        model nor a process.
+        """`diffusion`, else the model's own or its wrapper's network's, else the paper's.
+
+        ValueError names what is neither a model nor a process, a model that calls one with another
+        process than the paper's (what it makes of its outputs is not known), and a traced one,
+        which has lost what it had.
         """
         if not callable(model):
             raise ValueError(
                 f"model must be a callable (x_t, t) -> output; got {type(model).__name__}"
             )
-        process = getattr(model, "diffusion", None) if diffusion is None else diffusion
+        process = getattr(unwrap(model), "diffusion", None) if diffusion is None else diffusion
         if process is None:
-            return cls()
+            paper = cls()
+            for part in parts(model):
+                if isinstance(part, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+                    raise ValueError(
+                        f"a {type(part).__name__} does not hold the process that its network was "
+                        "trained for: pass diffusion=..."
+                    )
+                inner = getattr(part, "diffusion", None)
+                if isinstance(inner, cls) and not inner._is_like(paper):
+                    raise ValueError(
+                        f"a {type(part).__name__} inside this {type(model).__name__} has a process "
+                        "of its own, and whether it is the whole model's too is not known: pass "
+                        "diffusion=..."
+                    )
+            return paper
         if not isinstance(process, cls):
             raise ValueError(
                 f"diffusion must be a fastddpm.Diffusion; got {type(process).__name__}"
@@ -323,8 +342,8 @@ class Diffusion:
         if sample_index is None:
             sample_index = torch.arange(n, device=device)
         x0 = reference.to_unit(x0) if x0.dtype == torch.uint8 else x0
-        terms = torch.empty(n, self.T, device=device)
-        mse = torch.empty(n, self.T, device=device)
+        terms = torch.empty(n, self.T, dtype=torch.float32, device=device)
+        mse = torch.empty_like(terms)
         with torch.no_grad():
             for i in range(self.T):
                 t = torch.full((n,), i, dtype=torch.int64, device=device)
@@ -397,6 +416,16 @@ class Diffusion:
             with torch.inference_mode(False):
                 self._tables[key] = make()
         return self._tables[key]
+
+    def _is_like(self, other: Diffusion) -> bool:
+        """True for the same formulas, whatever made them."""
+        mine, others = self.schedule, other.schedule
+        return (
+            np.array_equal(mine.betas, others.betas)
+            and np.array_equal(mine.timesteps, others.timesteps)
+            and (self.prediction, self.variance, self.objective, mine.full_steps)
+            == (other.prediction, other.variance, other.objective, others.full_steps)
+        )
 
     # ---- files ----------------------------------------------------------------------------------
 

@@ -69,6 +69,8 @@ def check_output(path: str | os.PathLike, *, kinds: Sequence[str] = (".png", ".n
     Nothing is left behind. A path without a suffix, or an existing folder, is a folder; where
     nothing but a folder will do, any path is.
     """
+    if not os.fspath(path):
+        raise ValueError("output '': give a name; '' would be the current folder")
     path = Path(path)
     suffix = "" if path.is_dir() or tuple(kinds) == ("",) else path.suffix.lower()
     if suffix not in kinds:

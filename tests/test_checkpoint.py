@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 from toy import SCHEDULE, tiny_unet
 
 from fastddpm import Diffusion, Schedule, UNet, checkpoint
-from fastddpm.checkpoint import atomic_write, read_weights, write_json, write_tensors
+from fastddpm.checkpoint import (
+    atomic_write,
+    read_weights,
+    remove_abandoned,
+    write_json,
+    write_tensors,
+)
 
 
 def output(model: UNet) -> torch.Tensor:
@@ -205,6 +211,33 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
         fail(file)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_killed_write_left_is_removed_and_what_is_being_written_is_not(tmp_path):
+    for name in (".a.png.0123abcd", ".b.png.0123abcd", ".hidden.txt", ".a.png.long-suffix"):
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / ".c.png.0123abcd").symlink_to(tmp_path / ".hidden.txt")
+    os.mkfifo(tmp_path / ".d.png.0123abcd")
+    with atomic_write(tmp_path / "a.png") as file:
+        file.write(b"whole")
+        remove_abandoned(tmp_path, lambda name: name != "b.png")
+    assert (tmp_path / "a.png").read_bytes() == b"whole"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".a.png.long-suffix", ".b.png.0123abcd", ".c.png.0123abcd", ".d.png.0123abcd",
+        ".hidden.txt", "a.png",
+    ]  # fmt: skip
+
+
+def test_files_have_the_permissions_of_the_umask_which_is_left_alone(tmp_path, monkeypatch):
+    before = os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", None)  # it is the whole process's
+        with atomic_write(tmp_path / "a") as file:
+            file.write(b"x")
+    finally:
+        monkeypatch.undo()
+        assert os.umask(before) == 0o027
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
 def test_a_write_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):

@@ -13,13 +13,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
-from tqdm import tqdm
 
 from fastddpm.data.arrays import ArrayDataset
 from fastddpm.data.dataset import Dataset
 from fastddpm.data.decode import EXTENSIONS, decode
 from fastddpm.data.errors import one_line, reason
+from fastddpm.data.identity import Fingerprint
 from fastddpm.data.sources import Reader, Source
+from fastddpm.progress import tqdm
 
 THREADS = min(8, os.cpu_count() or 1)
 AHEAD = 4 * THREADS  # images decoded before their turn, which bounds the memory of the scan
@@ -41,6 +42,7 @@ def open_images(
     shape: tuple[int, int, int] | None = None
     kept: np.ndarray | None = None
     skipped = list(source.unreadable)
+    fingerprint = Fingerprint()
     for name, image in _decoded_in_order(source, size, channels, progress):
         if isinstance(image, str):
             skipped.append((one_line(name), image))
@@ -57,6 +59,7 @@ def open_images(
         if kept is not None:
             kept[len(good)] = image
         good.append(name)
+        fingerprint.add([image])
 
     total = len(good) + len(skipped)
     if shape is None:
@@ -69,10 +72,14 @@ def open_images(
             f"{_first(skipped)}",
             stacklevel=3,
         )
+    dataset: Dataset
     if kept is None:
-        return EncodedDataset(source, good, shape, size, skipped)
-    source.close()
-    return ArrayDataset(source.path, source.kind, kept[: len(good)], skipped=skipped)
+        dataset = EncodedDataset(source, good, shape, size, skipped)
+    else:
+        source.close()
+        dataset = ArrayDataset(source.path, source.kind, kept[: len(good)], skipped=skipped)
+    dataset._fingerprint = fingerprint.hexdigest()
+    return dataset
 
 
 def _decoded_in_order(

@@ -87,7 +87,7 @@ class CpuPlan(Eager):
             precision = best_precision()
         self.precision = resolve_precision(precision, device)
         self._unet = model
-        self._steps = diffusion.model_t(torch.arange(diffusion.T))
+        self._steps = diffusion.model_t(torch.arange(diffusion.T, device=device))
         self._time = time_rows(model, self._steps)
         self._table = diffusion.table(
             device, sampler=self.step_options["sampler"], eta=self.step_options["eta"]
@@ -150,10 +150,12 @@ class CpuPlan(Eager):
 @torch.no_grad()
 def time_rows(model: UNet, t: torch.Tensor) -> torch.Tensor:
     """What every residual block adds to its channels at the steps t: (len(t), K) float32, in the
-    order of `build_plan`."""
-    temb = model.temb(model.sinusoids(t))
-    blocks = [m for m in model.modules() if isinstance(m, ResnetBlock)]
-    return torch.cat([F.linear(temb, b.temb_proj.weight, b.temb_proj.bias) for b in blocks], dim=1)
+    order of `build_plan`. Summed in float64, whose products no setting of the host rounds."""
+    weights = {name: p.double() for name, p in model.temb.named_parameters()}
+    temb = torch.func.functional_call(model.temb, weights, model.sinusoids(t).double())
+    layers = [m.temb_proj for m in model.modules() if isinstance(m, ResnetBlock)]
+    rows = [F.linear(temb, layer.weight.double(), layer.bias.double()) for layer in layers]
+    return torch.cat(rows, dim=1).float()
 
 
 @torch.no_grad()

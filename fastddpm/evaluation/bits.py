@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
+from fastddpm import arguments
 from fastddpm.diffusion import Diffusion, Model
-from fastddpm.engine.eager import evaluating
-from fastddpm.sampling import sample_indices
+from fastddpm.host import evaluating, own_state
+from fastddpm.progress import tqdm
 from fastddpm.schedule import check_count
 
 
@@ -27,6 +27,7 @@ class BitsPerDim:
     mse: torch.Tensor
 
 
+@own_state()
 def bits_per_dim(
     model: Model,
     x0: torch.Tensor,
@@ -47,12 +48,14 @@ def bits_per_dim(
     Raises ValueError for anything but uint8 images, FloatingPointError when the bound is not
     finite. The prior term is exact, in float64.
     """
+    if not isinstance(x0, torch.Tensor):
+        raise ValueError(f"x0 must be a tensor (N, C, H, W); got {type(x0).__name__}")
     if x0.dtype != torch.uint8 or x0.dim() != 4 or len(x0) == 0:
         raise ValueError(f"x0 must be (N, C, H, W) uint8, N >= 1; got {tuple(x0.shape)} {x0.dtype}")
     process = Diffusion.of(model, diffusion).respace(steps)
-    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-    x0 = x0.to("cpu" if parameter is None else parameter.device)
-    index = sample_indices(len(x0), first_index).to(x0.device)
+    x0 = x0.to(arguments.device_of(model, None))
+    seed = arguments.seed(seed)
+    index = arguments.sample_indices(len(x0), first_index).to(x0.device)
     size = check_count("batch_size", 64 if batch_size is None else batch_size)
     terms, mse = [], []
     batches = list(zip(x0.split(size), index.split(size), strict=True))

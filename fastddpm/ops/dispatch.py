@@ -38,6 +38,10 @@ CHOICES = ("auto", *BACKENDS)
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
+class BackendError(RuntimeError):
+    """A backend that was forced is missing, or FASTDDPM_STRICT=1 refuses a slower one."""
+
+
 class Backend:
     """A module with the functions of fastddpm.reference, all of them or some.
 
@@ -100,7 +104,7 @@ def forced() -> str:
 def _require(name: str, op: str, *tensors: torch.Tensor | None, **options: Any) -> Backend:
     backend = load(name)
     if backend.missing is not None:
-        raise RuntimeError(f"backend {name!r} can't run here: {backend.missing}")
+        raise BackendError(f"backend {name!r} can't run here: {backend.missing}")
     reason = backend.unsupported(op, *tensors, **options)
     if reason is not None:
         able = [f"'{other}'" for other in BACKENDS if load(other).unsupported(op) is None]
@@ -127,7 +131,7 @@ def _report_fallback(device: str) -> None:
 def report_slower(message: str) -> None:
     """Warn of what runs slower than was to be expected; FASTDDPM_STRICT=1 makes it an error."""
     if strict():
-        raise RuntimeError(f"{message}; FASTDDPM_STRICT=1 makes this an error")
+        raise BackendError(f"{message}; FASTDDPM_STRICT=1 makes this an error")
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
@@ -143,7 +147,7 @@ class use_backend:  # a function to its users
         global _forced
         check_choice("backend", name, CHOICES)
         if name != "auto" and load(name).missing is not None:
-            raise RuntimeError(f"backend {name!r} can't run here: {load(name).missing}")
+            raise BackendError(f"backend {name!r} can't run here: {load(name).missing}")
         self._previous, _forced = _forced, name
 
     def __enter__(self) -> None:
