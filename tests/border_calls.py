@@ -195,6 +195,9 @@ def op_call(pick: random.Random):
 # ---- plans ---------------------------------------------------------------------------------------
 
 
+LAST = object()  # the activation of the layer before
+
+
 def plan_calls() -> list[tuple[str, list, dict]]:
     """A valid life of a plan of a 4-channel image of 6x6."""
     x, out = torch.randn(2, 4, 6, 6), torch.empty(2, 4, 6, 6)
@@ -218,10 +221,10 @@ def plan_calls() -> list[tuple[str, list, dict]]:
     return [
         ("convolution", ["a", [0], three, [0.0] * 4, 3], options),
         ("convolution", ["b", [1], one, [0.0] * 12, 1], {}),
-        ("attention", ["c", -1, 2], {}),  # of the layer before
-        ("convolution", ["d", [-1], three, [0.0] * 4, 3], {**borders, "residual": 0}),
-        ("channels", [-1], {}),
-        ("finish", [-1], {}),
+        ("attention", ["c", LAST, 2], {}),
+        ("convolution", ["d", [LAST], three, [0.0] * 4, 3], {**borders, "residual": 0}),
+        ("channels", [LAST], {}),
+        ("finish", [LAST], {}),
         ("forward", [x, torch.zeros(5), out, 2], {"group": 1}),
         ("step", [x, torch.zeros(5), out, 2], step),
         ("profile", [x, torch.zeros(5), out, 1], {}),
@@ -262,7 +265,7 @@ def plan_call(pick: random.Random):
         last, wrong = 0, None
         for name, arguments, options in calls:
             given = [
-                last if a == -1 and type(a) is int else [last] if a == [-1] else a
+                last if a is LAST else [last] if type(a) is list and a[:1] == [LAST] else a
                 for a in arguments
             ]
             try:

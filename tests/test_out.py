@@ -51,7 +51,7 @@ def test_shared_memory_is_found_exactly():
         assert share_memory(*views) == shared, views
         assert overlaps_itself(views[0]) == (len(set().union(*a)) < sum(map(len, a)))
         found[shared] += 1
-    assert min(found.values()) > 200
+    assert min(found.values()) > 100
 
 
 def test_writing_counts_as_a_change(device):
@@ -248,9 +248,9 @@ def test_tensors_without_strides():
 # ---- what a host has set, and empty sizes --------------------------------------------------------
 
 
-def everything(device):
+def everything(device, functions):
     results = [ops.randn((3, 5), seed=1, step=3), ops.randn((2, 2), seed=1, step=2, device=device)]
-    for name, (function, shapes) in ops_of(device).items():
+    for name, (function, shapes) in functions.items():
         if name == "attention_block":  # asks for the products of autocast by design
             continue
         generator = torch.Generator().manual_seed(4)
@@ -268,7 +268,8 @@ def everything(device):
 
 @pytest.mark.parametrize("host", ["float64", "float16", "meta", "deterministic", "autocast"])
 def test_results_do_not_depend_on_what_the_host_has_set(device, host):
-    expected = everything(device)
+    functions = ops_of(device)
+    expected = everything(device, functions)
     dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     try:
         if host in ("float64", "float16"):
@@ -277,10 +278,10 @@ def test_results_do_not_depend_on_what_the_host_has_set(device, host):
             torch.use_deterministic_algorithms(True)
         if host == "meta":
             with torch.device("meta"):
-                got = everything(device)
+                got = everything(device, functions)
         else:
             with torch.autocast(device.type, torch.bfloat16, enabled=host == "autocast"):
-                got = everything(device)
+                got = everything(device, functions)
     finally:
         torch.set_default_dtype(dtype)
         torch.use_deterministic_algorithms(deterministic)
