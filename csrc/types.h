@@ -1,6 +1,7 @@
 // Storage types and their conversion to and from float32. Arithmetic is float32 whatever the
 // storage. On a GPU the conversions are its own instructions, which give the same bits.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #if defined(__CUDACC__)

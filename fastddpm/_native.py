@@ -3,7 +3,8 @@
 C:       the module, or None; a missing one is no error here
 reason:  None, or one sentence that says what is wrong and what to do
 
-An impossible FASTDDPM_ISA is a ValueError at import: it was asked for.
+An impossible FASTDDPM_ISA is a ValueError of what would use it, with the choices: it was asked for.
+`problem` says it too, for reports; importing is no error.
 """
 
 from __future__ import annotations
@@ -56,7 +57,6 @@ def _load() -> tuple[ModuleType | None, str | None]:
         spec.loader.exec_module(module)  # type: ignore[union-attr]
     except ImportError as error:
         return None, f"{files[0]} does not load ({error}): build it again with `pip install .`"
-    module.isa()
     sys.modules["fastddpm._C"] = module
     return module, None
 
@@ -88,6 +88,15 @@ def isa() -> str | None:
 def isas_available() -> list[str]:
     """The compiled instruction sets that this machine has, weakest first."""
     return [] if C is None else C.isas_available()
+
+
+def problem() -> str | None:
+    """What is wrong with FASTDDPM_ISA, if anything is: the choices, and what it names."""
+    try:
+        isa()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def use_isa(name: str) -> None:

@@ -3,18 +3,22 @@ out. No sampling of its own."""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import errno
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
+from fastddpm import ranks
 from fastddpm.diffusion import Model
+from fastddpm.host import callers_level
 from fastddpm.schedule import check_count
 from fastddpm.unet import UNet
 
+Drawn = TypeVar("Drawn")
 MOST = {"cpu": 64, "cuda": 256}  # larger batches gain nothing
 SHARE = 0.5  # of the free memory
 
@@ -56,8 +60,7 @@ def free_bytes(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     known = [free for free in (_free_of_system(), _free_of_group()) if free is not None]
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return min(known) // max(1, ranks) if known else None
+    return min(known) // ranks.environment("LOCAL_WORLD_SIZE", 1) if known else None
 
 
 def _free_of_system() -> int | None:
@@ -68,22 +71,79 @@ def _free_of_system() -> int | None:
         return None
 
 
-def _free_of_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a container's limit leaves, by either version of control groups."""
-    version_2 = (root / "memory.max", root / "memory.current")
-    version_1 = (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes")
-    limit, used = version_2 if version_2[0].exists() else version_1
+def _free_of_group(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> int | None:
+    """What the tightest limit of this process's control groups leaves, by either version of them.
+
+    Files that are cached count as used there, and are given up when memory is asked for."""
+    left = []
+    for folder in _groups(root, own):
+        used = _number(folder / "memory.current", folder / "memory.usage_in_bytes")
+        limits = [_number(folder / f"memory.{name}") for name in ("max", "high", "limit_in_bytes")]
+        if used is not None:
+            cached = min(used, _cached(folder / "memory.stat"))
+            left += [limit - (used - cached) for limit in limits if limit is not None]
+    return max(0, min(left)) if left else None
+
+
+def _groups(root: Path, own: Path) -> list[Path]:
+    """The folders of this process's groups and of those around them, up to each root."""
     try:
-        return int(limit.read_text()) - int(used.read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    folders = {root, root / "memory"}
+    for line in lines:
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base = root / "memory" if controllers else root
+        below = [part for part in path.split("/") if part]
+        if ".." not in below:  # of a group outside of what this process is shown
+            folders |= {base.joinpath(*below[:depth]) for depth in range(len(below) + 1)}
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _cached(stat: Path) -> int:
+    """Bytes of a group's files in memory, those of the groups within it among them."""
+    try:
+        values = dict(line.split()[:2] for line in stat.read_text(encoding="ascii").splitlines())
+        prefix = "total_" if "total_inactive_file" in values else ""  # version 1
+        return sum(int(values.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+    except (OSError, ValueError):
+        return 0
+
+
+def _number(*files: Path) -> int | None:
+    """The number in the first of the files that is there; None for "max"."""
+    for file in files:
+        with contextlib.suppress(OSError, ValueError):
+            return int(file.read_text(encoding="ascii"))
+    return None
+
+
+# In lower case: torch's allocators, C++, oneDNN (which says no more), cuDNN and cuBLAS, the system.
+OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory",
+    "unable to allocate", "failed to allocate", "allocation failed", "alloc_failed",
+    "bad_alloc", "bad allocation", "could not create a primitive", "could not create a memory",
+)  # fmt: skip
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for what torch, its CPU allocator and Python raise when memory runs out."""
+    """True for what torch, its libraries, C++, Python and the system raise when memory runs out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Progress(Protocol):
@@ -107,38 +167,38 @@ class Batches:
 
     def draw(
         self,
-        draw: Callable[[torch.Tensor], torch.Tensor],
+        draw: Callable[[torch.Tensor], Drawn],
         index: torch.Tensor,
         progress: Progress,
         later: int = 0,
-    ) -> list[torch.Tensor]:
+    ) -> list[Drawn]:
         """draw(part) of each part of `index`, in order. later: images that further calls draw.
 
         Raises what `draw` does, its out-of-memory error if one image is too much."""
-        images: list[torch.Tensor] = []
+        images: list[Drawn] = []
         while len(index):
             part = index[: self.size]
             progress.begin(-(-len(index) // self.size) - (-later // self.size))
             try:
                 images.append(draw(part))
-            except (RuntimeError, MemoryError) as error:
+            except (RuntimeError, MemoryError, OSError) as error:
                 if not is_out_of_memory(error) or len(part) == 1:
                     raise
-                self._halve(len(part), str(error))
+                self._halve(len(part), error)
             else:
                 index = index[len(part) :]
                 progress.end()
         return images
 
-    def _halve(self, failed: int, why: str) -> None:
+    def _halve(self, failed: int, error: BaseException) -> None:
         self.size = -(-failed // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if not self._told:
             self._told = True
             warnings.warn(
-                f"memory is too small for batches of {failed} images ({why.splitlines()[0]}): "
+                f"memory is too small for batches of {failed} images ({first_line(error)}): "
                 f"fastddpm goes on with half as many, or less; batch_size={self.size} asks for it",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=callers_level(),
             )

@@ -1,5 +1,5 @@
-"""Models on disk: safetensors and JSON, read with every key checked and written atomically. No
-training state.
+"""Tensors and JSON on disk, read with everything checked and written atomically; nothing of any
+model.
 """
 
 from __future__ import annotations
@@ -7,8 +7,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator
+import re
+import secrets
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
-from fastddpm.diffusion import Diffusion
-from fastddpm.unet import UNet
+from fastddpm import digest
+from fastddpm.memory import check_fits
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-BUNDLED = Path(__file__).parent / "checkpoints"
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows
+
+FLOATS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
+LONGEST_HEADER, LONGEST_JSON = 2**24, 2**25  # bytes: some 100,000 tensors, a million betas
+MOST_TENSORS = 20_000
+LARGEST_SIDE = 2**31  # of a tensor of weights
+
+
+def named(path: str | os.PathLike) -> Path:
+    """A path to write to; ValueError for "", which Path takes for the current folder."""
+    if not os.fspath(path):
+        raise ValueError("output '': give a name; '' would be the current folder")
+    return Path(path)
 
 
 @contextlib.contextmanager
@@ -30,21 +49,59 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Any]:
     Whatever happens before that, a file that was there stays as it was.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, temporary = _locked_temporary(path)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+            os.replace(temporary, path)  # before it is closed: until then it is locked
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
     _fsync_folder(path.parent)
+
+
+def _locked_temporary(path: Path) -> tuple[int, Path]:
+    """A new file beside `path`, open and locked for as long as this process has it open."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            # Not tempfile's, whose permissions are not those of the umask; and to ask for the umask
+            # is to change it, for all threads.
+            handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
+        except FileExistsError:
+            continue
+        if _lock(handle, wait=True) is None or os.fstat(handle).st_nlink:
+            return handle, temporary
+        os.close(handle)  # removed as abandoned before it was locked
+
+
+def _lock(handle: int, *, wait: bool) -> bool | None:
+    """Take the lock of an open file, which ends with its process; None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # some network's file systems
+        return None
+    return True
+
+
+def remove_abandoned(folder: str | os.PathLike, ours: Callable[[str], bool]) -> None:
+    """Remove what `atomic_write` left in `folder` when its process was killed, of files for whose
+    names `ours` is true. What a living process still writes is locked, and stays; so does all
+    where there are no locks."""
+    for temporary in Path(folder).glob(".*.*"):
+        name = re.fullmatch(r"\.(.+)\.[^.]{8}", temporary.name)
+        if name is None or not ours(name[1]) or temporary.is_symlink() or not temporary.is_file():
+            continue
+        with contextlib.suppress(OSError), temporary.open("r+b") as file:
+            if _lock(file.fileno(), wait=False):
+                temporary.unlink()
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -61,44 +118,82 @@ def write_tensors(
     tensors: dict[str, torch.Tensor],
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically, with the digest of all that is in it in its header."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {**(metadata or {}), digest.KEY: digest.of_tensors(contiguous, metadata or {})}
     with atomic_write(path) as file:
         file.write(safetensors_bytes(contiguous, metadata))
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; ValueError names a file that is missing, cut or
-    not one.
+    """Tensors and metadata of a safetensors file; ValueError names a file that is missing, cut, not
+    one, or not what was written: a file that names a digest, as all of `write_tensors` do, is
+    checked against it.
     """
-    if not Path(path).is_file():
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    said = metadata.pop(digest.KEY, None)
+    if said is not None and said != digest.of_tensors(tensors, metadata):
+        raise ValueError(
+            f"{path} is damaged: its tensors and metadata are not those that were written "
+            "(their digest is not the one in its header)"
+        )
+    return tensors, metadata
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata of a safetensors file; nothing else of it is read or checked."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Any]:
+    """A safetensors file whose header was read; whatever is wrong with it is a ValueError."""
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"no such file: {path}")
+    check_fits(f"{path}", os.path.getsize(path))
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        with open(path, "rb") as file:
+            start = file.read(64)
+        length = int.from_bytes(start[:8], "little")
+        if start.startswith(b"version https://git-lfs"):
+            raise ValueError("it is a pointer to a file in Git LFS: fetch that with `git lfs pull`")
+        if LONGEST_HEADER < length < os.path.getsize(path):
+            raise ValueError(f"its header of {length} bytes is longer than {LONGEST_HEADER}")
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            yield opened
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
-def read_weights(path: str | os.PathLike, *, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
+def read_weights(
+    path: str | os.PathLike, *, allow_pickle: bool = False, shapes_only: bool = False
+) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors file, or with allow_pickle=True of a pickled state dict.
 
-    Pickles are read by torch's weights-only unpickler, which makes nothing but tensors and plain
-    containers. A training checkpoint of several state dicts gives the last one, the EMA's where it
-    has one. Raises ValueError naming the file and what is wrong with it.
+    shapes_only: on the meta device, from the file's header; no value is read. Pickles are read by
+    torch's weights-only unpickler, which makes nothing but tensors and plain containers. A training
+    checkpoint of several state dicts gives the last one, the EMA's where it has one. Raises
+    ValueError naming the file and what is wrong with it, tensors of another type than float64,
+    float32, float16 and bfloat16 among that.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return read_tensors(path)[0]
-    if not path.is_file():
+    if Path(path).suffix == ".safetensors":
+        return _shapes(path) if shapes_only else read_tensors(path)[0]
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"no such file: {path}")
     if not allow_pickle:
         raise ValueError(
             f"{path} is a pickle, which is not loaded unasked: pass allow_pickle=True if you trust "
             "it, or give a .safetensors file"
         )
+    check_fits(f"{path}", os.path.getsize(path))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not shapes_only and zipfile.is_zipfile(path):
+            _check_zip(path)
+        device = "meta" if shapes_only else "cpu"
+        content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # the unpickler raises nearly anything on damaged files
         why = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} can't be read as a state dict: {why}") from None
@@ -106,7 +201,52 @@ def read_weights(path: str | os.PathLike, *, allow_pickle: bool = False) -> dict
     states = [state for state in states if _is_state_dict(state)]
     if not states:
         raise ValueError(f"{path} holds no state dict of tensors")
-    return dict(states[-1])
+    weights = dict(states[-1])
+    for name, tensor in weights.items():
+        if tensor.layout != torch.strided or tensor.dtype not in FLOATS.values():
+            raise _other_type(path, name, f"{tensor.dtype}, {tensor.layout}")
+        _check_shape(path, name, tensor.shape)
+    return weights
+
+
+def _shapes(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The tensors that a safetensors file's header announces, on the meta device."""
+    with _opened(path) as file:
+        names = file.keys()
+        slices = {name: file.get_slice(name) for name in names[:MOST_TENSORS]}
+        shapes = {name: (each.get_dtype(), each.get_shape()) for name, each in slices.items()}
+    if len(names) > MOST_TENSORS:
+        raise ValueError(f"{path} holds {len(names)} tensors; {MOST_TENSORS} are the most")
+    for name, (dtype, shape) in shapes.items():
+        if dtype not in FLOATS:
+            raise _other_type(path, name, dtype)
+        _check_shape(path, name, shape)
+    return {
+        name: torch.empty(shape, dtype=FLOATS[dtype], device="meta")
+        for name, (dtype, shape) in shapes.items()
+    }
+
+
+def _other_type(path: str | os.PathLike, name: str, dtype: str) -> ValueError:
+    return ValueError(
+        f"{path}: {name} has the type {dtype}; weights are {', '.join(map(str, FLOATS.values()))}"
+    )
+
+
+def _check_shape(path: str | os.PathLike, name: str, shape: Sequence[int]) -> None:
+    if not all(0 < side < LARGEST_SIDE for side in shape):
+        raise ValueError(f"{path}: {name} has no possible shape of weights, {tuple(shape)}")
+
+
+def _check_zip(path: str | os.PathLike) -> None:
+    """Check the checksums of an archive of torch.save, which torch itself does not.
+
+    Its records are stored as they are; compressed ones could be of any size."""
+    with zipfile.ZipFile(path) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise ValueError("its records are compressed, which torch.save does not do")
+        if (record := archive.testzip()) is not None:
+            raise ValueError(f"{record} in it is damaged: its checksum is another")
 
 
 def _is_state_dict(content: object) -> bool:
@@ -120,8 +260,16 @@ def _is_state_dict(content: object) -> bool:
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """A JSON object; ValueError names the file."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise FileNotFoundError("no such file")
+        with open(path, "rb") as file:
+            text = file.read(LONGEST_JSON + 1)
+        if len(text) > LONGEST_JSON:
+            raise ValueError(f"it is longer than {LONGEST_JSON} bytes")
+        content = json.loads(text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is not a readable JSON file: it is nested too deep") from None
+    except (OSError, ValueError) as error:  # JSON's, UTF-8's, and integers of too many digits
         raise ValueError(f"{path} is not a readable JSON file: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(content).__name__}")
@@ -134,13 +282,12 @@ def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
-def load_weights(
-    model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str | os.PathLike
+def check_weights(
+    own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], source: str | os.PathLike
 ) -> None:
-    """Copy `weights` into `model`; ValueError names the first key that is missing, unknown or of
-    another shape.
+    """ValueError names the first key of a model's `own` state dict that is missing from `weights`,
+    unknown or of another shape. On the meta device too.
     """
-    own = model.state_dict()
     if missing := sorted(own.keys() - weights.keys()):
         raise ValueError(
             f"{source} lacks {len(missing)} of {len(own)} keys, the first: {missing[0]}"
@@ -151,69 +298,21 @@ def load_weights(
         if weights[name].shape != tensor.shape:
             got, expected = tuple(weights[name].shape), tuple(tensor.shape)
             raise ValueError(f"{source}: {name} has shape {got}; this model's is {expected}")
+
+
+def load_weights(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str | os.PathLike
+) -> None:
+    """Copy `weights` into `model`, as `check_weights` allows it."""
+    check_weights(model.state_dict(), weights, source)
     model.load_state_dict(weights)
 
 
-def save_model(
-    model: UNet, folder: str | os.PathLike, weights: dict[str, torch.Tensor] | None = None
-) -> None:
-    """Write the model's config.json and model.safetensors (or `weights` in its place) into
-    `folder`.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, model.state_dict() if weights is None else weights)
-    write_json(
-        folder / CONFIG,
-        {"format": "fastddpm", "unet": model.config, "diffusion": model.diffusion.to_config()},
-    )
+def __getattr__(name: str) -> Any:
+    """What stood here before `fastddpm.pretrained` did."""
+    if name in ("BUNDLED", "CONFIG", "WEIGHTS", "build_model", "bundled_models", "load_model",
+                "save_config", "save_model"):  # fmt: skip
+        from fastddpm import pretrained
 
-
-def build_model(config: dict[str, Any], source: str | os.PathLike) -> UNet:
-    """The UNet of a config.json's content, with fresh weights."""
-    for name in ("unet", "diffusion"):
-        if not isinstance(config.get(name), dict):
-            raise ValueError(f"{source}: the object {name!r} is missing")
-    try:
-        return UNet(**config["unet"], diffusion=Diffusion.from_config(config["diffusion"]))
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{source}: {error}") from None
-
-
-def bundled_models() -> list[str]:
-    """The names that come with the package."""
-    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
-
-
-def load_model(source: str | os.PathLike, **options: Any) -> UNet:
-    """A UNet in eval mode from a bundled name, a folder of `save_model`, a diffusers folder, or a
-    weights file of the PyTorch port of the paper's code.
-
-    options go to the loaders of `fastddpm.integrations`; our own folders take none. Raises
-    FileNotFoundError or ValueError, naming what is wrong.
-    """
-    if str(source) in bundled_models():
-        source = BUNDLED / source
-    path = Path(source)
-    if path.is_file():
-        from fastddpm.integrations.port import load_file
-
-        return load_file(path, **options).eval()
-    if (path / "model_index.json").is_file() and (path / "unet" / CONFIG).is_file():
-        path = path / "unet"  # a pipeline of diffusers
-    if not (path / CONFIG).is_file():
-        what = f"no {CONFIG} in it" if path.is_dir() else "no such file or folder"
-        raise FileNotFoundError(
-            f"model {str(source)!r}: {what}; give a folder with {CONFIG} and {WEIGHTS}, or one of "
-            f"the bundled names: {', '.join(bundled_models()) or 'none'}"
-        )
-    config = read_json(path / CONFIG)
-    if config.get("format") != "fastddpm":
-        from fastddpm.integrations.diffusers import load_folder
-
-        return load_folder(path, config, **options).eval()
-    if options:
-        raise ValueError(f"a fastddpm folder takes no options; got {', '.join(sorted(options))}")
-    model = build_model(config, path / CONFIG)
-    load_weights(model, read_tensors(path / WEIGHTS)[0], path / WEIGHTS)
-    return model.eval()
+        return getattr(pretrained, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

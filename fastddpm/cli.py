@@ -7,46 +7,69 @@ Every mistake of the user is one line on stderr and exit code 2, made before any
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+import warnings
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from tabulate import tabulate
 
 import fastddpm
-from fastddpm import figures, ranks, shards
-from fastddpm.checkpoint import CONFIG, build_model, read_json
+from fastddpm import batching, console, figures, ranks, run_folder, shards
+from fastddpm.checkpoint import read_json
 from fastddpm.data import open_dataset
 from fastddpm.diffusion import Diffusion
 from fastddpm.doctor import doctor, what_runs
 from fastddpm.engine import EngineName
+from fastddpm.host import check_threads, seeded
+from fastddpm.ops.dispatch import BackendError
+from fastddpm.pretrained import CONFIG, build_model
 from fastddpm.schedule import Schedule
-from fastddpm.training import PRESETS, STATE, Trainer, fit
+from fastddpm.training import PRESETS, STATE, Trainer, fit, preset
 from fastddpm.unet import UNet
 
 MISTAKES = (
-    ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError, ranks.RankError,
+    ValueError, OSError, ImportError, FloatingPointError, ranks.RankError, BackendError,
 )  # fmt: skip
 SCHEDULES = ("linear", "quadratic", "constant", "cosine")
+OF_THE_DATA = ("image_size", "in_channels")  # of a preset's model, which follow the images
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code. Without argv it is the program's, whose process ends
+    with it."""
+    if argv is not None:
+        return _run(argv)
+    console.open_descriptors()
+    warnings.showwarning = console.warn
+    try:
+        return _run(sys.argv[1:])
+    finally:
+        console.settle()
+
+
+def _run(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     try:
         if getattr(arguments, "threads", None) is not None:
-            if arguments.threads < 1:
-                raise ValueError(f"--threads must be at least 1; got {arguments.threads}")
+            check_threads("--threads", arguments.threads)
             torch.set_num_threads(arguments.threads)
         arguments.run(arguments)
-    except MISTAKES as error:
-        print(f"fastddpm: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print("fastddpm: interrupted", file=sys.stderr)
+        console.complain("fastddpm: interrupted")
         return 130
+    except Exception as error:
+        if batching.is_out_of_memory(error):
+            said = f"out of memory ({batching.first_line(error)}): {arguments.smaller}"
+        elif isinstance(error, MISTAKES):
+            said = " ".join(str(error).split())
+        else:
+            raise
+        console.complain(f"fastddpm: error: {said}")
+        return 2
     return 0
 
 
@@ -54,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _sample(a: argparse.Namespace) -> None:
-    with ranks.launched(a.device) as a.device:
+    with ranks.launched(a.device, a.timeout) as a.device:
         _sample_on(a)
 
 
@@ -108,6 +131,7 @@ def _sample_on(a: argparse.Namespace) -> None:
 
 
 def _interpolate(a: argparse.Namespace) -> None:
+    _alone("an interpolation")
     out = figures.check_output(a.out, kinds=(".png",))
     model = UNet.from_pretrained(a.model).to(a.device)
     figures.check_output(out, channels=model.in_channels)
@@ -130,52 +154,59 @@ def _interpolate(a: argparse.Namespace) -> None:
 
 
 def _train(a: argparse.Namespace) -> None:
-    preset = PRESETS[a.preset]
-    if a.resume and not (Path(a.out) / STATE).is_file():
-        raise FileNotFoundError(f"nothing to resume: {Path(a.out) / STATE} does not exist")
-    if not a.resume and (Path(a.out) / STATE).exists():
-        raise FileExistsError(
-            f"{a.out} holds a run: add --resume to go on with it, or give another --out"
-        )
-    figures.check_output(a.out, kinds=("",))
+    _alone("a training run")
+    out, recipe = Path(a.out), preset(a.preset or "cifar10")
+    if a.resume and not (out / STATE).is_file():
+        raise FileNotFoundError(f"nothing to resume: {out / STATE} does not exist")
+    if not a.resume:
+        run_folder.check_new(out)
+    figures.check_output(out, kinds=("",))
+    run_folder.check_apart(a.data, out)
     # What folders are resized to; arrays keep their size, and the model of a new run follows.
-    size = preset.model["image_size"]
+    size, channels = recipe.model["image_size"], a.channels
     if a.resume:
-        model = build_model(read_json(Path(a.out) / CONFIG), Path(a.out) / CONFIG)
+        model = _resumed(a, out)
         own = (model.in_channels, *model.image_size)
-        size = model.image_size
-    dataset = open_dataset(a.data, size=_or(a.image_size, size), channels=a.channels)
+        size, channels = model.image_size, _or(channels, model.in_channels)
+    dataset = open_dataset(a.data, size=_or(a.image_size, size), channels=channels)
     if a.resume:
         if own != tuple(dataset.shape):
             raise ValueError(
                 f"{a.data} has images of shape {dataset.shape}; the run's model takes {own}"
             )
     else:
-        torch.manual_seed(a.seed % 2**63)  # the Trainer names one that is out of range
-        diffusion = Diffusion(getattr(Schedule, a.schedule)(), a.prediction, a.variance, a.loss)
+        diffusion = Diffusion(
+            getattr(Schedule, a.schedule or "linear")(),
+            a.prediction or "eps",
+            a.variance or recipe.variance,
+            a.loss or "simple",
+        )
         shape = {"in_channels": dataset.shape[0], "image_size": dataset.shape[1:]}
-        model = UNet(**{**preset.model, **shape}, diffusion=diffusion)
+        with seeded(a.seed % 2**63, torch.device("cpu")):  # the Trainer names one out of range
+            model = UNet(**{**recipe.model, **shape}, diffusion=diffusion)
     trainer = Trainer(
         model.to(a.device),
         precision=a.precision,
-        lr=_or(a.lr, preset.lr),
-        ema_decay=_or(a.ema_decay, preset.ema_decay),
-        ema_warmup=preset.ema_warmup,
-        grad_clip=preset.grad_clip,
-        warmup=_or(a.warmup, preset.warmup),
-        flip=preset.flip,
+        lr=_or(a.lr, recipe.lr),
+        ema_decay=_or(a.ema_decay, recipe.ema_decay),
+        ema_warmup=recipe.ema_warmup,
+        grad_clip=recipe.grad_clip,
+        warmup=_or(a.warmup, recipe.warmup),
+        flip=recipe.flip,
         seed=a.seed,
     )
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"data   {dataset.describe()}")
-    print(f"model  {parameters:,} parameters, preset {a.preset}, {trainer.precision}")
-    started, out = time.perf_counter(), Path(a.out)
+    console.say(f"data   {dataset.describe()}")
+    console.say(
+        f"model  {parameters:,} parameters, preset {a.preset or 'cifar10'}, {trainer.precision}"
+    )
+    started = time.perf_counter()
     fit(
         trainer,
         dataset,
         out,
-        steps=_or(a.steps, preset.steps),
-        batch_size=_or(a.batch_size, preset.batch_size),
+        steps=_or(a.steps, recipe.steps),
+        batch_size=_or(a.batch_size, recipe.batch_size),
         save_every=a.save_every,
         sample_every=a.sample_every,
         resume=a.resume,
@@ -187,11 +218,41 @@ def _train(a: argparse.Namespace) -> None:
         "steps": f"{trainer.step_count:,}, {trainer.example_count:,} images",
         "time": f"{time.perf_counter() - started:.1f} s",
     }
-    print(tabulate(rows.items(), tablefmt="plain"))
+    console.say(tabulate(rows.items(), tablefmt="plain"))
+
+
+def _resumed(a: argparse.Namespace, out: Path) -> UNet:
+    """The model of the run in `out` with fresh weights; ValueError names what was asked for and is
+    another there. What is not asked for is the run's.
+    """
+    model = build_model(read_json(out / CONFIG), out / CONFIG)
+    process = model.diffusion
+    there: dict[str, Any] = {
+        "--schedule": process.schedule.to_config(),
+        "--prediction": process.prediction,
+        "--variance": process.variance,
+        "--loss": process.objective,
+    }
+    asked = {name: getattr(a, name.removeprefix("--")) for name in there}
+    if a.schedule is not None:
+        asked["--schedule"] = getattr(Schedule, a.schedule)().to_config()
+    if a.preset is not None:
+        of_preset = {k: v for k, v in preset(a.preset).model.items() if k not in OF_THE_DATA}
+        there |= {f"--preset {a.preset}: {k}": model.config[k] for k in of_preset}
+        asked |= {f"--preset {a.preset}: {k}": _listed(v) for k, v in of_preset.items()}
+    for name, value in asked.items():
+        if value is not None and value != there[name]:
+            raise ValueError(f"{out / CONFIG}: {name} is {there[name]!r} there and {value!r} here")
+    return model
+
+
+def _listed(value):
+    """As it is read from JSON."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _doctor(a: argparse.Namespace) -> None:
-    print(doctor())
+    console.say(doctor(), wanted=True)
 
 
 def _report(
@@ -203,7 +264,16 @@ def _report(
         "time": f"{seconds:.1f} s, {images / seconds:.2f} images/s",
         "ran": what_runs(model, a.engine, a.precision),
     }
-    print(tabulate(rows.items(), tablefmt="plain"))
+    console.say(tabulate(rows.items(), tablefmt="plain"))
+
+
+def _alone(what: str) -> None:
+    """ValueError where several ranks were launched of what is one process."""
+    if (world := os.environ.get("WORLD_SIZE") or "1") != "1":
+        raise ValueError(
+            f"{what} is one process, and WORLD_SIZE is {world}: start it without torchrun, or "
+            "unset WORLD_SIZE"
+        )
 
 
 def _or(value, default):
@@ -229,14 +299,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastddpm {fastddpm.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name: str, run, summary: str, *parents: argparse.ArgumentParser):
+    def command(name: str, run, summary: str, *parents: argparse.ArgumentParser, smaller: str = ""):
+        """smaller: what to do where memory is out."""
         p = commands.add_parser(name, help=summary, description=summary, parents=parents)
-        p.set_defaults(run=run)
+        p.set_defaults(run=run, smaller=smaller or "a smaller model or more memory is needed")
         return p.add_argument
 
     add = command(
-        "sample", _sample, "Draw images from a model (Algorithm 2).", _machine(), _chain()
-    )
+        "sample", _sample, "Draw images from a model (Algorithm 2).", _machine(), _chain(),
+        smaller="give a smaller --batch-size, or a folder as --out for fewer images at a time",
+    )  # fmt: skip
     add(
         "-n",  # torchrun takes a --n for one of its own
         "--n",
@@ -252,7 +324,13 @@ def _parser() -> argparse.ArgumentParser:
         help="images a .npz file of an --out that is a folder, 0: a .png each "
         f"(default: 0 for up to {shards.PICTURES}, else {shards.SHARD})",
     )
-    add("--out", default="samples.png", help=f"{figures.FORMATS}; default samples.png")
+    add(
+        "--timeout",
+        type=float,
+        help="seconds after which a rank that gives no sign of life is given up "
+        f"(default: FASTDDPM_TIMEOUT, or {ranks.TIMEOUT:g})",
+    )
+    add("--out", type=_path, default="samples.png", help=f"{figures.FORMATS}; default samples.png")
     add("--progressive", action="store_true", help="show the x0 predictions over time (Fig. 6)")
     add(
         "--frames",
@@ -263,10 +341,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--shared-latent", action="store_true", help="show samples that share x_t (Fig. 7)")
 
     add = command(
-        "interpolate", _interpolate, "Mix two images' latents (Fig. 8, 9).", _machine(), _chain()
-    )
-    add("first", metavar="A.png", help="an image file")
-    add("second", metavar="B.png", help="another")
+        "interpolate", _interpolate, "Mix two images' latents (Fig. 8, 9).", _machine(), _chain(),
+        smaller="give a smaller --n",
+    )  # fmt: skip
+    add("first", type=_path, metavar="A.png", help="an image file")
+    add("second", type=_path, metavar="B.png", help="another")
     add("--n", type=int, default=9, help="mixtures a row (default: 9)")
     add(
         "--t",
@@ -274,20 +353,29 @@ def _parser() -> argparse.ArgumentParser:
         default=[500],
         help="steps of the latents, a row each: 500 or 250,500,750",
     )
-    add("--out", default="interpolation.png", help="a .png file (default: interpolation.png)")
+    add(
+        "--out",
+        type=_path,
+        default="interpolation.png",
+        help="a .png file (default: interpolation.png)",
+    )
 
-    add = command("train", _train, "Train a model (Algorithm 1).", _machine())
+    add = command(
+        "train", _train, "Train a model (Algorithm 1).", _machine(),
+        smaller="give a smaller --batch-size, --image-size or --preset",
+    )  # fmt: skip
     add(
         "--data",
+        type=_path,
         required=True,
         help="a folder of images, idx, npz or npy arrays, CIFAR-10's archive, a zip, an lmdb",
     )
-    add("--out", required=True, help="the run's folder")
+    add("--out", type=_path, required=True, help="the run's folder")
     add(
         "--preset",
-        default="cifar10",
-        choices=sorted(PRESETS),
-        help="model and recipe (default: cifar10)",
+        type=_preset,
+        metavar="NAME",
+        help=f"model and recipe: {', '.join(sorted(PRESETS))} (default: cifar10)",
     )
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, exactly")
     add("--steps", type=int, help="optimiser steps in all (default: the preset's)")
@@ -295,17 +383,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--lr", type=float, help="learning rate (default: the preset's)")
     add("--warmup", type=int, help="steps to reach it (default: the preset's)")
     add("--ema-decay", type=float, help="of the averaged weights (default: the preset's)")
-    add("--image-size", type=int, help="resize images of a folder to it (default: the preset's)")
+    add(
+        "--image-size",
+        type=_size,
+        help="resize images of a folder to it: 64, or 64x48 for height x width (default: the "
+        "preset's)",
+    )
     add("--channels", type=int, choices=(1, 3), help="grey or colour (default: colour if any is)")
-    add("--schedule", default="linear", choices=SCHEDULES, help="betas (default: linear)")
-    add("--prediction", default="eps", choices=("eps", "x0", "mean"), help="(default: eps)")
+    add("--schedule", choices=SCHEDULES, help="betas (default: linear)")
+    add("--prediction", choices=("eps", "x0", "mean"), help="(default: eps)")
     add(
         "--variance",
-        default="fixed_large",
         choices=("fixed_large", "fixed_small", "learned"),
-        help="(default: fixed_large)",
+        help="(default: the preset's)",
     )
-    add("--loss", default="simple", choices=("simple", "vlb"), help="(default: simple)")
+    add("--loss", choices=("simple", "vlb"), help="(default: simple)")
     add("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
     add(
         "--sample-every",
@@ -338,6 +430,7 @@ def _chain() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(add_help=False)
     p.add_argument(
         "--model",
+        type=_path,
         default="fashion-mnist",
         help="a folder, or a bundled model's name (default: fashion-mnist)",
     )
@@ -362,6 +455,34 @@ def _device(text: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError("no CUDA device can be used here; give cpu")
     return device
+
+
+def _path(text: str) -> str:
+    """Not "", which Path takes for the current folder."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    return text
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    """64, or (H, W) of 64x48 or 64,48."""
+    try:
+        sizes = [int(part) for part in text.lower().replace("x", ",").split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) not in (1, 2):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give an integer, or height x width as 64x48 or 64,48"
+        )
+    return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def _preset(name: str) -> str:
+    try:
+        preset(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
 
 
 def _integers(text: str) -> list[int]:

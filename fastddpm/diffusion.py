@@ -7,13 +7,17 @@ output."""
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 
 from fastddpm import ops, reference
+from fastddpm.host import callers_level
 from fastddpm.schedule import COLUMNS, Sampler, Schedule, Variance, check_choice
+from fastddpm.wrapped import parts, unwrap
 
 Prediction = Literal["eps", "x0", "mean"]
 Loss = Literal["simple", "vlb"]
@@ -29,7 +33,17 @@ class Diffusion:
                 the model has twice the channels, the second half is log sigma^2)
     loss:       "simple" (Eq. 14, mean squared error of the prediction) or "vlb" (a term of Eq. 5,
                 bits/dim)
+
+    A mean and a learned variance speak of one step of the chain that the model was trained with.
+    For the steps of a shorter chain the mean is solved for x0 in that one, at the model's own t,
+    and goes on as any x0, clipped if asked; log sigma^2 keeps its fraction of the way from
+    log beta-tilde to log beta.
+
+    Raises ValueError for an option that is not among these, and where such a step's coefficients
+    are not known: see Schedule.trained.
     """
+
+    _warned_of_the_end = False
 
     def __init__(
         self,
@@ -45,11 +59,15 @@ class Diffusion:
             raise ValueError(
                 "variance='learned' needs loss='vlb': the simple loss has no gradient for it"
             )
+        if not isinstance(schedule, (Schedule, type(None))):
+            raise ValueError(f"schedule must be a fastddpm.Schedule; got {type(schedule).__name__}")
         self.schedule = Schedule.linear() if schedule is None else schedule
         self.prediction: Prediction = prediction
         self.variance: Variance = variance
         self.objective: Loss = loss
-        self._tables: dict[tuple, torch.Tensor] = {}
+        self._tables: dict[str, torch.Tensor] = {}
+        if prediction == "mean" or variance == "learned":
+            _ = self.schedule.trained
 
     @property
     def T(self) -> int:
@@ -57,16 +75,33 @@ class Diffusion:
 
     @classmethod
     def of(cls, model: Model, diffusion: Diffusion | None = None) -> Diffusion:
-        """`diffusion`, else the model's own, else the paper's; ValueError names what is neither a
-        model nor a process.
+        """`diffusion`, else the model's own or its wrapper's network's, else the paper's.
+
+        ValueError names what is neither a model nor a process, a model that calls one with another
+        process than the paper's (what it makes of its outputs is not known), and a traced one,
+        which has lost what it had.
         """
         if not callable(model):
             raise ValueError(
                 f"model must be a callable (x_t, t) -> output; got {type(model).__name__}"
             )
-        process = getattr(model, "diffusion", None) if diffusion is None else diffusion
+        process = getattr(unwrap(model), "diffusion", None) if diffusion is None else diffusion
         if process is None:
-            return cls()
+            paper = cls()
+            for part in parts(model):
+                if isinstance(part, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+                    raise ValueError(
+                        f"a {type(part).__name__} does not hold the process that its network was "
+                        "trained for: pass diffusion=..."
+                    )
+                inner = getattr(part, "diffusion", None)
+                if isinstance(inner, cls) and not inner._is_like(paper):
+                    raise ValueError(
+                        f"a {type(part).__name__} inside this {type(model).__name__} has a process "
+                        "of its own, and whether it is the whole model's too is not known: pass "
+                        "diffusion=..."
+                    )
+            return paper
         if not isinstance(process, cls):
             raise ValueError(
                 f"diffusion must be a fastddpm.Diffusion; got {type(process).__name__}"
@@ -89,21 +124,39 @@ class Diffusion:
         eta: float = 0.0,
     ) -> torch.Tensor:
         """The schedule's [T, K] float32 table, kept on each device it was asked for."""
-        key = (str(device), sampler, eta)
-        if key not in self._tables:
-            self._tables[key] = self.schedule.table(
-                self.variance, sampler=sampler, eta=eta, device=device
-            )
-        return self._tables[key]
+        schedule, variance = self.schedule, self.variance
+        return self._kept(
+            f"{device} {sampler} {eta!r}",
+            lambda: schedule.table(variance, sampler=sampler, eta=eta, device=device),
+        )
+
+    def warn_of_the_end(self) -> None:
+        """Say once if much of the image is left in x_T, where samples start from N(0, I) alone.
+
+        A tenth of its power is much, and a hundredth where the betas are no larger than the paper's
+        for 1000 steps: these were left as they are over fewer. A chain that was made shorter is as
+        good as the full one. Trainers and samplers ask; a bound needs no word, its L_T is exact.
+        """
+        chain = self.schedule.full or self.schedule
+        ab = float(chain.alphas_cumprod[-1])
+        if self._warned_of_the_end or ab <= (0.01 if chain.betas.max() <= 0.02 else 0.1):
+            return
+        self._warned_of_the_end = True
+        warnings.warn(
+            f"abar_T is {ab:.2g}: that share of an image's power is left in x_T, where sampling "
+            "starts from pure noise (the paper's schedule leaves 4e-5). Train with more steps, "
+            "larger betas or Schedule.linear(T, scaled=True)",
+            stacklevel=callers_level(),
+        )
 
     def model_t(self, t: torch.Tensor) -> torch.Tensor:
         """The step that the model was trained with for each chain index t."""
-        if self.schedule.full_steps == self.T:
+        if self.schedule.is_full:
             return t
-        key = (str(t.device), "timesteps", 0.0)
-        if key not in self._tables:
-            self._tables[key] = torch.from_numpy(self.schedule.timesteps).to(t.device)
-        return self._tables[key][t]
+        steps = self.schedule.timesteps
+        return self._kept(
+            f"{t.device} timesteps", lambda: torch.from_numpy(steps.copy()).to(t.device)
+        )[t]
 
     def model_output(self, model: Model, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """model(x_t, its own step) at the chain indices t: (N, C, H, W) float32, or 2C channels for
@@ -154,27 +207,35 @@ class Diffusion:
         self, xt: torch.Tensor, output: torch.Tensor, t: torch.Tensor, *, clip: bool = True
     ) -> torch.Tensor:
         """x0 as the model sees it at x_t   (DDPM Eq. 15 for eps)."""
-        return reference.predict_x0(
-            xt,
-            self.split(output)[0],
-            t,
-            self.table(xt.device),
-            prediction=self.prediction,
-            clip=clip,
-        )
+        mean = self.prediction == "mean"
+        table = self._trained_table(xt.device) if mean else self.table(xt.device)
+        prediction = self.split(output)[0]
+        return reference.predict_x0(xt, prediction, t, table, prediction=self.prediction, clip=clip)
+
+    def takes_output(self, sampler: Sampler = "ddpm") -> bool:
+        """Whether ops.posterior_step takes the model's output as it is, and not as p_step has to
+        translate it for another step than the one that it speaks of.
+        """
+        if sampler == "ddim":  # no step of any trained chain; it has a variance of its own
+            return self.prediction != "mean"
+        of_a_step = self.prediction == "mean" or self.variance == "learned"
+        return self.schedule.is_full or not of_a_step
 
     def p_mean_variance(
         self, xt: torch.Tensor, output: torch.Tensor, t: torch.Tensor, *, clip: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of p(x_{t-1} | x_t)   (DDPM Eq. 11 as Eq. 15 then Eq. 7).
 
-        prediction="mean": the mean is the output itself, which clipping does not touch.
+        prediction="mean" over all steps: the mean is the output itself, which clipping does not
+        touch.
         """
         prediction, log_variance = self.split(output)
         c = self._at(t, xt)
         if log_variance is None:
             log_variance = c["log_variance"].expand_as(xt)
-        if self.prediction == "mean":
+        elif not self.takes_output():
+            log_variance = self._translate(log_variance, t)
+        if self.prediction == "mean" and self.takes_output():
             return prediction.float(), log_variance.float()
         x0 = self.predict_x0(xt, output, t, clip=clip)
         return c["mean_x0"] * x0 + c["mean_xt"] * xt, log_variance.float()
@@ -195,12 +256,13 @@ class Diffusion:
         """
         prediction, log_variance = self.split(output)
         kind = self.prediction
-        if sampler == "ddim" and kind == "mean":
-            # DDIM mixes x0 and x_t with other weights than the posterior mean's: go through x0.
-            x0 = self.predict_x0(xt, output, t, clip=clip)
-            prediction, kind = x0, "x0"
         if sampler == "ddim":
             log_variance = None
+        if not self.takes_output(sampler):
+            if kind == "mean":
+                prediction, kind = self.predict_x0(xt, output, t, clip=clip), "x0"
+            if log_variance is not None:
+                log_variance = self._translate(log_variance, t)
         table = self.table(xt.device, sampler=sampler, eta=eta)
         if "z" not in noise:
             noise.setdefault("step", self.model_t(t))
@@ -235,7 +297,10 @@ class Diffusion:
             x0 = torch.where(flip[:, None, None, None], x0.flip(-1), x0)
         if self.objective == "vlb":
             return self.vlb_term(x0, xt, output, t, clip=False)
-        target = x0 if self.prediction == "x0" else self.q_posterior(x0, xt, t)[0]
+        target = x0
+        if self.prediction == "mean":  # q_posterior's, over the chain that the model speaks of
+            c = _rows(self._trained_table(x0.device), COLUMNS, t)
+            target = c["mean_x0"] * x0 + c["mean_xt"] * xt
         return (output - target).square().mean(dim=(1, 2, 3))
 
     def vlb_term(
@@ -278,8 +343,8 @@ class Diffusion:
         if sample_index is None:
             sample_index = torch.arange(n, device=device)
         x0 = reference.to_unit(x0) if x0.dtype == torch.uint8 else x0
-        terms = torch.empty(n, self.T, device=device)
-        mse = torch.empty(n, self.T, device=device)
+        terms = torch.empty(n, self.T, dtype=torch.float32, device=device)
+        mse = torch.empty_like(terms)
         with torch.no_grad():
             for i in range(self.T):
                 t = torch.full((n,), i, dtype=torch.int64, device=device)
@@ -308,14 +373,60 @@ class Diffusion:
     # ---- helpers --------------------------------------------------------------------------------
 
     def _at(self, t: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The table's columns at t by name, (N, 1, 1, 1) float32."""
-        key = (str(x.device), "posterior_log_variance", 0.0)
+        """The table's columns at t by name, and log beta-tilde: (N, 1, 1, 1) float32."""
+
+        def make() -> torch.Tensor:
+            column = torch.from_numpy(self.schedule.posterior_log_variance)[:, None]
+            return torch.cat((self.table(x.device), column.to(x.device, torch.float32)), dim=1)
+
+        rows = self._kept(f"{x.device} posterior_log_variance", make)
+        return _rows(rows, (*COLUMNS, "posterior_log_variance"), t)
+
+    def _trained_table(self, device: torch.device) -> torch.Tensor:
+        """The table of the chain that the model was trained with, at the steps of this one."""
+        if self.schedule.is_full:
+            return self.table(device)
+        full, steps = self.schedule.trained, self.schedule.timesteps
+        return self._kept(
+            f"{device} trained",
+            lambda: torch.from_numpy(full.table(self.variance).numpy()[steps]).to(device),
+        )
+
+    def _translate(self, log_variance: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """log sigma^2 of this chain's step, at the fraction of the way between its bounds at which
+        the model's is between those of its own step: see Schedule.learned_variance.
+
+        What the model's is beyond a bound is added as it is, not as a fraction. For most t the
+        bounds lie closer (1e-6 to 0.01) than a network is exact, and this chain's up to a hundred
+        times farther apart: an error of 0.01 would become any variance.
+        """
+        device, learned_variance = log_variance.device, self.schedule.learned_variance
+        table = self._kept(
+            f"{device} learned",
+            lambda: torch.from_numpy(learned_variance()).to(device, torch.float32),
+        )
+        first, way, lower, scale = _rows(table, ("first", "way", "lower", "scale"), t).values()
+        between = torch.maximum(torch.minimum(log_variance, first + way), first)
+        return lower + scale * (between - first) + (log_variance - between)
+
+    def _kept(self, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """make(), called once a key: a tensor that later gradients can go through, whatever the
+        mode of the first call.
+        """
         if key not in self._tables:
-            column = torch.from_numpy(self.schedule.posterior_log_variance)
-            self._tables[key] = column.to(x.device, torch.float32)
-        rows = torch.cat((self.table(x.device)[t], self._tables[key][t, None]), dim=1)
-        names = (*COLUMNS, "posterior_log_variance")
-        return dict(zip(names, rows[:, :, None, None, None].unbind(1), strict=True))
+            with torch.inference_mode(False):
+                self._tables[key] = make()
+        return self._tables[key]
+
+    def _is_like(self, other: Diffusion) -> bool:
+        """True for the same formulas, whatever made them."""
+        mine, others = self.schedule, other.schedule
+        return (
+            np.array_equal(mine.betas, others.betas)
+            and np.array_equal(mine.timesteps, others.timesteps)
+            and (self.prediction, self.variance, self.objective, mine.full_steps)
+            == (other.prediction, other.variance, other.objective, others.full_steps)
+        )
 
     # ---- files ----------------------------------------------------------------------------------
 
@@ -339,3 +450,8 @@ class Diffusion:
             return cls(schedule, **options)
         except TypeError as error:
             raise ValueError(f"diffusion: {error}") from None
+
+
+def _rows(table: torch.Tensor, names: tuple[str, ...], t: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The columns at t by name, (N, 1, 1, 1)."""
+    return dict(zip(names, table[t][:, :, None, None, None].unbind(1), strict=True))

@@ -13,19 +13,21 @@ import torch
 from tabulate import tabulate
 
 from fastddpm import _native
-from fastddpm.checkpoint import bundled_models
 from fastddpm.diffusion import Model
 from fastddpm.engine import choose, cpu_plan, cuda_graph
 from fastddpm.ops import dispatch
 from fastddpm.precision import has_fast_bf16
+from fastddpm.pretrained import bundled_models
 from fastddpm.unet import UNet
 
 
 def doctor() -> str:
     """A report in plain text: versions, native build, devices, the backend of every op, engines and
-    models.
+    models; what is wrong with a setting, if anything is, comes first.
     """
+    problems = [("", problem) for problem in _problems()]
     sections = {
+        **({"settings that are wrong": problems} if problems else {}),
         "versions": _versions(),
         "native module": _native_build(),
         "devices": _devices(),
@@ -35,8 +37,13 @@ def doctor() -> str:
     text = [
         f"{title}\n{_indent(tabulate(rows, tablefmt='plain'))}" for title, rows in sections.items()
     ]
-    text.insert(4, f"ops: the backend that each uses\n{_indent(_ops())}")
+    text.insert(-1, f"ops: the backend that each uses\n{_indent(_ops())}")
     return "\n\n".join(text)
+
+
+def _problems() -> list[str]:
+    """With FASTDDPM_ISA and FASTDDPM_BACKEND."""
+    return [problem for problem in (_native.problem(), dispatch.problem()) if problem]
 
 
 def what_runs(model: Model, engine: str, precision: str) -> str:
@@ -73,7 +80,7 @@ def _native_build() -> list[tuple[str, str]]:
     return [
         *build.items(),
         ("instruction sets here", _text(_native.isas_available())),
-        ("instruction set used", f"{_native.isa()}{forced}"),
+        ("instruction set used", _native.problem() or f"{_native.isa()}{forced}"),
     ]
 
 
@@ -97,10 +104,11 @@ def _devices() -> list[tuple[str, str]]:
 
 def _engines() -> list[tuple[str, str]]:
     cpu = torch.device("cpu")
-    reason = cpu_plan.unsupported(UNet(channels=32), cpu)
-    plan = f"'auto' uses it, in {cpu_plan.best_precision()}"
+    reason = next(iter(_problems()), None) or cpu_plan.unsupported(UNet(channels=32), cpu)
     if reason is not None:
         plan = f"'auto' does not use it: {reason}"
+    else:
+        plan = f"'auto' uses it, in {cpu_plan.best_precision()}"
     graph = cuda_graph.unsupported(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return [
         (

@@ -4,6 +4,7 @@ other. No models."""
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastddpm.presence import Presence, RankError
 
-class RankError(RuntimeError):
-    """Another rank failed, or was called with something else."""
+TIMEOUT = 300.0  # seconds without a sign of life
+MOST_SECONDS = 10**7
 
 
 def place() -> tuple[int, int]:
@@ -24,25 +26,102 @@ def place() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def environment(name: str, default: int) -> int:
+    """A number in the environment, as torchrun sets them, `default` where there is none.
+
+    ValueError names one that is no number, or less than its default."""
+    text = os.environ.get(name) or str(default)
+    if not text.strip().isdecimal() or int(text) < default:
+        raise ValueError(
+            f"{name} is {text!r} in the environment; it must be an integer of at least {default}"
+        )
+    return int(text)
+
+
+def launched_ranks() -> int:
+    """How many ranks torchrun, or who sets its variables, has started of this process; 1 for none.
+
+    ValueError for a WORLD_SIZE that comes without the others: nobody would ever answer."""
+    world = environment("WORLD_SIZE", 1)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if world > 1 and missing:
+        raise ValueError(
+            f"WORLD_SIZE is {world} in the environment, but not {', '.join(missing)}: start the "
+            "ranks with torchrun, or unset WORLD_SIZE for one process"
+        )
+    if world > 1 and environment("RANK", 0) >= world:
+        raise ValueError(f"RANK is {os.environ['RANK']} in the environment, of {world} ranks")
+    return world
+
+
 @contextlib.contextmanager
-def launched(device: torch.device) -> Iterator[torch.device]:
+def launched(device: torch.device, timeout: float | None = None) -> Iterator[torch.device]:
     """The process group of torchrun's ranks for as long as the block lasts, if there are several
     and none was initialised; yields this rank's device.
 
+    timeout: seconds after which a rank that gives no sign of life is given up, in RankError; None:
+             FASTDDPM_TIMEOUT of the environment, or TIMEOUT. One that is at work may take any time.
+
     NCCL on GPUs, a GPU a rank, and gloo on the CPU.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1 or place()[1] > 1:
+    seconds = _seconds(timeout)
+    world = launched_ranks()
+    if world == 1 or place()[1] > 1:
         yield device
         return
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+        device = torch.device("cuda", environment("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
-    # Ranks meet when their work is done, and one may have much more of it.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+    global _presence
+    if not dist.is_available():
+        raise ValueError("this torch has no torch.distributed, which several ranks need")
+    with Presence(environment("RANK", 0), world, seconds) as presence:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", presence.store()),
+            rank=presence.rank,
+            world_size=world,
+            timeout=timedelta(seconds=max(seconds, 60)),
+        )
+        _presence = presence
+        try:
+            yield device
+        finally:
+            _presence = None
+            dist.destroy_process_group()
+
+
+def _seconds(timeout: float | None) -> float:
+    name, value = "timeout", timeout  # type: str, Any
+    if timeout is None:
+        name, value = "FASTDDPM_TIMEOUT", os.environ.get("FASTDDPM_TIMEOUT") or TIMEOUT
     try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 < seconds <= MOST_SECONDS:
+        raise ValueError(
+            f"{name} must be seconds, above 0 and at most {MOST_SECONDS}; got {value!r}"
+        )
+    return seconds
+
+
+_presence: Presence | None = None  # of the ranks in `launched`
+
+
+@contextlib.contextmanager
+def _meeting() -> Iterator[None]:
+    """The block of a collective, which begins when all ranks have come; RankError says who can't.
+
+    The collective itself then takes no longer than its messages, however long a rank has worked. In
+    a group that another than `launched` initialised, that group's own timeout is all there is."""
+    if _presence is not None:
+        _presence.meet()
+    try:
+        yield
+    except RuntimeError as error:  # gloo's and NCCL's, of a rank that was lost in the middle
+        why = str(error).strip().splitlines()[0]
+        raise RankError(f"the ranks lost one another: {why}") from None
 
 
 def share(n: int, rank: int, world: int) -> tuple[int, int]:
@@ -63,7 +142,8 @@ def together() -> Iterator[None]:
     failures: list[Any] = [None] * place()[1]
     if len(failures) > 1:
         mine = None if error is None else f"{type(error).__name__}: {error}"
-        dist.all_gather_object(failures, mine)
+        with _meeting():
+            dist.all_gather_object(failures, mine)
     if error is not None:
         raise error
     for rank, failure in enumerate(failures):
@@ -75,7 +155,8 @@ def agree(**facts: Any) -> None:
     """RankError on every rank if the ranks' facts differ, naming the first. A collective."""
     everyone: list[Any] = [facts] * place()[1]
     if len(everyone) > 1:
-        dist.all_gather_object(everyone, facts)
+        with _meeting():
+            dist.all_gather_object(everyone, facts)
     for name in facts:
         if any(other[name] != everyone[0][name] for other in everyone):
             values = ", ".join(str(other[name]) for other in everyone)
@@ -87,7 +168,8 @@ def from_first(value: Any) -> Any:
     if place()[1] == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    with _meeting():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -98,11 +180,12 @@ def gather(mine: torch.Tensor, n: int) -> torch.Tensor:
         return mine
     device = mine.device if dist.get_backend() == "nccl" else torch.device("cpu")
     parts = []
-    for source in range(world):
-        start, stop = share(n, source, world)
-        part = mine if source == rank else mine.new_empty(stop - start, *mine.shape[1:])
-        part = part.to(device).contiguous()
-        if stop > start:
-            dist.broadcast(part, src=source)
-        parts.append(part)
+    with _meeting():
+        for source in range(world):
+            start, stop = share(n, source, world)
+            part = mine if source == rank else mine.new_empty(stop - start, *mine.shape[1:])
+            part = part.to(device).contiguous()
+            if stop > start:
+                dist.broadcast(part, src=source)
+            parts.append(part)
     return torch.cat(parts).to(mine.device)

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from fastddpm import ops, ranks, reference
+from fastddpm import arguments, ops, ranks, reference
+from fastddpm.arguments import indices, sample_indices
 from fastddpm.batching import Batches, batch_size_for
 from fastddpm.diffusion import Diffusion, Model
-from fastddpm.engine import make_engine
+from fastddpm.engine import make_engine, runnable
 from fastddpm.engine.eager import Eager, OnStep
+from fastddpm.host import own_state
+from fastddpm.options import check_flag, check_number
+from fastddpm.progress import tqdm
 from fastddpm.schedule import Sampler, check_count
+from fastddpm.wrapped import unwrap
 
 
+@own_state()
 def sample(
     model: Model,
     n: int = 256,
@@ -54,7 +59,7 @@ def sample(
                  for both
     clip:        clip the x0 prediction to [-1, 1] in every step, as the paper does
     batch_size:  images at a time; None: as many as memory holds, see `fastddpm.batching`
-    precision:   "fp32", "bf16" or "auto"
+    precision:   "fp32", "bf16" or "auto", whatever autocast the caller is under
     engine:      "cpu_plan", "cuda_graph", "eager" or "auto", the fastest
     distributed: where torch.distributed is initialised, each rank draws its own range of the n
                  samples and gets all n images: every rank must make the call. False: this process
@@ -65,20 +70,23 @@ def sample(
     rank, world = ranks.place() if distributed else (0, 1)
     together = ranks.together if world > 1 else contextlib.nullcontext
     with together():
+        n, first_index = indices(n, first_index)
+        seed = arguments.seed(seed)
         chain = Chain(model, shape, diffusion, steps, sampler, eta, clip, precision, engine, device)
-        index = sample_indices(n, first_index)
         batches = chain.batches(batch_size)
     if world > 1:
         ranks.agree(n=n, seed=seed, first_index=first_index, **chain.facts)
     start, stop = ranks.share(n, rank, world)
-    mine = torch.empty(0, *chain.shape, device=chain.device)
+    mine = torch.empty(0, *chain.shape, dtype=torch.float32, device=chain.device)
     with together():
         with bar(n, chain.T, progress and rank == 0) as steps_bar:
-            parts = chain.draw(seed, index[start:stop], batches, steps_bar)
+            index = torch.arange(first_index + start, first_index + stop, device="cpu")
+            parts = chain.draw(seed, index, batches, steps_bar)
         mine = finite(torch.cat([mine, *parts]))
     return ranks.gather(mine, n) if world > 1 else mine
 
 
+@own_state()
 def sample_progressive(
     model: Model,
     n: int = 8,
@@ -93,27 +101,28 @@ def sample_progressive(
 
     Returns (samples (n, C, H, W), x0 predictions (frames, n, C, H, W), the model's steps t they
     were made at), evenly spaced from T - 1 to 0. options: those of `sample` but batch_size."""
-    check_count("frames", frames)
+    frames, seed = check_count("frames", frames), arguments.seed(seed)
     chain = Chain(model, **options)
-    keep = {round(k) for k in torch.linspace(chain.T - 1, 0, min(frames, chain.T)).tolist()}
-    predictions: dict[int, list[torch.Tensor]] = {i: [] for i in sorted(keep, reverse=True)}
-    parts = sample_indices(n, first_index).split(chain.batches(None).size)
-    with bar(n, chain.T, progress, len(parts) * chain.T) as tick:
+    keep = {round(k) for k in np.linspace(chain.T - 1, 0, min(frames, chain.T))}
+    index = sample_indices(n, first_index)
+    with bar(len(index), chain.T, progress) as tick:
 
-        def on_step(i, x, x0):
-            tick(i, x, x0)
-            if i in predictions:
-                predictions[i].append(x0())
+        def draw(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            shown: list[torch.Tensor] = []
 
-        images = [chain.draw_batch(seed, index, on_step=on_step) for index in parts]
-    times = [int(chain.diffusion.schedule.timesteps[i]) for i in predictions]
-    return (
-        finite(torch.cat(images)),
-        torch.stack([torch.cat(p) for p in predictions.values()]),
-        times,
-    )
+            def on_step(i, x, x0):
+                tick(i, x, x0)
+                if i in keep:
+                    shown.append(x0())
+
+            return chain.draw_batch(seed, part, on_step=on_step), torch.stack(shown)
+
+        images, predictions = zip(*chain.batches(None).draw(draw, index, tick), strict=True)
+    times = [int(chain.diffusion.schedule.timesteps[i]) for i in sorted(keep, reverse=True)]
+    return finite(torch.cat(images)), torch.cat(predictions, dim=1), times
 
 
+@own_state()
 def sample_shared_latent(
     model: Model,
     n: int = 8,
@@ -130,9 +139,10 @@ def sample_shared_latent(
            the way to
     the sample `first_index`, whose own noise the first draw of each row follows.
     """
-    index = sample_indices(n, first_index)
+    index, seed = sample_indices(n, first_index), arguments.seed(seed)
+    n = len(index)
     chain = Chain(model, **options)
-    levels, index = _levels(t, 1, chain.T), index.to(chain.device)
+    levels, index = arguments.levels(t, 1, chain.T), index.to(chain.device)
     rows: dict[int, torch.Tensor] = {}
     x, at = chain.prior(seed, index[:1]), chain.T
     total = chain.T - min(levels) + sum(set(levels))
@@ -146,6 +156,7 @@ def sample_shared_latent(
     return finite(torch.stack([rows[level] for level in levels]))
 
 
+@own_state()
 def interpolate(
     model: Model,
     a: torch.Tensor,
@@ -165,19 +176,14 @@ def interpolate(
     All mixtures share the noise of the way up and of the way down. Returns (n, C, H, W), or
     (len(t), n, C, H, W) for several t.
     """
-    check_count("n", n)
-    if a.shape != b.shape or a.dim() != 3:
-        raise ValueError(
-            f"a and b must be (C, H, W) alike; got {tuple(a.shape)} and {tuple(b.shape)}"
-        )
-    if a.dtype != b.dtype or not (a.dtype == torch.uint8 or a.is_floating_point()):
-        raise ValueError(f"a and b must be uint8 or float alike; got {a.dtype} and {b.dtype}")
+    n, seed = check_count("n", n), arguments.seed(seed)
+    a, b = arguments.image_pair(a, b)
     chain = Chain(model, **{"shape": tuple(a.shape), **options})
-    levels = _levels(t, 0, chain.T)
+    levels = arguments.levels(t, 0, chain.T)
     x0 = torch.stack((a, b)).to(chain.device)
     x0 = reference.to_unit(x0) if x0.dtype == torch.uint8 else x0.float()
     pair = torch.arange(2, device=chain.device)
-    weight = torch.linspace(0, 1, n, device=chain.device)[:, None, None, None]
+    weight = torch.linspace(0, 1, n, dtype=torch.float32, device=chain.device)[:, None, None, None]
     shared = torch.full((n,), 2, dtype=torch.int64, device=chain.device)
     rows = []
     with bar(n * len(levels), chain.T, progress, sum(levels)) as tick:
@@ -194,7 +200,7 @@ def interpolate(
                 chain.engine.run(mixed, seed=seed, sample_index=shared, start=level, on_step=tick)
             )
     images = finite(torch.stack(rows))
-    return images if isinstance(t, Iterable) else images[0]
+    return images if arguments.several(t) else images[0]
 
 
 class Chain:
@@ -215,28 +221,16 @@ class Chain:
         engine: str = "auto",
         device: torch.device | str | None = None,
     ):
-        full = Diffusion.of(model, diffusion)
-        parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-        own = torch.device("cpu") if parameter is None else parameter.device
-        self.device = own if device is None else torch.device(device)
-        if parameter is not None and self.device.type != own.type:
-            raise ValueError(
-                f"the model is on {own} and device is {self.device}: move the model first"
-            )
-        if shape is None:
-            size = getattr(model, "image_size", None)
-            if size is None:
-                raise ValueError("shape=(C, H, W) is needed for a model that has no image_size")
-            shape = (model.in_channels, *size)  # type: ignore[attr-defined]
-        if len(shape) != 3 or any(not isinstance(s, int) or s < 1 for s in shape):
-            raise ValueError(
-                f"shape must be (C, H, W), three positive integers; got {tuple(shape)}"
-            )
-        self.model, self.shape = model, tuple(shape)
+        full, model = Diffusion.of(model, diffusion), runnable(model)
+        self.device = arguments.device_of(model, device)
+        self.model, self.shape = model, arguments.image_shape(unwrap(model), shape)
+        eta = check_number("eta", eta, lambda x: x >= 0, "at least 0")
+        clip = check_flag("clip", clip)
+        full.warn_of_the_end()
         self.diffusion = full.respace(steps)
         self.T = self.diffusion.T
         self.diffusion.table(self.device, sampler=sampler, eta=eta)
-        self._options = {"sampler": sampler, "eta": float(eta), "clip": bool(clip)}
+        self._options = {"sampler": sampler, "eta": eta, "clip": clip}
         self.engine: Eager = make_engine(
             engine,
             model,
@@ -309,25 +303,3 @@ def finite(images: torch.Tensor) -> torch.Tensor:
             f"{bad} of {len(images)} images are not finite: the model returned NaN or inf"
         )
     return images
-
-
-def sample_indices(n: int, first_index: int) -> torch.Tensor:
-    """The numbers of n samples, (n,) int64."""
-    check_count("n", n)
-    integer = isinstance(first_index, (int, np.integer)) and not isinstance(first_index, bool)
-    if not integer or not 0 <= first_index < 2**63 - n:
-        raise ValueError(
-            f"first_index must be an integer in 0 .. 2^63 - 1 - n; got {first_index!r}"
-        )
-    return torch.arange(first_index, first_index + n)
-
-
-def _levels(t: int | Iterable[int], lowest: int, largest: int) -> list[int]:
-    """One step or several as a list, if all lie in lowest .. largest; else the ValueError that says
-    so.
-    """
-    levels = list(t) if isinstance(t, Iterable) else [t]
-    integers = all(isinstance(k, (int, np.integer)) for k in levels)
-    if not levels or not integers or not all(lowest <= k <= largest for k in levels):
-        raise ValueError(f"t must be steps in {lowest} .. {largest}; got {t!r}")
-    return [int(k) for k in levels]

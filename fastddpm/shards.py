@@ -23,13 +23,13 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fastddpm import ranks
-from fastddpm.checkpoint import atomic_write
-from fastddpm.figures import check_channels, to_pil, to_uint8
-from fastddpm.ops.checks import seed_word
-from fastddpm.sampling import Chain, bar, finite, sample_indices
-from fastddpm.schedule import check_count
+from fastddpm import arguments, ranks
+from fastddpm.checkpoint import atomic_write, remove_abandoned
+from fastddpm.figures import check_channels, check_output, to_pil, to_uint8
+from fastddpm.host import own_state
+from fastddpm.sampling import Chain, bar, finite
 from fastddpm.unet import UNet
+from fastddpm.wrapped import unwrap
 
 PICTURES = 1000  # up to so many images a folder has one file an image
 SHARD = 256  # images a file from there on
@@ -37,6 +37,7 @@ SHARD = 256  # images a file from there on
 Range = tuple[int, int]  # of sample indices: from, and up to but without
 
 
+@own_state()
 def sample_to_folder(
     model: UNet,
     folder: str | Path,
@@ -59,25 +60,25 @@ def sample_to_folder(
     files that are missing, and all must make the call. Raises ValueError for a folder that holds
     other samples, naming the file and what differs."""
     rank, world = ranks.place()
-    folder = Path(folder)
+    model = unwrap(model)
     with ranks.together():
+        folder = check_output(folder, kinds=("",))
         if not isinstance(model, UNet):
             raise ValueError(
                 "a folder's files name their model by its fingerprint: model must be a "
                 f"fastddpm.UNet; got {type(model).__name__}"
             )
-        seed_word(seed)
-        sample_indices(n, first_index)
-        n, first_index = int(n), int(first_index)  # NumPy's are taken too
+        seed = arguments.seed(seed)
+        n, first_index = arguments.indices(n, first_index)
         if shard_size is None:
             shard_size = 0 if n <= PICTURES else SHARD
-        elif shard_size != 0:
-            check_count("shard_size", shard_size)
+        else:
+            shard_size = arguments.integer("shard_size", shard_size, 0, 2**63 - 1, "at least 0")
         chain = Chain(model, **options)
         if shard_size == 0:
             check_channels(chain.shape[0])
         batches = chain.batches(batch_size)
-        about = {"model": fingerprint(model), "seed": int(seed), **chain.facts}
+        about = {"model": fingerprint(model), "seed": seed, **chain.facts}
         about |= {"precision": chain.engine.precision}
     ranks.agree(n=n, first_index=first_index, shard_size=shard_size, **about)
     pieces: list[Range] = []
@@ -85,18 +86,15 @@ def sample_to_folder(
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             gaps = missing((first_index, first_index + n), present(folder, about))
-            lacking = sum(stop - start for start, stop in gaps)
-            size = min(shard_size or batches.size, max(1, -(-lacking // world)))
-            pieces = cut(gaps, size)
-            for piece in pieces:
-                _remove_half_written(folder, piece)
+            pieces = cut(gaps, shard_size or _pictures_a_piece(gaps, batches.size, world))
+            remove_abandoned(folder, lambda name: _overlaps(_indices(name), gaps))
     pieces = ranks.from_first(pieces)
     mine = pieces[rank::world]
     left = sum(stop - start for start, stop in mine)
     with ranks.together(), bar(left, chain.T, progress and rank == 0) as steps:
         for start, stop in mine:
             left -= stop - start
-            index = torch.arange(start, stop)
+            index = torch.arange(start, stop, device="cpu")
             images = finite(torch.cat(chain.draw(seed, index, batches, steps, later=left)))
             write(folder, start, images, about, one_file=shard_size > 0)
     return sum(stop - start for start, stop in pieces)
@@ -134,6 +132,13 @@ def cut(ranges: Iterable[Range], size: int) -> list[Range]:
     return pieces
 
 
+def _pictures_a_piece(gaps: Iterable[Range], most: int, world: int) -> int:
+    """So that every rank has some to draw. Not for shards: where a set is cut must be the same when
+    it is gone on with, and by how many."""
+    lacking = sum(stop - start for start, stop in gaps)
+    return min(most, max(1, -(-lacking // world)))
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
@@ -157,6 +162,12 @@ def _indices(name: str) -> Range | None:
     if match := re.fullmatch(r"(\d{8,})-(\d{8,})\.npz", name):
         return int(match[1]), int(match[2])
     return None
+
+
+def _overlaps(indices: Range | None, ranges: Iterable[Range]) -> bool:
+    return indices is not None and any(
+        start < indices[1] and indices[0] < stop for start, stop in ranges
+    )
 
 
 def _about(path: Path, count: int) -> dict[str, Any] | None:
@@ -211,11 +222,3 @@ def _files(
         buffer = io.BytesIO()
         to_pil(image).save(buffer, format="PNG", pnginfo=text)
         yield f"{first + k:06d}.png", buffer.getvalue()
-
-
-def _remove_half_written(folder: Path, piece: Range) -> None:
-    """What `atomic_write` left behind when it was killed in one of the piece's files."""
-    for path in folder.glob(".*.*"):
-        indices = _indices(re.sub(r"^\.(.+)\.[^.]+$", r"\1", path.name))
-        if indices is not None and indices[0] < piece[1] and piece[0] < indices[1]:
-            path.unlink(missing_ok=True)

@@ -18,14 +18,22 @@ from torch import nn
 
 from fastddpm import ops
 from fastddpm.diffusion import Diffusion
+from fastddpm.memory import check_fits
+from fastddpm.schedule import Variance
+from fastddpm.unet_config import (
+    check_config,
+    check_freq_shift,
+    fewest_parameters,
+)
 
 
 def timestep_embedding(
     t: torch.Tensor, dim: int, *, freq_shift: float = 1, flip_sin_to_cos: bool = False
 ) -> torch.Tensor:
     """(N,) -> (N, dim) float32 sinusoids [sin | cos] of t / 10000^(i / (dim/2 - freq_shift)), i <
-    dim/2.
+    dim/2. ValueError for freq_shift >= dim/2, where these are none.
     """
+    check_freq_shift(freq_shift, dim)
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
     angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponent)
@@ -126,7 +134,11 @@ class Upsample(nn.Module):
     """Double by nearest neighbour, then a 3x3 convolution.
 
     In float32 on a CPU as one transposed 4x4 convolution of stride 2: the same sums with the
-    repeated pixels' weights added up first, so 4/9 of the products."""
+    repeated pixels' weights added up first, so 4/9 of the products. Adding them up costs as much
+    as the products of some hundred pixels, whatever the channels, and forward and backward alike:
+    fewer pixels than FEW are convolved as they are."""
+
+    FEW = 4096  # pixels of all images; one thread gains from 1024 on, many share products only
 
     def __init__(self, channels: int):
         super().__init__()
@@ -135,7 +147,8 @@ class Upsample(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.conv.weight, self.conv.bias
         plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-        if not plain or torch.is_autocast_enabled("cpu"):
+        many = x.shape[0] * x.shape[2] * x.shape[3] >= self.FEW
+        if not (plain and many) or torch.is_autocast_enabled("cpu"):
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         taps, pairs = weight.flip(2, 3), weight.new_zeros(*weight.shape[:2], 4, 4)
         for i, j in itertools.product((0, 1), (0, 1)):
@@ -214,27 +227,40 @@ class UNet(nn.Module):
         diffusion: Diffusion | None = None,           # what it is trained for; None: Diffusion()
     ):  # fmt: skip
         super().__init__()
-        self.diffusion = diffusion or Diffusion()
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        outputs = 2 if self.diffusion.variance == "learned" else 1
-        self.config: dict[str, Any] = {
-            "image_size": list(size),
-            "in_channels": in_channels,
-            "out_channels": out_channels or in_channels * outputs,
-            "channels": channels,
-            "channel_mult": list(channel_mult),
-            "num_res_blocks": num_res_blocks,
-            "attention_levels": sorted(set(attention_levels)),
-            "head_dim": head_dim,
-            "num_groups": num_groups,
-            "norm_eps": norm_eps,
-            "dropout": dropout,
-            "downsample_padding": downsample_padding,
-            "freq_shift": freq_shift,
-            "flip_sin_to_cos": flip_sin_to_cos,
-        }
-        _check_config(self.config)
-        self.in_channels, self.image_size = in_channels, size
+        if not isinstance(diffusion, (Diffusion, type(None))):
+            raise ValueError(
+                f"diffusion must be a fastddpm.Diffusion; got {type(diffusion).__name__}"
+            )
+        self.diffusion = Diffusion() if diffusion is None else diffusion
+        self.config: dict[str, Any] = check_config(
+            {
+                "image_size": image_size,
+                "in_channels": in_channels,
+                "out_channels": out_channels,
+                "channels": channels,
+                "channel_mult": channel_mult,
+                "num_res_blocks": num_res_blocks,
+                "attention_levels": attention_levels,
+                "head_dim": head_dim,
+                "num_groups": num_groups,
+                "norm_eps": norm_eps,
+                "dropout": dropout,
+                "downsample_padding": downsample_padding,
+                "freq_shift": freq_shift,
+                "flip_sin_to_cos": flip_sin_to_cos,
+            },
+            outputs=2 if self.diffusion.variance == "learned" else 1,
+        )
+        if torch.empty(0).device.type == "cpu":
+            check_fits("this UNet in float32", 4 * fewest_parameters(self.config))
+        config = self.config  # from here on, the checked options
+        in_channels, channels, channel_mult = (
+            config["in_channels"], config["channels"], config["channel_mult"],
+        )  # fmt: skip
+        num_res_blocks, attention_levels = config["num_res_blocks"], config["attention_levels"]
+        num_groups, norm_eps, dropout = config["num_groups"], config["norm_eps"], config["dropout"]
+        head_dim, padding = config["head_dim"], config["downsample_padding"]
+        self.in_channels, self.image_size = in_channels, tuple(config["image_size"])
         widths = [channels * m for m in channel_mult]
         temb = 4 * channels
 
@@ -255,7 +281,7 @@ class UNet(nn.Module):
                 c = width
                 skips.append(c)
             if i < len(widths) - 1:
-                level.downsample = Downsample(c, downsample_padding)
+                level.downsample = Downsample(c, padding)
                 skips.append(c)
 
         mid = Middle(resnet(c, c), attention(c), resnet(c, c))
@@ -329,12 +355,16 @@ class UNet(nn.Module):
 
     @classmethod
     def cifar10(cls, **options: Any) -> UNet:
-        """CIFAR-10, 32x32: 35,746,307 parameters."""
+        """CIFAR-10, 32x32: 35,746,307 parameters; variance fixed_large, as in the paper's run."""
+        options = _with_variance("fixed_large", options)
         return cls(**{"image_size": 32, "dropout": 0.1, **options})
 
     @classmethod
     def celebahq256(cls, **options: Any) -> UNet:
-        """CelebA-HQ and LSUN, 256x256: 113,673,219 parameters."""
+        """CelebA-HQ and LSUN, 256x256: 113,673,219 parameters; variance fixed_small, as in the
+        paper's runs.
+        """
+        options = _with_variance("fixed_small", options)
         mult = (1, 1, 2, 2, 4, 4)
         return cls(**{"image_size": 256, "channel_mult": mult, "attention_levels": (4,), **options})
 
@@ -358,53 +388,17 @@ class UNet(nn.Module):
         Returned in eval mode, float32, channels_last, on the CPU. options (allow_pickle, ...): see
         `fastddpm.integrations`. Raises FileNotFoundError or ValueError, naming what is wrong.
         """
-        from fastddpm.checkpoint import load_model
+        from fastddpm.pretrained import load_model
 
         return load_model(source, **options)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write config.json and model.safetensors into `folder`, each atomically."""
-        from fastddpm.checkpoint import save_model
+        from fastddpm.pretrained import save_model
 
         save_model(self, folder)
 
 
-def _check_config(config: dict[str, Any]) -> None:
-    """Raise the ValueError that names the first option that cannot be."""
-
-    def positive_int(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-    for name in ("in_channels", "out_channels", "channels", "num_res_blocks", "num_groups"):
-        if not positive_int(config[name]):
-            raise ValueError(f"{name} must be a positive integer; got {config[name]!r}")
-    for name in ("channel_mult", "image_size"):
-        if not config[name] or not all(map(positive_int, config[name])):
-            raise ValueError(f"{name} must be positive integers; got {config[name]!r}")
-    mult, size = config["channel_mult"], config["image_size"]
-    if len(size) != 2:
-        raise ValueError(f"image_size must be an integer or (H, W); got {size!r}")
-    if any(s % 2 ** (len(mult) - 1) for s in size):
-        raise ValueError(
-            f"image_size must be a multiple of {2 ** (len(mult) - 1)} "
-            f"for {len(mult)} levels; got {size!r}"
-        )
-    if any(not 0 <= level < len(mult) for level in config["attention_levels"]):
-        raise ValueError(
-            f"attention_levels must lie in 0 .. {len(mult) - 1}; got {config['attention_levels']!r}"
-        )
-    widths = [config["channels"] * m for m in mult]
-    if bad := [w for w in {config["channels"], *widths} if w % config["num_groups"]]:
-        raise ValueError(
-            f"num_groups must divide every width; {config['num_groups']} does not divide {bad[0]}"
-        )
-    attended = {widths[-1], *(widths[level] for level in config["attention_levels"])}
-    if config["head_dim"] and (bad := [w for w in attended if w % config["head_dim"]]):
-        raise ValueError(
-            f"head_dim must divide every attention width; "
-            f"{config['head_dim']} does not divide {bad[0]}"
-        )
-    if not 0 <= config["dropout"] < 1:
-        raise ValueError(f"dropout must lie in [0, 1); got {config['dropout']!r}")
-    if config["downsample_padding"] not in (0, 1):
-        raise ValueError(f"downsample_padding must be 0 or 1; got {config['downsample_padding']!r}")
+def _with_variance(variance: Variance, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the paper's process of this variance, unless they name one."""
+    return {**options, "diffusion": options.get("diffusion") or Diffusion(variance=variance)}

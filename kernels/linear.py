@@ -42,8 +42,15 @@ class Tokens:
 
 
 def precision():
-    """How float32 operands are multiplied: as torch's own products are told to."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """How float32 operands are multiplied: as torch's own products are told to.
+
+    Since torch 2.9 by fp32_precision, which allow_tf32 writes as well, and which stands alone where
+    allow_tf32 raises because a setting of the one kind has followed a setting of the other.
+    """
+    matmul = torch.backends.cuda.matmul
+    asked = getattr(matmul, "fp32_precision", None)
+    tf32 = matmul.allow_tf32 if asked is None else asked == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 @triton.jit
@@ -182,6 +189,6 @@ def weight_gradient(tokens, grad, x, outputs, inputs, *, norm=None):
         grad, x, statistics, vector(norm_weight), vector(norm_bias), dweight, dbias,
         1 if statistics is None else statistics.shape[2],
         O=outputs, I=inputs, STEPS=share, PRECISION=precision(), BM=bm, BO=bo, BI=bi,
-        **tokens.arguments(),
+        num_warps=8, num_stages=2, **tokens.arguments(),
     )  # fmt: skip
     return dweight.sum(0), dbias.sum(0)

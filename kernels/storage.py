@@ -4,10 +4,20 @@ Triton's interpreter (TRITON_INTERPRET=1) cuts bfloat16 off where the compiler r
 multiplies its bits as integers. What it needs instead stands here and nowhere else.
 """
 
+import os
+
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+def interpreted():
+    """Whether triton.jit hands its functions to the interpreter; triton 3.3 has no knobs."""
+    if hasattr(triton, "knobs"):
+        return bool(triton.knobs.runtime.interpret)
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from PIL import Image
 
 import fastddpm
 from fastddpm import UNet
-from fastddpm.checkpoint import BUNDLED, bundled_models
+from fastddpm.pretrained import BUNDLED, bundled_models
 from fastddpm.training import PRESETS
 
 FOLDER = BUNDLED / "fashion-mnist"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,14 @@ from safetensors.torch import load_file, save_file
 from toy import SCHEDULE, tiny_unet
 
 from fastddpm import Diffusion, Schedule, UNet, checkpoint
-from fastddpm.checkpoint import atomic_write, read_weights, write_json, write_tensors
+from fastddpm.checkpoint import (
+    atomic_write,
+    read_weights,
+    remove_abandoned,
+    write_json,
+    write_tensors,
+)
+from fastddpm.pretrained import BUNDLED
 
 
 def output(model: UNet) -> torch.Tensor:
@@ -151,6 +161,165 @@ def test_our_folders_take_no_options(folder):
         UNet.from_pretrained(folder, allow_pickle=True)
 
 
+# ---- what a file may ask for ---------------------------------------------------------------------
+
+
+def test_a_folder_named_like_a_bundled_model_is_itself(tmp_path, monkeypatch):
+    """It was shadowed: the bundled model came back in place of the one just saved."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_unet()
+    assert UNet.from_pretrained("fashion-mnist").config["channels"] == 16
+    model.save_pretrained("fashion-mnist")
+    with pytest.warns(UserWarning, match=r"'fashion-mnist' is .* here; the bundled model of that"):
+        loaded = UNet.from_pretrained("fashion-mnist")
+    assert loaded.config == model.config
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert UNet.from_pretrained("./fashion-mnist").config == model.config
+        assert UNet.from_pretrained(Path("fashion-mnist")).config == model.config
+        assert UNet.from_pretrained(BUNDLED / "fashion-mnist").config["channels"] == 16
+    (tmp_path / "fashion-mnist" / "config.json").unlink()
+    with (
+        pytest.warns(UserWarning, match="is .* here"),
+        pytest.raises(
+            FileNotFoundError, match=r"no config\.json in it; .*bundled names: fashion-mn"
+        ),
+    ):
+        UNet.from_pretrained("fashion-mnist")
+
+
+@pytest.mark.parametrize("name", ["norm_eps", "dropout", "head_dim", "num_groups", "freq_shift"])
+def test_a_config_that_was_edited_is_refused_unless_it_says_so(folder, name):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content["unet"][name] = {"norm_eps": 1e-5, "dropout": 0.5, "head_dim": 4, "num_groups": 2,
+                             "freq_shift": 0}[name]  # fmt: skip
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"config\.json is not what was written .*its digest"):
+        UNet.from_pretrained(folder)
+    del content["digest"]
+    path.write_text(json.dumps(content))
+    assert UNet.from_pretrained(folder).config == content["unet"]
+
+
+def test_spaces_in_a_config_are_nobodys_edit(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
+    UNet.from_pretrained(folder)
+
+
+def test_files_of_two_models_are_told_apart(folder, tmp_path):
+    tiny_unet(norm_eps=1e-3).save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "config.json").replace(folder / "config.json")
+    with pytest.raises(ValueError, match=r"was written with another config\.json than the one"):
+        UNet.from_pretrained(folder)
+
+
+def test_a_process_that_cannot_be_saved_leaves_the_files(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    short = tiny_unet(seed=3, diffusion=Diffusion(SCHEDULE).respace(4))
+    with pytest.raises(ValueError, match="a respaced schedule is not saved"):
+        short.save_pretrained(folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_files_without_digests_are_read(folder):
+    content = json.loads((folder / "config.json").read_text())
+    del content["digest"]
+    (folder / "config.json").write_text(json.dumps(content))
+    damage(folder, lambda tensors: None)
+    assert torch.equal(output(UNet.from_pretrained(folder)), output(tiny_unet()))
+
+
+def test_loading_draws_no_random_numbers_and_takes_no_mode_of_the_caller(folder):
+    before = torch.random.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            model = UNet.from_pretrained(folder)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not any(p.is_inference() for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(output(model), output(tiny_unet()))
+
+
+def test_a_network_larger_than_its_weights_is_not_made(folder, monkeypatch):
+    """channels = 1024 beside a small file took 3 GB before the first key was looked at."""
+    content = json.loads((folder / "config.json").read_text())
+    content["unet"]["channels"] = 4096
+    (folder / "config.json").write_text(json.dumps(content))
+    monkeypatch.setattr(torch.nn.Module, "to_empty", lambda *_, **__: pytest.fail("memory taken"))
+    with pytest.raises(ValueError, match="digest"):
+        UNet.from_pretrained(folder)
+    del content["digest"]
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"has shape \(32, 8\); this model's is \(16384, 4096\)"):
+        UNet.from_pretrained(folder)
+
+
+def test_a_sparse_file_larger_than_memory_is_not_read(tmp_path):
+    size = 2**40
+    header = json.dumps({"x": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}})
+    path = tmp_path / "x.safetensors"
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode())
+        file.truncate(8 + len(header) + size)
+    for read in (read_weights, checkpoint.read_tensors, UNet.from_pretrained):
+        with pytest.raises(ValueError, match=r"x\.safetensors takes .* GiB; this machine has"):
+            read(path)
+
+
+def test_headers_and_json_are_bounded(tmp_path):
+    path = tmp_path / "x.safetensors"
+    header = b"{" + b" " * 2**24 + b"}"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="its header of 16777218 bytes is longer than"):
+        read_weights(path, shapes_only=True)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match="pointer to a file in Git LFS: fetch that with"):
+        read_weights(path)
+    many = {f"{i}": torch.zeros(1) for i in range(checkpoint.MOST_TENSORS + 1)}
+    save_file(many, path)
+    with pytest.raises(ValueError, match="holds 20001 tensors; 20000 are the most"):
+        read_weights(path, shapes_only=True)
+    save_file({"x": torch.zeros(3, 0)}, path)
+    with pytest.raises(ValueError, match=r"x has no possible shape of weights, \(3, 0\)"):
+        read_weights(path, shapes_only=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a":' * 100_000, "nested too deep"),
+        ("[" * 100_000, "nested too deep"),
+        ("{" + " " * 2**25 + "}", "it is longer than 33554432 bytes"),
+        ('{"a": ' + "9" * 5000 + "}", "is not a readable JSON file"),
+        ("\ufeff{}", "is not a readable JSON file"),
+    ],
+    ids=["objects", "lists", "long", "digits", "mark"],
+)
+def test_json_that_asks_for_too_much(folder, text, message):
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        UNet.from_pretrained(folder)
+    assert "config.json" in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_no_file(folder, tmp_path):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    os.mkfifo(tmp_path / "x.safetensors")
+    for path in (folder, tmp_path / "x.safetensors"):
+        with pytest.raises(FileNotFoundError):
+            UNet.from_pretrained(path)
+    with pytest.raises(ValueError, match="no such file"):
+        checkpoint.read_json(folder / "config.json")
+
+
 # ---- pickles -------------------------------------------------------------------------------------
 
 
@@ -190,6 +359,36 @@ def test_a_damaged_pickle(tmp_path):
         read_weights(tmp_path / "x.pt", allow_pickle=True)
 
 
+def test_a_flipped_bit_in_a_pickle_is_found(tmp_path):
+    """torch.load itself leaves the archive's checksums unread."""
+    torch.save({"a": torch.arange(1000.0)}, tmp_path / "x.pt")
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    content[content.index(torch.arange(500.0, 510.0).numpy().tobytes())] ^= 1
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: its checksum is another"):
+        read_weights(tmp_path / "x.pt", allow_pickle=True)
+
+
+def test_a_compressed_pickle_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(10**6)}, tmp_path / "x.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "x.pt") as stored,
+        zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as deflated,
+    ):
+        for name in stored.namelist():
+            deflated.writestr(name, stored.read(name))
+    with pytest.raises(ValueError, match="its records are compressed"):
+        read_weights(tmp_path / "y.pt", allow_pickle=True)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_shapes_alone_are_read_without_values(tmp_path, zipped):
+    torch.save({"a": torch.zeros(2, 3)}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    shapes = read_weights(tmp_path / "x.pt", allow_pickle=True, shapes_only=True)
+    assert shapes["a"].is_meta
+    assert shapes["a"].shape == (2, 3)
+
+
 # ---- writing -------------------------------------------------------------------------------------
 
 
@@ -205,6 +404,33 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
         fail(file)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_killed_write_left_is_removed_and_what_is_being_written_is_not(tmp_path):
+    for name in (".a.png.0123abcd", ".b.png.0123abcd", ".hidden.txt", ".a.png.long-suffix"):
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / ".c.png.0123abcd").symlink_to(tmp_path / ".hidden.txt")
+    os.mkfifo(tmp_path / ".d.png.0123abcd")
+    with atomic_write(tmp_path / "a.png") as file:
+        file.write(b"whole")
+        remove_abandoned(tmp_path, lambda name: name != "b.png")
+    assert (tmp_path / "a.png").read_bytes() == b"whole"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".a.png.long-suffix", ".b.png.0123abcd", ".c.png.0123abcd", ".d.png.0123abcd",
+        ".hidden.txt", "a.png",
+    ]  # fmt: skip
+
+
+def test_files_have_the_permissions_of_the_umask_which_is_left_alone(tmp_path, monkeypatch):
+    before = os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", None)  # it is the whole process's
+        with atomic_write(tmp_path / "a") as file:
+            file.write(b"x")
+    finally:
+        monkeypatch.undo()
+        assert os.umask(before) == 0o027
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
 def test_a_write_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):

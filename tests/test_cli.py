@@ -17,8 +17,9 @@ from toy import SCHEDULE, images, tiny_unet
 
 import fastddpm
 from fastddpm import cli, figures
-from fastddpm.checkpoint import read_tensors, save_model, write_tensors
+from fastddpm.checkpoint import read_tensors, write_tensors
 from fastddpm.data import open_dataset
+from fastddpm.pretrained import save_model
 from fastddpm.training import STATE
 
 T = SCHEDULE.T

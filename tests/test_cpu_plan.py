@@ -255,25 +255,48 @@ def test_unet(name, algorithm):
     assert_exact(actual, truth, spread, ulps=16 * FACTOR[algorithm])
 
 
+@pytest.mark.parametrize("algorithm", ["auto", "bf16"])
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
-def test_unet_in_bfloat16_errs_no_more_than_torch(name):
+def test_unet_in_bfloat16_errs_no_more_than_torch(name, algorithm):
     model = tiny_unet(**NETWORKS[name]).eval()
     x, t = random(3, model.in_channels, *model.image_size, seed=1), torch.full((3,), 7)
-    actual = forward(model, x, 7, precision="bf16")
+    actual = forward(model, x, 7, precision="bf16", algorithm=algorithm)
     truth = copy.deepcopy(model).double()(x.double(), t)
     torchs = model.bfloat16()(x.bfloat16(), t).double()
     error, allowed = ((y - truth).square().mean().sqrt() for y in (actual.double(), torchs))
     assert 0 < error <= allowed
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_layers_of_a_bfloat16_plan():
+    """Those are rounded that are faster so: all but wide 3x3 sums of large images on a processor
+    whose bfloat16 products are twice as fast, and all where they are 16 times as fast."""
+    sizes = {"channels": 128, "channel_mult": (1, 2), "num_groups": 32, "image_size": 32}
+    model = UNet(**sizes).eval()
+
+    def algorithms(algorithm: str) -> dict[str, set[str]]:
+        plan = build_plan(model, 32, 32, algorithm, "bf16")
+        return {name: rest[0] for name, *rest in plan.layers()}
+
+    chosen, rounded = algorithms("auto"), algorithms("bf16")
+    assert set(rounded.values()) == {"bf16", "attention"}
+    all_rounded = _native.isa() == "amx_bf16"
+    assert (chosen["down.0.block.0.conv1"] == "bf16") == all_rounded
+    for layer in ("mid.attn_1.qkv", "down.0.downsample.conv", "up.1.upsample.conv"):
+        assert chosen[layer] == "bf16"
+    assert chosen["down.0.block.0.conv1"] in ("bf16", "winograd_4")
+    assert chosen["mid.attn_1"] == "attention"
+
+
+@pytest.mark.parametrize(
+    ("precision", "algorithm"), [("fp32", "auto"), ("bf16", "auto"), ("bf16", "bf16")]
+)
 @torch.no_grad()
-def test_bits_do_not_depend_on_batch_threads_or_group(isa, precision):
+def test_bits_do_not_depend_on_batch_threads_or_group(isa, precision, algorithm):
     model = tiny_unet(image_size=12).eval()
     x = random(9, 1, 12, 12, seed=2)
     plan, row = (
-        build_plan(model, 12, 12, precision=precision),
+        build_plan(model, 12, 12, algorithm, precision),
         time_rows(model, torch.tensor([3]))[0],
     )
     expected = torch.empty_like(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from scipy.stats import norm
 from toy import PREDICTIONS, SCHEDULE, Oracle, generator, images, tiny_unet, wave
 
+import fastddpm
 from fastddpm import Diffusion, Schedule, ops
 
 VARIANCES = ("fixed_large", "fixed_small", "learned")
@@ -395,6 +397,77 @@ def test_options_survive_respacing():
     assert short.T == 3
 
 
+# ---- where a chain ends --------------------------------------------------------------------------
+
+
+def told(call) -> list[str]:
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in record if "abar_T" in str(w.message)]
+
+
+def name_of(value) -> str:
+    return f"{value.T} steps" if isinstance(value, Schedule) else str(value)
+
+
+def as_process_of(schedule: Schedule, *, steps: int | None = None) -> dict[str, list[str]]:
+    """What sampling (twice) and training say of a process."""
+
+    def draw() -> None:
+        options = {"diffusion": diffusion, "steps": steps, "progress": False}
+        for _ in range(2):
+            fastddpm.sample(wave, 1, shape=(1, 2, 2), **options)
+
+    diffusion = Diffusion(schedule)
+    spoken = {"sampling": told(draw)}
+    spoken["training"] = told(lambda: fastddpm.Trainer(tiny_unet(diffusion=Diffusion(schedule))))
+    return spoken
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule.linear(100),
+        Schedule.linear(300),
+        Schedule.linear(300).respace(30),
+        Schedule.constant(100),
+        Schedule.linear(12, 0.01, 0.3),
+    ],
+    ids=name_of,
+)
+def test_an_image_that_is_left_in_x_t_is_told_of_once(schedule):
+    for texts in as_process_of(schedule, steps=5).values():
+        (text,) = texts
+        assert text.startswith(f"abar_T is {schedule.alphas_cumprod[-1]:.2g}: ")
+        assert "Schedule.linear(T, scaled=True)" in text
+    # A process that is looked at, or whose bound with its L_T is taken, is not.
+    diffusion = Diffusion(schedule)
+    assert not told(lambda: fastddpm.bits_per_dim(
+        wave, images(1, 1, 2, 2), diffusion=diffusion, steps=3, progress=False
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        (Schedule.linear(), None),
+        (Schedule.linear(), 10),
+        (Schedule.linear().respace(10), None),  # betas up to 0.9, and few of them
+        (Schedule.linear(100, scaled=True), None),
+        (Schedule.quadratic(), 7),
+        (Schedule.constant(), 7),
+        (Schedule.cosine(12), None),
+        (SCHEDULE, None),
+        (SCHEDULE, 3),
+        (Schedule(np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2), 4),  # a foreign scheduler's
+    ],
+    ids=name_of,
+)
+def test_a_chain_that_ends_in_noise_is_not_told_of(schedule, steps):
+    assert as_process_of(schedule, steps=steps) == {"sampling": [], "training": []}
+
+
 # ---- what a model may return ---------------------------------------------------------------------
 
 
@@ -454,6 +527,26 @@ def test_from_config_names_what_is_wrong(change, message):
         del config["schedule"]
     with pytest.raises(ValueError, match=message):
         Diffusion.from_config(config)
+
+
+def test_a_table_that_inference_made_serves_training():
+    diffusion = process("mean", "learned", schedule=SCHEDULE.respace(5))
+    x0, t = images(2, 1, 3, 3), torch.tensor([0, 3])
+    weight = torch.ones(2, requires_grad=True)
+
+    def model(x, t):
+        return weight[None, :, None, None] * wave(x, t)
+
+    with torch.inference_mode():
+        diffusion.vlb_terms(model, x0)
+    diffusion.loss(model, x0, t=t, seed=0, sample_index=t).sum().backward()
+    assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("schedule", ["linear", 1000, [0.1, 0.2], Diffusion()], ids=str)
+def test_a_schedule_is_a_schedule(schedule):
+    with pytest.raises(ValueError, match=r"schedule must be a fastddpm\.Schedule; got "):
+        Diffusion(schedule)
 
 
 def test_the_unet_trains_with_a_learned_variance():

@@ -18,6 +18,7 @@ from fastddpm.ops import dispatch
 
 ROOT = Path(__file__).parent.parent
 X = torch.randn(2, 4, 3, 3)
+MISSPELT = "FASTDDPM_BACKEND must be one of 'auto', 'reference', 'cpu', 'cuda', 'triton'; got 'tpu'"
 
 
 def norm(x=X):
@@ -196,7 +197,13 @@ def test_the_gradient_uses_the_forced_backend(backends):
     [
         ("reference", "print(dispatch.forced())", "reference"),
         ("", "print(dispatch.forced())", "auto"),
-        ("tpu", "", "FASTDDPM_BACKEND must be one of 'auto', 'reference', 'cpu', 'cuda', 'triton'"),
+        ("tpu", "print(dispatch.forced())", f"ValueError: {MISSPELT}"),
+        (
+            "tpu",
+            "import torch; dispatch.choose('noise', torch.zeros(1))",
+            f"ValueError: {MISSPELT}",
+        ),
+        ("tpu", "dispatch.matrix(); exit(dispatch.problem())", MISSPELT),  # a report can be made
     ],
 )
 def test_environment(name, code, said):

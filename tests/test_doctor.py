@@ -10,9 +10,9 @@ import torch
 from toy import tiny_unet, wave
 
 from fastddpm import _native, cli
-from fastddpm.checkpoint import bundled_models
 from fastddpm.doctor import doctor, what_runs
 from fastddpm.ops import dispatch
+from fastddpm.pretrained import bundled_models
 
 
 def section(title: str) -> str:

@@ -206,6 +206,141 @@ def test_damaged_diffusers_folders(tmp_path):
     assert UNet.from_pretrained(tmp_path, allow_pickle=True).in_channels == 3
 
 
+SMALL = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
+         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+         "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}  # fmt: skip
+STEM = "diffusion_pytorch_model"
+
+
+def test_the_only_variant_is_read_and_one_of_several_is_asked_for(tmp_path):
+    """*.fp16.safetensors alone was "holds neither ..."."""
+    theirs = peer(**SMALL)
+    theirs.half().save_pretrained(tmp_path, variant="fp16")
+    model = UNet.from_pretrained(tmp_path)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert_equal_outputs(model, theirs.float())
+    other = peer(**SMALL)
+    with torch.no_grad():
+        other.conv_out.bias += 1
+    other.save_pretrained(tmp_path, variant="non_ema")
+    with pytest.raises(ValueError, match="several variants: choose one of fp16, non_ema as varian"):
+        UNet.from_pretrained(tmp_path)
+    assert_equal_outputs(UNet.from_pretrained(tmp_path, variant="non_ema"), other)
+    other.save_pretrained(tmp_path)  # a plain one comes first
+    assert_equal_outputs(UNet.from_pretrained(tmp_path), other)
+    assert_equal_outputs(UNet.from_pretrained(tmp_path, variant="fp16"), theirs)
+    with pytest.raises(ValueError, match="has no variant 'bf16' of its weights; it has fp16, non_"):
+        UNet.from_pretrained(tmp_path, variant="bf16")
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("safe", [True, False])
+def test_shards_are_read(tmp_path, variant, safe):
+    theirs = peer(**SMALL)
+    theirs.save_pretrained(
+        tmp_path, max_shard_size="30KB", variant=variant, safe_serialization=safe
+    )
+    assert len(list(tmp_path.glob(f"{STEM}*-of-*"))) > 2
+    model = UNet.from_pretrained(tmp_path, **({} if safe else {"allow_pickle": True}))
+    assert_equal_outputs(model, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda m: m.update({"conv_in.bias": "../x.safetensors"}),
+            ValueError,
+            "no file of weights",
+        ),
+        (lambda m: m.update({"conv_in.bias": 3}), ValueError, "names no file of weights beside it"),
+        (lambda m: m.update({"conv_in.bias": f"{STEM}-9.safetensors"}), FileNotFoundError, "lacks"),
+        (lambda m: m.clear(), ValueError, "the object 'weight_map' is missing"),
+    ],
+    ids=["a path", "no name", "no file", "empty"],
+)
+def test_a_bad_index_is_named(tmp_path, change, error, message):
+    peer(**SMALL).save_pretrained(tmp_path, max_shard_size="30KB")
+    index = tmp_path / f"{STEM}.safetensors.index.json"
+    content = json.loads(index.read_text())
+    change(content["weight_map"])
+    index.write_text(json.dumps(content))
+    with pytest.raises(error, match=message):
+        UNet.from_pretrained(tmp_path)
+
+
+def test_a_shard_that_overlaps_or_lacks_is_named(tmp_path):
+    peer(**SMALL).save_pretrained(tmp_path, max_shard_size="30KB")
+    first, second = sorted(tmp_path.glob(f"{STEM}-0000[12]*"))
+    name, tensor = next(iter(load_file(first).items()))
+    own = load_file(second)
+    save_file({**own, name: tensor}, second)
+    with pytest.raises(ValueError, match=f"has the key {name}, which another file has too"):
+        UNet.from_pretrained(tmp_path)
+    own.popitem()
+    save_file(own, second)
+    with pytest.raises(ValueError, match="lacks "):
+        UNet.from_pretrained(tmp_path)
+
+
+def test_two_names_of_one_weight_are_refused(tmp_path):
+    """to_q of today and query of the hub's files: one of them was dropped silently."""
+    peer(**SMALL).save_pretrained(tmp_path)
+    path = tmp_path / f"{STEM}.safetensors"
+    tensors = load_file(path)
+    new = "mid_block.attentions.0.to_q.weight"
+    save_file({**tensors, new.replace("to_q", "query"): tensors[new] + 1}, path)
+    with pytest.raises(ValueError, match=r"has both .*(query|to_q).* and .*, which are one here"):
+        UNet.from_pretrained(tmp_path)
+
+
+def test_a_pipeline_with_another_network_is_refused(tmp_path):
+    """The unet of a latent diffusion draws latents, no images."""
+    index = {
+        "_class_name": "LDMPipeline",
+        "vqvae": ["diffusers", "VQModel"],
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "safety_checker": None,
+    }
+    peer(**SMALL).save_pretrained(tmp_path / "unet")
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for folder in (tmp_path, tmp_path / "unet"):
+        with pytest.raises(ValueError, match="the pipeline has a vqvae beside its unet"):
+            UNet.from_pretrained(folder)
+    del index["vqvae"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert UNet.from_pretrained(tmp_path).in_channels == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"downsample_padding": True}, "downsample_padding must be 0 or 1; got True"),
+        ({"sample_size": 0}, "image_size must be positive integers; got 0"),
+        ({"block_out_channels": [0, 0]}, "must be multiples of the first; got 0 of 0"),
+        ({"block_out_channels": 8}, "block_out_channels must be a list of integers; got 8"),
+        ({"block_out_channels": []}, "block_out_channels must be a list of integers"),
+        ({"block_out_channels": [8, 16.0]}, "block_out_channels must be a list of integers"),
+        ({"down_block_types": "DownBlock2D"}, "down_block_types must be a list of names"),
+        ({"down_block_types": [["DownBlock2D"], 1]}, "down_block_types must be a list of names"),
+        ({"layers_per_block": [1, 2]}, "num_res_blocks must be a positive integer"),
+        ({"norm_num_groups": None}, "num_groups must be a positive integer; got None"),
+        ({"freq_shift": 4}, "freq_shift must be below 4, half of 8 channels"),
+        ({"new_attention": "linear"}, "the option new_attention is not known; got 'linear'"),
+        ({"_class_name": ["UNet2DModel"]}, "only UNet2DModel is read"),
+    ],
+    ids=str,
+)
+def test_an_option_of_another_type_is_named(tmp_path, options, message):
+    peer(**SMALL).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+    with pytest.raises(ValueError, match=message) as caught:
+        UNet.from_pretrained(tmp_path)
+    assert str(path) in str(caught.value)
+
+
 # ---- the PyTorch port of the paper's code --------------------------------------------------------
 
 
@@ -275,6 +410,27 @@ def test_options_of_the_port_take_precedence(tmp_path):
     assert (loaded.image_size, loaded.diffusion) == ((16, 16), own)
 
 
+@pytest.mark.parametrize(
+    ("options", "variance"),
+    [
+        ({"channel_mult": (1, 2, 2, 2), "attention_levels": (1,)}, "fixed_large"),  # CIFAR-10's
+        ({"image_size": 256, "channel_mult": (1, 1, 2, 2, 4, 4), "attention_levels": (4,)},
+         "fixed_small"),  # CelebA-HQ's and LSUN's
+    ],
+)  # fmt: skip
+def test_a_port_file_has_the_papers_variance(tmp_path, options, variance):
+    model = tiny_unet(**{**PORT, **options, "diffusion": None})
+    path = tmp_path / "x.safetensors"
+    save_file(as_port(model), path)
+    for given in ({}, {"diffusion": None}):
+        diffusion = UNet.from_pretrained(path, **given).diffusion
+        assert (diffusion.prediction, diffusion.variance) == ("eps", variance)
+        assert diffusion.schedule.to_config() == fastddpm.Schedule.linear().to_config()
+    own = fastddpm.Diffusion(variance="fixed_large")
+    assert UNet.from_pretrained(path, diffusion=own).diffusion is own
+    assert UNet.from_pretrained(path, image_size=512).diffusion.variance == "fixed_small"
+
+
 def test_damaged_port_files(tmp_path):
     path = tmp_path / "x.safetensors"
     weights = as_port(tiny_unet(**PORT))
@@ -292,6 +448,72 @@ def test_damaged_port_files(tmp_path):
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"no model of the PyTorch port of DDPM.*down\.\*"):
         UNet.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "shapes", "message"),
+    [
+        ("qkv", ((64, 32), (16, 32), (16, 32)), "must have one shape; got"),
+        ("qkv", ((32, 32, 3, 3),) * 3, "must be a matrix or a 1x1 convolution; got shape"),
+        ("q", ((32,),), "must be a matrix or a 1x1 convolution"),
+        ("k", ((16, 32, 1, 1),), "must have one shape; got"),
+        ("qkv", ((32, 16),) * 3, "this model's is"),
+        (("proj_out",), ((32, 8, 4, 1),), "proj_out.weight must be a matrix or a 1x1 convolution"),
+    ],
+    ids=str,
+)
+def test_attention_of_another_shape_is_refused(tmp_path, names, shapes, message):
+    """Parts whose rows add up were joined, each with rows of another's."""
+    weights = as_port(tiny_unet(**PORT, channel_mult=(1, 1)))
+    for name, shape in zip(names, shapes, strict=True):
+        weights[f"mid.attn_1.{name}.weight"] = torch.zeros(shape)
+    save_file(weights, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=message):
+        UNet.from_pretrained(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("down.99999999999.block.0.conv1.weight", r"the key down\.99999999999\.\*.*from 0 to 2"),
+        ("down.0.block.77.conv1.weight", r"down\.0\.block\.77\.\*"),
+        ("down.01.block.0.conv1.weight", r"down\.01\."),
+        ("module.conv_in.bias", r"has both .*conv_in\.bias.*which are one here"),
+        ("mid.attn_1.qkv.weight", r"has both mid\.attn_1\.[qkv]\.weight and mid\.attn_1\.qkv"),
+    ],
+)
+def test_keys_that_a_port_file_cannot_have(tmp_path, key, message):
+    weights = as_port(tiny_unet(**PORT))
+    save_file({**weights, key: torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=message):
+        UNet.from_pretrained(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bool, torch.uint8, torch.int64, torch.complex64, torch.float8_e4m3fn],
+    ids=str,
+)
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_weights_that_are_no_floats_are_refused_by_type(tmp_path, dtype, suffix):
+    weights = as_port(tiny_unet(**PORT))
+    weights["conv_in.weight"] = weights["conv_in.weight"].to(dtype)
+    path = tmp_path / f"x.{suffix}"
+    save_file(weights, path) if suffix == "safetensors" else torch.save(weights, path)
+    with pytest.raises(
+        ValueError, match=r"conv_in\.weight has the type .*; weights are torch\.flo"
+    ):
+        UNet.from_pretrained(path, allow_pickle=suffix == "pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_weights_of_other_float_types_become_float32(tmp_path, dtype):
+    model = tiny_unet(**PORT)
+    save_file({k: v.to(dtype) for k, v in as_port(model).items()}, tmp_path / "x.safetensors")
+    loaded = UNet.from_pretrained(tmp_path / "x.safetensors", diffusion=model.diffusion)
+    for name, tensor in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == torch.float32
+        assert torch.equal(loaded.state_dict()[name], tensor.to(dtype).float()), name
 
 
 def test_no_peer_is_imported():

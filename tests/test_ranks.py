@@ -3,16 +3,24 @@ failed."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from on_ranks import draw
 
+import fastddpm
 from fastddpm import ranks
+from fastddpm.presence import Presence, RankError, Sign
 
 HERE = Path(__file__).parent
 
@@ -86,3 +94,226 @@ def test_one_process_needs_no_group(monkeypatch):
         assert ranks.from_first("x") == "x"
     with pytest.raises(ZeroDivisionError), ranks.together():
         raise ZeroDivisionError
+
+
+# ---- who is there, and who is not ----------------------------------------------------------------
+
+STARTED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+           "FASTDDPM_TIMEOUT", "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in STARTED:
+        monkeypatch.delenv(name, raising=False)
+
+    def set_all(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+
+    return set_all
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": 2}, "WORLD_SIZE is 2 in the environment, but not RANK, MASTER_ADDR, MAS"),
+        ({"WORLD_SIZE": 4, "RANK": 0}, "but not MASTER_ADDR, MASTER_PORT: start the ranks with to"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many' in the environment; it must be an integer"),
+        ({"WORLD_SIZE": 0}, "WORLD_SIZE is '0' in the environment; it must be"),
+        ({"WORLD_SIZE": -2}, "WORLD_SIZE is '-2' in the environment; it must be"),
+        ({"WORLD_SIZE": 2, "RANK": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}, "RANK is 2 in the e"),
+        ({"WORLD_SIZE": 2, "RANK": "a", "MASTER_ADDR": "x", "MASTER_PORT": 1}, "RANK is 'a' in t"),
+        ({"FASTDDPM_TIMEOUT": "soon"}, "FASTDDPM_TIMEOUT must be seconds, above 0"),
+        ({"FASTDDPM_TIMEOUT": 0}, "FASTDDPM_TIMEOUT must be seconds, above 0"),
+        ({"FASTDDPM_TIMEOUT": "inf"}, "FASTDDPM_TIMEOUT must be seconds, above 0"),
+    ],
+)  # fmt: skip
+def test_a_stray_variable_is_an_error_at_once(environment, variables, message):
+    environment(**variables)
+    with pytest.raises(ValueError, match=message), ranks.launched(torch.device("cpu")):
+        raise AssertionError("it was launched")
+
+
+def test_a_stray_variable_is_nothing_to_the_library(environment):
+    environment(WORLD_SIZE=2)
+    assert torch.equal(draw(3), draw(3, distributed=False))
+
+
+def test_the_timeout_that_is_given_is_the_one(environment):
+    environment(FASTDDPM_TIMEOUT=7)
+    assert ranks._seconds(None) == 7
+    assert ranks._seconds(3.5) == 3.5
+    with pytest.raises(ValueError, match=r"^timeout must be seconds"):
+        ranks._seconds(-1)
+    environment(FASTDDPM_TIMEOUT="")
+    assert ranks._seconds(None) == ranks.TIMEOUT
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def place(environment):
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+
+
+def together(*ranks_of_run) -> list:
+    """What each function of a Presence returns or raises, each in a thread as if in a process."""
+    results: list = [None] * len(ranks_of_run)
+
+    def run(rank, work):
+        try:
+            results[rank] = work(Presence(rank, len(ranks_of_run), 1.5))
+        except Exception as error:
+            results[rank] = error
+
+    threads = [
+        threading.Thread(target=run, args=(rank, work))
+        for rank, work in enumerate(ranks_of_run)
+        if work is not None
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+def meets(before: float, *, times: int = 2):
+    def work(presence):
+        with presence:
+            for _ in range(times):
+                time.sleep(before)
+                presence.meet()
+        return "done"
+
+    return work
+
+
+def test_long_work_is_no_silence(place):
+    """More than the timeout between two meetings."""
+    assert together(meets(0), meets(2.0), meets(0.1)) == ["done"] * 3
+
+
+@pytest.mark.parametrize("absent", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_rank_that_never_comes_is_named(place, absent):
+    works = [None if rank == absent else meets(0) for rank in range(3)]
+    for error in filter(None, together(*works)):
+        assert isinstance(error, RankError)
+        said = "is rank 0 there" if absent == 0 else "rank 1 gave no sign of life for 1.5 s"
+        assert said in str(error)
+
+
+def test_a_rank_that_falls_silent_is_named(place):
+    over = threading.Event()
+
+    def silent(presence):
+        with presence:
+            presence._own = SimpleNamespace(set=lambda *_: over.wait(60), check=lambda _: False)
+            over.wait(60)
+
+    def waits(presence):
+        try:
+            return meets(0)(presence)
+        finally:
+            over.set()
+
+    assert "rank 1 gave no sign of life for 1.5 s" in str(together(waits, silent)[0])
+
+
+def test_a_rank_that_leaves_early_is_named_at_once(place):
+    def leaves(presence):
+        with presence:
+            raise KeyboardInterrupt
+
+    def caught(presence):
+        with contextlib.suppress(KeyboardInterrupt):
+            leaves(presence)
+
+    started = time.monotonic()
+    results = together(meets(0), caught)
+    assert "rank 1 ended without what the others wait for" in str(results[0])
+    assert time.monotonic() - started < 0.9 + 2
+
+
+def test_who_was_stopped_itself_blames_nobody(place, monkeypatch):
+    """A clock that jumps, as over SIGSTOP and SIGCONT of all ranks."""
+    clock = time.monotonic
+
+    def stopped(presence):
+        with presence:
+            monkeypatch.setattr(time, "monotonic", lambda: clock() + 1000)
+            presence.meet()
+        return "done"
+
+    assert together(stopped, meets(0.4, times=1)) == ["done", "done"]
+
+
+def test_signs_are_read_as_they_are_written():
+    assert Sign(*map(int, b"7 2 0".split())) == Sign(7, 2, 0)
+
+
+# ---- processes that are stopped and killed -------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("sent", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_rank_that_is_stopped_or_killed_ends_the_other(tmp_path, rank, sent):
+    processes = _two_ranks(tmp_path, "-n24", "--batch-size=2", "--steps=50")
+    while not list((tmp_path / "set").glob("*.npz")):
+        time.sleep(0.01)
+        assert all(p.poll() is None for p in processes)
+    os.kill(processes[rank].pid, sent)
+    other = processes[1 - rank]
+    try:
+        _, err = other.communicate(timeout=240)
+    finally:
+        processes[rank].kill()
+        processes[rank].communicate()
+    assert other.returncode == 2
+    assert "fastddpm: error: " in err
+    assert "Traceback" not in err
+    named = f"rank {rank} gave no sign of life for 3 s"
+    assert named in err or (rank == 0 and "the meeting place of the ranks" in err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_partner_never_starts_ends(tmp_path, rank):
+    process = _two_ranks(tmp_path, only=rank)[0]
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 2
+    assert "Traceback" not in err
+    assert ("is rank 0 there" if rank else "rank 1 gave no sign of life for 3 s") in err
+
+
+@pytest.mark.slow
+def test_two_ranks_without_torchrun_draw_a_set(tmp_path):
+    for process in _two_ranks(tmp_path, "-n8", "--steps=5"):
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+    assert len(list((tmp_path / "set").glob("*.npz"))) == 4
+
+
+def _two_ranks(tmp_path: Path, *arguments: str, only: int | None = None) -> list[subprocess.Popen]:
+    fastddpm.UNet(channels=32, image_size=16).save_pretrained(tmp_path / "model")
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()), "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "fastddpm.cli", "sample", "--model", tmp_path / "model",
+             "--out", tmp_path / "set", "--shard-size=2", "--quiet", "--timeout=3", *arguments],
+            env={**environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in ((0, 1) if only is None else (only,))
+    ]  # fmt: skip

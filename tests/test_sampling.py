@@ -484,6 +484,14 @@ def test_interpolation_takes_floats_in_range():
         ({"shape": (3, 8.0, 8)}, "shape must be"),
         ({"diffusion": SCHEDULE}, "diffusion must be a fastddpm.Diffusion; got Schedule"),
         ({"model": 3}, "model must be a callable .* got int"),
+        *(({name: value}, f"{name} must be .*; got ")
+          for name in ("n", "seed", "first_index", "batch_size", "steps", "shape")
+          for value in (True, 1.5, np.float64(2), np.bool_(1), "3", torch.tensor(1.0), [1, "3"])),
+        *(({"shape": shape}, "shape must be") for shape in (8, "3, 8", (3, True, 8), (3, 8, "8"))),
+        *(({"n": n}, "n must be") for n in (2**63, 2**70)),
+        *(({"clip": value}, "clip must be True or False") for value in ("no", 0.5, None)),
+        *(({"sampler": "ddim", "eta": value}, "eta must be") for value in ("0.5", None, True, 1j)),
+        *(({"device": value}, "device must be") for value in ("toaster", 1.5, "meta", "xpu:7")),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named_before_the_model_runs(options, message):
@@ -575,6 +583,70 @@ def test_progressive_mistakes():
     for options, message in (({"frames": 0}, "frames must be"), ({"n": 0}, "n must be")):
         with pytest.raises(ValueError, match=message):
             fastddpm.sample_progressive(wave, shape=SHAPE, progress=False, **options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    plain = draw(n=3, seed=7, first_index=2, batch_size=2, steps=5)
+    for number in (np.int64, np.int8, np.uint8, np.array, torch.tensor):
+        count = number if number in (np.int64, np.int8, np.uint8) else int
+        x = draw(
+            n=count(3), seed=number(7), first_index=number(2), batch_size=count(2), steps=count(5),
+            shape=[number(size) for size in SHAPE], clip=np.bool_(True), eta=np.float32(0),
+        )  # fmt: skip
+        assert torch.equal(x, plain)
+    assert draw(n=np.uint8(200), first_index=np.uint8(100), steps=1).shape == (200, *SHAPE)
+    for frames in (np.int64(2), np.uint8(2)):
+        _, x0, _ = fastddpm.sample_progressive(
+            wave, np.int8(2), frames=frames, shape=SHAPE, diffusion=DIFFUSION, progress=False
+        )
+        assert x0.shape == (2, 2, *SHAPE)
+    options = {"shape": SHAPE, "diffusion": DIFFUSION, "progress": False}
+    rows = fastddpm.sample_shared_latent(wave, 2, t=(3, 7), **options)
+    for t in (np.array([3, 7]), torch.tensor([3, 7]), [np.int64(3), np.int8(7)]):
+        assert torch.equal(fastddpm.sample_shared_latent(wave, np.int64(2), t=t, **options), rows)
+    a, b = images(2, *SHAPE)
+    mixed = fastddpm.interpolate(wave, a, b, n=2, t=5, **options)
+    for t in (np.int64(5), np.array(5), torch.tensor(5)):
+        assert torch.equal(fastddpm.interpolate(wave, a, b, n=np.int64(2), t=t, **options), mixed)
+
+
+@pytest.mark.parametrize("t", [True, 2.0, "5", "500", [True], [2.5], np.array([1.0]), None, [], 0])
+def test_levels_that_are_none_are_named(t):
+    with pytest.raises(ValueError, match=r"t must be steps in 1 \.\. 12; got "):
+        fastddpm.sample_shared_latent(
+            wave, 1, t=t, shape=SHAPE, diffusion=DIFFUSION, progress=False
+        )
+
+
+def test_a_models_own_image_size_may_be_one_number():
+    def model(size, channels=2):
+        network = SimpleNamespace(in_channels=channels, image_size=size)
+        return type("Network", (SimpleNamespace,), {"__call__": lambda self, x, t: wave(x, t)})(
+            **vars(network)
+        )
+
+    options = {"diffusion": DIFFUSION, "progress": False}
+    expected = draw(n=1, shape=(2, 8, 8))
+    for size in (8, np.int64(8), (8, 8), [8, 8], torch.Size([8, 8]), np.array([8, 8])):
+        assert torch.equal(fastddpm.sample(model(size), 1, **options), expected)
+    for size in ("8", 8.0, (8,), (8, 8, 8), True, 0):
+        with pytest.raises(ValueError, match=r"Network's \(in_channels, image_size\) must be"):
+            fastddpm.sample(model(size), 1, **options)
+    for network in (model(8, None), model(None), SimpleNamespace(image_size=8, __call__=wave)):
+        network = network if callable(network) else wave
+        with pytest.raises(ValueError, match=r"shape=\(C, H, W\) is needed"):
+            fastddpm.sample(network, 1, **options)
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((2, 3, 5), np.uint8), "A.png", None, torch.full(SHAPE, 128.0),
+              torch.full(SHAPE, torch.nan)],
+    ids=["array", "name", "none", "0 .. 255", "nan"],
+)  # fmt: skip
+def test_interpolate_names_what_is_no_image(image):
+    for pair in ((image, image), (torch.zeros(SHAPE), image)):
+        with pytest.raises(ValueError, match=r"^(a|b) must be "):
+            fastddpm.interpolate(wave, *pair, diffusion=DIFFUSION, progress=False)
 
 
 def test_model_and_device_have_to_agree():

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
+from fractions import Fraction
+
 import mpmath
 import numpy as np
 import pytest
@@ -260,6 +265,7 @@ def test_any_schedule(betas, data):
     [
         Schedule.linear(),
         Schedule.linear(50, 1e-3, 0.1),
+        Schedule.linear(50, scaled=True),
         Schedule.quadratic(10),
         Schedule.constant(7, 0.2),
         Schedule.cosine(20, s=0.01),
@@ -268,8 +274,138 @@ def test_any_schedule(betas, data):
     ids=lambda schedule: str(schedule.to_config()["kind"]),
 )
 def test_config_round_trip(schedule):
-    again = Schedule.from_config(schedule.to_config())
+    config = json.loads(json.dumps(schedule.to_config()))
+    again = Schedule.from_config(config)
     assert np.array_equal(again.betas, schedule.betas)
+    assert again.to_config() == config
+
+
+@pytest.mark.parametrize(
+    ("make", "same"),
+    [
+        (lambda: Schedule.linear(np.int64(500)), Schedule.linear(500)),
+        (lambda: Schedule.linear(np.uint8(50), np.float64(1e-3)), Schedule.linear(50, 1e-3)),
+        (lambda: Schedule.quadratic(beta_end=np.float16(0.25)), Schedule.quadratic(beta_end=0.25)),
+        (lambda: Schedule.constant(np.int32(9), np.float32(0.5)), Schedule.constant(9, 0.5)),
+        (lambda: Schedule.constant(9, Fraction(1, 4)), Schedule.constant(9, 0.25)),
+        (lambda: Schedule.cosine(np.int16(8), np.float32(0.5), np.float64(0.9)),
+         Schedule.cosine(8, 0.5, 0.9)),
+        (lambda: Schedule.linear(50, scaled=np.True_), Schedule.linear(50, scaled=True)),
+        (lambda: Schedule(torch.tensor([0.25, 0.5])), Schedule([0.25, 0.5])),
+        (lambda: Schedule([0.25, 0.5], np.array([3, 7], np.uint8), np.int64(9)),
+         Schedule([0.25, 0.5], [3, 7], 9)),
+    ],
+)  # fmt: skip
+def test_numbers_of_numpy_are_numbers(make, same):
+    schedule = make()
+    assert np.array_equal(schedule.betas, same.betas)
+    assert np.array_equal(schedule.timesteps, same.timesteps)
+    assert type(schedule.full_steps) is int
+    assert schedule.recipe == same.recipe
+    if schedule.is_full:
+        config = json.loads(json.dumps(schedule.to_config()))
+        assert np.array_equal(Schedule.from_config(config).betas, same.betas)
+
+
+def test_scaled_is_improved_diffusions():
+    """betas times 1000 / T (its get_named_beta_schedule), so that any T ends as 1000 do."""
+    for T in (21, 100, 250, 4000):
+        expected = np.linspace(1000 / T * 0.0001, 1000 / T * 0.02, T)
+        assert np.array_equal(Schedule.linear(T, scaled=True).betas, expected)
+    assert np.array_equal(Schedule.linear(scaled=True).betas, Schedule.linear().betas)
+    assert Schedule.linear(100).alphas_cumprod[-1] > 0.36
+    assert Schedule.linear(100, scaled=True).alphas_cumprod[-1] < 1e-4
+    assert "scaled" not in Schedule.linear(100).to_config()
+
+
+NO_NUMBER = (None, True, "0.1", "x", [0.1], {}, np.nan, np.inf, -1e-3, 10**400, 1j, 2)
+
+
+@pytest.mark.parametrize("value", NO_NUMBER, ids=repr)
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [("linear", "beta_start"), ("linear", "beta_end"), ("quadratic", "beta_start"),
+     ("quadratic", "beta_end"), ("constant", "beta"), ("cosine", "s"), ("cosine", "beta_max")],
+)  # fmt: skip
+def test_what_is_no_beta_is_named(kind, option, value):
+    with pytest.raises(ValueError, match=f"{option} must be a number in"):
+        getattr(Schedule, kind)(**{option: value})
+    with pytest.raises(ValueError, match=f"{option} must be a number in"):
+        Schedule.from_config({"kind": kind, option: value})
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, "9", [9], {}, 9.0, np.nan, 0, -1, 1j, 10**12, 10**30]
+)
+@pytest.mark.parametrize("kind", ["linear", "quadratic", "constant", "cosine"])
+def test_what_is_no_length_is_named(kind, value):
+    with pytest.raises(ValueError, match="T must be"):
+        Schedule.from_config({"kind": kind, "T": value})
+
+
+BETAS = [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"full_steps": 1.5}, "full_steps must be an integer in 1 .. 4294967295; got 1.5"),
+        ({"full_steps": 0}, "full_steps must be an integer"),
+        ({"full_steps": True}, "full_steps must be an integer"),
+        ({"full_steps": "9"}, "full_steps must be an integer"),
+        ({"full_steps": 10**30}, "full_steps must be an integer"),
+        ({"full_steps": 9}, "timesteps must be given where full_steps is not .* 3; got full_steps"),
+        ({"timesteps": [0, 1]}, r"timesteps must have shape \(3,\).*; got \(2,\)"),
+        ({"timesteps": [[0, 1, 2]]}, r"got \(1, 3\)"),
+        ({"timesteps": []}, r"got \(0,\)"),
+        ({"timesteps": 3}, r"got \(\)"),
+        ({"timesteps": [0, 1, 3]}, "timesteps must increase within 0 .. 2"),
+        ({"timesteps": [0, 1, 9], "full_steps": 9}, "timesteps must increase within 0 .. 8"),
+        ({"timesteps": [-1, 1, 2], "full_steps": 9}, "timesteps must increase within"),
+        ({"timesteps": [0, 2, 1], "full_steps": 9}, "timesteps must increase within"),
+        ({"timesteps": [0, 1, 1], "full_steps": 9}, "timesteps must increase within"),
+        ({"timesteps": [0, 1, 2**63], "full_steps": 9}, "timesteps must"),
+        ({"timesteps": [0, 1, 10**30], "full_steps": 9}, "array of integers; got object"),
+        ({"timesteps": [0.0, 1.0, 2.0]}, "timesteps must be a 1-D array of integers; got float64"),
+        ({"timesteps": ["0", "1", "2"]}, "timesteps must be a 1-D array of integers"),
+        ({"timesteps": [False, True, True]}, "timesteps must be a 1-D array of integers; got bool"),
+        ({"timesteps": [0, [1], 2]}, "timesteps must be a 1-D array of integers"),
+        ({"timesteps": {}}, "timesteps must be a 1-D array of integers"),
+        ({"betas": ["0.1", "0.2"]}, "betas must be a 1-D array of numbers"),
+        ({"betas": [0.1, 10**400]}, "betas must be a 1-D array of numbers; got object"),
+        ({"betas": [0.1, None]}, "betas must be a 1-D array of numbers; got object"),
+        ({"betas": [0.1, [0.2]]}, "betas must be a 1-D array of numbers"),
+        ({"betas": {}}, "betas must be a 1-D array of numbers"),
+        ({"betas": "0.1"}, "betas must be a 1-D array of numbers"),
+        ({"betas": 0.1}, r"got shape \(\)"),
+        ({"betas": [1e-17, 0.1]}, r"betas\[0\] = 1e-17 is too small"),
+        ({"betas": [0.9] * 80}, "abar_T, .* is 1e-80; it must be at least 1e-76"),
+        ({"recipe": {"kind": "linear"}}, "recipe"),
+        ({"full": None}, "full"),
+        ({"steps": 3}, "steps"),
+    ],
+    ids=str,
+)
+def test_a_custom_schedule_of_a_file_is_checked(change, message):
+    config = {"kind": "custom", "betas": BETAS, **change}
+    with pytest.raises(ValueError, match=message):
+        Schedule.from_config(config)
+    if not {"recipe", "full", "steps"} & change.keys():
+        with pytest.raises(ValueError, match=message):
+            Schedule(**{"betas": BETAS, **change})
+
+
+def test_any_json_is_a_schedule_or_a_value_error():
+    junk = (None, True, "x", [], {}, -1, 0, 1, 2.5, 1e300, 10**30, float("nan"), [1, 2], [[0.1]])
+    options = ("T", "beta_start", "beta_end", "beta", "s", "beta_max", "betas", "timesteps",
+               "full_steps", "scaled", "kind")  # fmt: skip
+    for kind in ("linear", "quadratic", "constant", "cosine", "custom"):
+        whole = {"kind": kind, **({"betas": BETAS} if kind == "custom" else {"T": 50})}
+        for option, value in itertools.product(options, junk):
+            with contextlib.suppress(ValueError):
+                schedule = Schedule.from_config({**whole, option: value})
+                assert schedule.table().isfinite().all(), (kind, option, value)
+                json.dumps(schedule.to_config())
 
 
 @pytest.mark.parametrize(
@@ -292,6 +428,18 @@ def test_config_round_trip(schedule):
         (lambda: Schedule.from_config({"kind": "exponential"}), "schedule kind must be one of"),
         (lambda: Schedule.from_config({"kind": "linear", "beta": 1}), "schedule 'linear': .*beta"),
         (lambda: Schedule.linear().respace(10).to_config(), "a respaced schedule is not saved"),
+        (
+            lambda: Schedule.linear().table(sampler="ddim", eta="x"),
+            "eta must be at least 0; got 'x'",
+        ),
+        (lambda: Schedule.linear().table(sampler="ddim", eta=np.inf), "eta must be at least 0"),
+        (
+            lambda: Schedule.linear(20, scaled=True),
+            "1000 / T times 0.02 is 1 for T = 20; take more",
+        ),
+        (lambda: Schedule.linear(50, scaled=1), "scaled must be True or False; got 1"),
+        (lambda: Schedule.linear(20_000), r"abar_T, .* is \S+e-8\d; it must be at least 1e-76"),
+        (lambda: Schedule.cosine(s=1.5), "s must be a number in 0 .. 1; got 1.5"),
     ],
 )
 def test_bad_input(make, message):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +21,10 @@ from toy import tiny_unet, wave
 
 import fastddpm
 from fastddpm import cli, shards
-from fastddpm.checkpoint import save_model
+from fastddpm.checkpoint import atomic_write
 from fastddpm.data import open_dataset
 from fastddpm.figures import to_uint8
+from fastddpm.pretrained import save_model
 from fastddpm.shards import cut, missing, sample_to_folder
 
 OPTIONS = {"precision": "fp32", "engine": "eager", "progress": False}
@@ -39,7 +43,7 @@ def expected(model, n, **options) -> np.ndarray:
 def contents(folder: Path) -> dict[int, np.ndarray]:
     """{index: image} of all files in the folder, each index once, by their names."""
     images: dict[int, np.ndarray] = {}
-    for path in folder.iterdir():
+    for path in folder.glob("[!.]*"):
         if path.suffix == ".png":
             with Image.open(path) as image:
                 found = {int(path.stem): np.asarray(image)}
@@ -131,6 +135,41 @@ def test_finished_files_are_kept_and_damaged_ones_drawn_again(model, tmp_path):
     assert not leftover.exists()
     assert sample_to_folder(model, tmp_path, 8, shard_size=2, **OPTIONS) == 0
     assert stamps(tmp_path) == after
+
+
+def test_what_another_process_still_writes_is_left_to_it(model, tmp_path):
+    sample_to_folder(model, tmp_path, 1, **OPTIONS)
+    name = "000001.png"
+    with atomic_write(tmp_path / name) as file:
+        file.write(b"of the other process")
+        (tmp_path / f".{name}.0123abcd").write_bytes(b"of one that was killed")
+        assert sample_to_folder(model, tmp_path, 3, **OPTIONS) == 2
+        assert len(list(tmp_path.glob(".*"))) == 1
+    assert sorted(stamps(tmp_path)) == [f"{k:06d}.png" for k in range(3)]
+    assert (tmp_path / name).read_bytes() == b"of the other process"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_set_that_is_gone_on_with_is_cut_as_one_that_was_not_interrupted(
+    model, tmp_path, monkeypatch, world
+):
+    options = {"shard_size": 4, "first_index": 1, "steps": 1, **OPTIONS}
+    sample_to_folder(model, tmp_path / "whole", 12, **options)
+    names = stamps(tmp_path / "whole").keys()
+    assert sorted(names) == [
+        "00000001-00000004.npz", "00000004-00000008.npz", "00000008-00000012.npz",
+        "00000012-00000013.npz",
+    ]  # fmt: skip
+    monkeypatch.setattr(shards.ranks, "agree", lambda **_: None)
+    monkeypatch.setattr(shards.ranks, "from_first", lambda pieces: pieces)
+    monkeypatch.setattr(shards.ranks, "place", lambda: (0, world))
+    monkeypatch.setattr(shards.ranks, "together", contextlib.nullcontext)
+    for lost in sorted(names):
+        (tmp_path / "whole" / lost).unlink()
+        sample_to_folder(model, tmp_path / "whole", 12, **options)
+        assert stamps(tmp_path / "whole").keys() <= names
+    sample_to_folder(model, tmp_path / "new", 12, **options)
+    assert sorted(stamps(tmp_path / "new")) == sorted(names)[::world]
 
 
 def test_damaged_pictures_are_drawn_again(model, tmp_path):
@@ -245,12 +284,15 @@ def test_cut(size):
 # ---- the command, killed and under torchrun ------------------------------------------------------
 
 
-def command(folder: Path, model: Path, n: int, *launcher: str, **options) -> subprocess.Popen:
+def command(
+    folder: Path, model: Path, n: int, *launcher: str, more: Sequence[str] = (), **options
+) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     arguments = (
         *("sample", "--model", str(model), "-n", str(n), "--out", str(folder)),
         *("--shard-size", "2", "--precision", "fp32", "--engine", "eager", "--quiet"),
+        *more,
     )
     return subprocess.Popen(
         [sys.executable, "-m", *launcher, "fastddpm.cli", *arguments],
@@ -289,6 +331,50 @@ def test_a_killed_run_is_resumed(model, tmp_path, launcher):
     assert out.count("wrote") == 1  # one rank reports
     after = stamps(folder)
     assert {name: after[name] for name in kept} == kept
+    assert_set(folder, model, n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--shard-size=2",), ("--shard-size=0",)], ids=str)
+def test_a_set_of_a_run_that_is_killed_again_and_again_gets_whole(model, tmp_path, options):
+    """20 times, at random moments of starting, drawing and writing; what is there is whole."""
+    folder, saved, n = tmp_path / "set", tmp_path / "model", 60
+    save_model(model, saved)
+    moments, kills, kept = random.Random(0), 0, {}
+    while True:
+        run = command(folder, saved, n, more=options)
+        try:
+            _, err = run.communicate(timeout=moments.uniform(0.5, 6) if kills < 20 else 240)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.communicate()
+            kills += 1
+        else:
+            assert run.returncode == 0, err
+            if kills == 20:
+                break
+            for path in list(folder.iterdir())[::2]:  # it was too quick: some more to draw
+                kept.pop(path.name, None)
+                path.unlink()
+        there = {k: v for k, v in stamps(folder).items() if k[0] != "."} if folder.exists() else {}
+        assert kept.items() <= there.items()
+        kept = there
+        images = contents(folder) if folder.exists() else {}  # reads them all
+        assert len(images) >= len(kept)
+    assert not list(folder.glob(".*"))
+    assert_set(folder, model, n)
+
+
+@pytest.mark.slow
+def test_processes_may_draw_into_one_folder(model, tmp_path):
+    """All do the work; none takes the others' half-written files for a dead one's."""
+    folder, saved, n = tmp_path / "set", tmp_path / "model", 200
+    save_model(model, saved)
+    runs = [command(folder, saved, n, more=("--shard-size=0",)) for _ in range(3)]
+    for run in runs:
+        _, err = run.communicate(timeout=240)
+        assert run.returncode == 0, err
+    assert not list(folder.glob(".*"))
     assert_set(folder, model, n)
 
 

@@ -326,18 +326,36 @@ def test_cifar10_is_appendix_b():
     np.testing.assert_allclose(process.schedule.betas, np.linspace(1e-4, 0.02, 1000), rtol=1e-14)
 
 
-def test_the_256_presets_are_appendix_b():
-    for name, steps, channels in (
-        ("celebahq256", 500_000, None),
-        ("lsun256", 2_400_000, None),
-        ("lsun256-large", 1_150_000, 192),
-    ):
-        preset = PRESETS[name]
-        assert (preset.lr, preset.batch_size, preset.steps) == (2e-5, 64, steps)
-        assert (preset.flip, preset.ema_decay, preset.warmup) == (True, 0.9999, 5000)
-        assert preset.model.get("channels") == channels
-        assert preset.model["channel_mult"] == (1, 1, 2, 2, 4, 4)
-        assert "dropout" not in preset.model  # none but on CIFAR-10
+@pytest.mark.parametrize(
+    ("name", "steps", "flip", "channels"),
+    [
+        ("celebahq256", 500_000, True, 128),
+        ("lsun-bedroom", 2_400_000, False, 128),
+        ("lsun-church", 1_200_000, True, 128),
+        ("lsun-cat", 1_800_000, True, 128),
+        ("lsun-bedroom-large", 1_150_000, False, 192),
+    ],
+)
+def test_the_256_presets_are_appendix_b_a_data_set_each(name, steps, flip, channels):
+    preset = PRESETS[name]
+    assert (preset.lr, preset.batch_size, preset.steps) == (2e-5, 64, steps)
+    assert (preset.flip, preset.ema_decay, preset.warmup) == (flip, 0.9999, 5000)
+    assert (preset.grad_clip, preset.ema_warmup) == (1.0, False)
+    assert preset.variance == "fixed_small"  # the authors' 256x256 scripts; CIFAR-10's fixed_large
+    assert preset.model.get("channels", 128) == channels
+    assert preset.model["channel_mult"] == (1, 1, 2, 2, 4, 4)
+    assert "dropout" not in preset.model  # none but on CIFAR-10
+    assert PRESETS["cifar10"].variance == "fixed_large"
+
+
+def test_presets_of_old_names_say_what_they_became():
+    assert training.preset("lsun-cat") is PRESETS["lsun-cat"]
+    with pytest.raises(ValueError, match="give lsun-bedroom or lsun-church or lsun-cat"):
+        training.preset("lsun256")
+    with pytest.raises(ValueError, match="give lsun-bedroom-large"):
+        training.preset("lsun256-large")
+    with pytest.raises(ValueError, match=r"must be one of 'celebahq256', 'cifar10', .*'imagenet'"):
+        training.preset("imagenet")
 
 
 # ---- save and load -------------------------------------------------------------------------------
@@ -470,7 +488,7 @@ def test_load_refuses_another_architecture(tmp_path):
     trainer(tiny_unet()).save(tmp_path)
     other = trainer(tiny_unet(channels=16))
     before = state(other)
-    with pytest.raises(ValueError, match=r"has shape .* expected"):
+    with pytest.raises(ValueError, match="model: channels is 8 there and 16 here"):
         other.load(tmp_path)
     assert_same(state(other), before)
 

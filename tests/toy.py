@@ -91,3 +91,34 @@ class Gaussian:
             for values in (self.gain, self.centre)
         )
         return gain * (xt - centre)
+
+
+class Optimal:
+    """The best model of data N(0, std^2), in closed form: with v_t = Var(x_t),
+
+    E[eps | x_t] = sqrt(1 - abar_t) x_t / v_t and E[x_0 | x_t] = sqrt(abar_t) std^2 x_t / v_t,
+    E[x_{t-1} | x_t] = sqrt(alpha_t) v_{t-1} x_t / v_t,  Var(x_{t-1} | x_t) = beta_t v_{t-1} / v_t.
+    """
+
+    def __init__(self, diffusion: Diffusion, std: float, error: float = 0.0):
+        schedule = diffusion.schedule
+        ab = np.cumprod(1 - schedule.betas)
+        v = ab * std**2 + 1 - ab
+        before = np.append(std**2, v[:-1])
+        gain = {
+            "eps": np.sqrt(1 - ab) / v,
+            "x0": np.sqrt(ab) * std**2 / v,
+            "mean": np.sqrt(schedule.alphas) * before / v,
+        }[diffusion.prediction]
+        self.gain = torch.tensor(gain, dtype=torch.float32)
+        self.log_variance = None
+        if diffusion.variance == "learned":
+            log_variance = np.log(schedule.betas * before / v)
+            self.log_variance = torch.tensor(log_variance, dtype=torch.float32) + error
+
+    def __call__(self, xt: Tensor, t: Tensor) -> Tensor:
+        output = self.gain[t][:, None, None, None] * xt
+        if self.log_variance is None:
+            return output
+        log_variance = self.log_variance[t][:, None, None, None].expand_as(xt)
+        return torch.cat((output, log_variance), dim=1)

@@ -59,7 +59,6 @@ void attention_bf16(const Attention& op, float* workspace, int threads) {
         const int64_t head = job / size.tiles, first = job % size.tiles * BLOCK;
         const int64_t row = head / op.heads * op.pixels + first, c = head % op.heads * size.depth;
         const int64_t rows = op.pixels - first < BLOCK ? op.pixels - first : BLOCK;
-        const int64_t row_tiles = (rows + TILE - 1) / TILE, none = 0;
         BF16* q = tiles + thread * size.tile;
         BF16* probabilities = q + BLOCK * size.width;
         float* scores = reinterpret_cast<float*>(probabilities + BLOCK * size.length);
@@ -67,16 +66,14 @@ void attention_bf16(const Attention& op, float* workspace, int threads) {
         const Multiplier multiplier;
 
         round_rows(op.qkv + row * ld + c, ld, rows, size.depth, BLOCK, q, size.width);
-        const BF16* const queries[2] = {q, q + TILE * size.width};
         for (int64_t j = 0; j < size.length; j += BLOCK)
-          multiply_bf16(multiplier, row_tiles, queries, size.width, &none, 1, size.width / BLOCK,
+          multiply_bf16(multiplier, rows, q, size.width, size.width / BLOCK,
                         keys + head * size.keys + j * size.width, scores + j, size.length);
         for (int64_t i = 0; i < rows; ++i)
           factor[i] = exponentiate(scores + i * size.length, op.pixels, scale);
         round_rows(scores, size.length, rows, op.pixels, BLOCK, probabilities, size.length);
-        const BF16* const weights[2] = {probabilities, probabilities + TILE * size.length};
         for (int64_t j = 0; j < size.depth; j += BLOCK) {
-          multiply_bf16(multiplier, row_tiles, weights, size.length, &none, 1, size.length / BLOCK,
+          multiply_bf16(multiplier, rows, probabilities, size.length, size.length / BLOCK,
                         values + head * size.values + j * size.length, sums, BLOCK);
           const int64_t columns = size.depth - j < BLOCK ? size.depth - j : BLOCK;
           for (int64_t i = 0; i < rows; ++i)

@@ -9,6 +9,7 @@
 #include <cstddef>
 
 #include "../types.h"
+#include "ahead.h"
 #include "simd.h"
 
 #if defined(__AMX_BF16__) || defined(__AVX512BF16__)
@@ -56,6 +57,7 @@ inline void pack_bf16(const float* b, int64_t k, int64_t n, int64_t stride_k, in
 #if defined(__AMX_BF16__)
 
 struct Multiplier {
+  static constexpr bool ANY_ROWS = false;
   struct alignas(64) Configuration {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
@@ -74,9 +76,20 @@ struct Multiplier {
   // to be there before.
   static void settle(void* memory = nullptr) { __asm__ volatile("" : : "r"(memory) : "memory"); }
 
+  static int64_t fetches(int64_t, int64_t) { return 0; }
+
+  static void multiply(int64_t count, const BF16* const* rows, int64_t lda, const int64_t* offsets,
+                       int64_t runs, int64_t steps, const BF16* b, Ahead&, float* c, int64_t ldc) {
+    const BF16* const a[2] = {rows[0], rows[count > TILE ? TILE : 0]};
+    if (count > TILE)
+      multiply_tiles<2>(a, lda, offsets, runs, steps, b, c, ldc);
+    else
+      multiply_tiles<1>(a, lda, offsets, runs, steps, b, c, ldc);
+  }
+
   template <int ROW_TILES>
-  static void multiply(const BF16* const* a, int64_t lda, const int64_t* offsets, int64_t runs,
-                       int64_t steps, const BF16* b, float* c, int64_t ldc) {
+  static void multiply_tiles(const BF16* const* a, int64_t lda, const int64_t* offsets,
+                             int64_t runs, int64_t steps, const BF16* b, float* c, int64_t ldc) {
     const size_t stride = size_t(lda) * sizeof(BF16), out = size_t(ldc) * sizeof(float);
     settle();
     _tile_zero(0);
@@ -113,8 +126,11 @@ struct Multiplier {
 #else
 
 struct Multiplier {
+  static constexpr bool ANY_ROWS = true;
 #if defined(__AVX512BF16__)
-  static constexpr int STRIP_ROWS = 8, PARTS = 1;  // rows in flight, vectors of 16 columns
+  // Rows in flight, halves of a panel's columns, vectors of a half: 16 sums hide the latency of the
+  // products and need fewer loads than there are products.
+  static constexpr int STRIP_ROWS = 8, HALVES = 2, PARTS = 1;
   typedef float Floats __attribute__((vector_size(64)));
   typedef uint32_t Pairs __attribute__((vector_size(64)));
 
@@ -122,7 +138,7 @@ struct Multiplier {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
 #else
-  static constexpr int STRIP_ROWS = 4, PARTS = int(TILE / WIDTH);
+  static constexpr int STRIP_ROWS = 4, HALVES = 1, PARTS = int(TILE / WIDTH);
   typedef Vector Floats;
   typedef uint32_t Pairs __attribute__((vector_size(sizeof(Vector))));
 
@@ -133,50 +149,73 @@ struct Multiplier {
   }
 #endif
 
-  // STRIP_ROWS rows of a tile times one half of a panel's columns.
-  static void multiply_strip(const BF16* a, int64_t lda, const int64_t* offsets, int64_t runs,
-                             int64_t steps, const BF16* b, float* c, int64_t ldc) {
-    Floats sum[STRIP_ROWS][PARTS] = {};
-    for (int64_t run = 0; run < runs; ++run)
-      for (int64_t s = 0; s < steps; ++s, b += STEP) {
-        const BF16* rows = a + offsets[run] + s * BLOCK;
+  // STRIP_ROWS rows times HALVES halves of a panel's columns.
+  static void multiply_strip(const BF16* const* row, const int64_t* offsets, int64_t runs,
+                             int64_t steps, const BF16* b, Ahead& ahead, float* c, int64_t ldc) {
+    Floats sum[STRIP_ROWS][HALVES * PARTS] = {};
+    for (int64_t run = 0; run < runs; ++run) {
+      const BF16* a[STRIP_ROWS];
+      for (int i = 0; i < STRIP_ROWS; ++i) a[i] = row[i] + offsets[run];
+      for (int64_t s = 0; s < steps; ++s, b += STEP)
         for (int64_t k = 0; k < BLOCK; k += 2) {
-          Pairs right[PARTS];
-          __builtin_memcpy(right, b + k * TILE, sizeof right);
+          ahead.fetch();
+          Pairs right[HALVES * PARTS];
+          for (int h = 0; h < HALVES; ++h)
+            __builtin_memcpy(right + h * PARTS, b + h * (STEP / 2) + k * TILE,
+                             PARTS * sizeof(Pairs));
 #pragma GCC unroll 8
           for (int i = 0; i < STRIP_ROWS; ++i) {
             uint32_t pair;
-            __builtin_memcpy(&pair, rows + i * lda + k, sizeof pair);
+            __builtin_memcpy(&pair, a[i] + s * BLOCK + k, sizeof pair);
             const Pairs left = pair - Pairs{};
 #pragma GCC unroll 4
-            for (int j = 0; j < PARTS; ++j) sum[i][j] = add_pairs(sum[i][j], left, right[j]);
+            for (int j = 0; j < HALVES * PARTS; ++j)
+              sum[i][j] = add_pairs(sum[i][j], left, right[j]);
           }
         }
-      }
+    }
     for (int i = 0; i < STRIP_ROWS; ++i) __builtin_memcpy(c + i * ldc, sum[i], sizeof sum[i]);
   }
 
-  template <int ROW_TILES>
-  static void multiply(const BF16* const* a, int64_t lda, const int64_t* offsets, int64_t runs,
-                       int64_t steps, const BF16* b, float* c, int64_t ldc) {
-    for (int64_t row = 0; row < ROW_TILES * TILE; row += STRIP_ROWS)
-      for (int64_t half = 0; half < 2; ++half)
-        multiply_strip(a[row / TILE] + row % TILE * lda, lda, offsets, runs, steps,
-                       b + half * (STEP / 2), c + row * ldc + half * TILE, ldc);
+  static int64_t fetches(int64_t count, int64_t steps) {
+    return (count + STRIP_ROWS - 1) / STRIP_ROWS * (2 / HALVES) * steps * (BLOCK / 2);
+  }
+
+  static void multiply(int64_t count, const BF16* const* rows, int64_t, const int64_t* offsets,
+                       int64_t runs, int64_t steps, const BF16* b, Ahead& ahead, float* c,
+                       int64_t ldc) {
+    for (int64_t row = 0; row < count; row += STRIP_ROWS)
+      for (int64_t half = 0; half < 2; half += HALVES)
+        multiply_strip(rows + row, offsets, runs, steps, b + half * (STEP / 2), ahead,
+                       c + row * ldc + half * TILE, ldc);
   }
 };
 
 #endif
 
-// C (16 tiles, 32) = A times one panel of B, with A's columns in `runs` runs of 32 steps each, run
-// r at offsets[r]. a[i]: the first row of tile i, 16 rows each, lda values apart; tiles: 1 or 2.
-inline void multiply_bf16(const Multiplier&, int64_t tiles, const BF16* const* a, int64_t lda,
+// C (count, 32) = A times one panel of B, for 1 .. 32 rows of A, in `runs` runs of 32 steps each,
+// run r at offsets[r]. rows: where the rows of A begin, whole tiles of them: those from count on
+// are read as well, and C gets as many. Without ANY_ROWS a tile's rows have to lie lda values
+// apart.
+inline void multiply_bf16(const Multiplier&, int64_t count, const BF16* const* rows, int64_t lda,
                           const int64_t* offsets, int64_t runs, int64_t steps, const BF16* panel,
-                          float* c, int64_t ldc) {
-  if (tiles == 2)
-    Multiplier::multiply<2>(a, lda, offsets, runs, steps, panel, c, ldc);
-  else
-    Multiplier::multiply<1>(a, lda, offsets, runs, steps, panel, c, ldc);
+                          Ahead& ahead, float* c, int64_t ldc) {
+  Multiplier::multiply(count, rows, lda, offsets, runs, steps, panel, ahead, c, ldc);
+}
+
+// For all of a panel's products with `count` rows.
+inline Ahead ahead_of(const BF16* panel, int64_t steps, int64_t count) {
+  return Ahead(panel + steps * STEP, steps * STEP, Multiplier::fetches(count, steps));
+}
+
+// The same for rows of one matrix, lda values apart.
+inline void multiply_bf16(const Multiplier& multiplier, int64_t count, const BF16* a, int64_t lda,
+                          int64_t steps, const BF16* panel, float* c, int64_t ldc) {
+  const BF16* rows[BLOCK];
+  for (int64_t i = 0; i < BLOCK; ++i) rows[i] = a + i * lda;
+  const int64_t none = 0;
+  Ahead ahead = ahead_of(panel, steps, count);
+  multiply_bf16(multiplier, count, rows, lda, &none, 1, steps, panel, ahead, c, ldc);
 }
 
 }  // namespace

@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t PIXELS = 48;  // output pixels in a block of the direct sum: whole strips
 constexpr int64_t TILES_MIN = 24, TILES_MAX = 48;  // tiles in a block, whole strips
 constexpr int64_t TRANSFORMED = 48 * 1024;         // floats of a block's transformed input, about
+constexpr int64_t STEP_BF16 = 32;  // channels: those of a bfloat16 pixel are whole steps
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -108,7 +109,7 @@ void direct(const Convolution& op, const Epilogue& epilogue, int64_t first, int6
   const int64_t whole = count / STRIP, done = whole * STRIP, rest = count - done;
   for (int64_t c = c_first; c < c_last; c += PANEL) {
     const float* panel = op.weight + c * rows;
-    Ahead ahead(panel, rows, whole + (rest > 0));
+    Ahead ahead(panel + rows * PANEL, rows * PANEL, (whole + (rest > 0)) * rows);
     direct_strips<STRIP>(op, x, op.x_2 ? second : nullptr, panel, first, c, epilogue, whole, ahead);
     if (rest)
       last[rest - 1](op, x + done, op.x_2 ? second + done : nullptr, panel, first + done, c,
@@ -212,23 +213,27 @@ void pack_winograd(const float* weight, int64_t c_in, int64_t c_out, float* pack
 // The fewest cycles for one image by a count of vector operations and of the bytes of weights that
 // stream past where they are too many for the cache. Shapes alone decide, so that results depend on
 // neither batch nor threads: a large batch, whose images share the stream, gives up a little.
-Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t width) {
+// rate_bf16: products of bfloat16 in the time of one of float32, whose direct sum then takes the
+// place of float32's; 0: everything is float32.
+Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t width,
+                         double rate_bf16) {
   constexpr double BYTES = 8, CACHE = 2 * 1024 * 1024;  // bytes a cycle; bytes that stay
   const double outputs = double(ceil_div(c_out, PANEL) * 2);
   const auto cost = [&](int64_t m) {
+    const bool bf16 = !m && rate_bf16 > 0;
+    const double inputs = double(bf16 ? round_up(c_in, STEP_BF16) : c_in);
     const double points = m ? double((m + 2) * (m + 2)) : 9.0;
     const double tiles = m ? double(ceil_div(height, m) * ceil_div(width, m)) : height * width;
-    const double products = tiles * points * double(c_in) * outputs / 2;
+    const double products = tiles * points * inputs * outputs / 2 / (bf16 ? rate_bf16 : 1.0);
     const double transforms =
         m ? tiles * points * 3 * (double(ceil_div(c_in, WIDTH)) + outputs) : 0.0;
-    const double bytes = points * double(c_in) * outputs * WIDTH * 4;
+    const double bytes = points * inputs * outputs * WIDTH * (bf16 ? 2 : 4);
     const double streaming = bytes > CACHE ? bytes / BYTES : 0.0;
     return products + transforms + streaming;
   };
   const double direct = cost(0), two = cost(2), four = cost(4);
-  return direct <= two && direct <= four ? Algorithm::direct
-         : two <= four                   ? Algorithm::winograd_2
-                                         : Algorithm::winograd_4;
+  if (direct <= two && direct <= four) return rate_bf16 > 0 ? Algorithm::bf16 : Algorithm::direct;
+  return two <= four ? Algorithm::winograd_2 : Algorithm::winograd_4;
 }
 
 int64_t packed_weight_size(Algorithm algorithm, int64_t c_in, int64_t c_out, int64_t kernel) {

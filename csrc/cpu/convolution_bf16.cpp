@@ -1,10 +1,12 @@
 // Convolutions of a plan in bfloat16, 1x1 and 3x3: implicit matrix products over pixels that lie
 // one behind the other in the input.
 //
-// A tile is 16 outputs whose inputs are equally far apart: part of a row, or, where a row is not
-// whole tiles, a run through the rows, the border's pixels computed and left out. An image that is
-// to be repeated 2x2 is read as it is: a 3x3 filter then touches 2x2 pixels with sums of its
-// weights, other ones for each of a pixel's four outputs.
+// A row of the product is an output pixel. Where the kernels of an instruction set take any rows,
+// those of all images follow one another; AMX's come in tiles of 16 whose inputs are equally far
+// apart: part of a row of pixels, or, where that is not whole tiles, a run through the rows, the
+// border's pixels computed and left out. An image that is to be repeated 2x2 is read as it is: a
+// 3x3 filter then touches 2x2 pixels with sums of its weights, other ones for each of a pixel's
+// four outputs.
 #include "bf16.h"
 #include "isa.h"
 #include "parallel.h"
@@ -13,25 +15,45 @@ namespace fastddpm {
 namespace FASTDDPM_ISA {
 namespace {
 
-constexpr int64_t TILES = 32;  // in a block of work
+constexpr int64_t ROWS = 512;  // in a block of work: whole tiles
 constexpr int64_t TAPS = 9;    // at most
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The outputs of an image before repetition, and the tiles that cover them: `length` outputs in
-// rows of `pitch`, the first `width` of a row wanted.
+// An image's rows of the product: `length` outputs before repetition in rows of `pitch`, the first
+// `width` of each wanted, and what fills the last tile.
 struct Tiling {
-  int64_t repeat, height, width, pitch, length, tiles;
+  int64_t repeat, height, width, pitch, length, rows;
 
   explicit Tiling(const ConvolutionBf16& op)
       : repeat(op.repeated ? 2 : 1),
         height(op.height / repeat),
         width(op.width / repeat),
-        pitch(width % TILE ? op.columns : width),
+        pitch(Multiplier::ANY_ROWS || width % TILE == 0 ? width : op.columns),
         length((height - 1) * pitch + width),
-        tiles(ceil_div(length, TILE)) {}
+        rows(Multiplier::ANY_ROWS ? length : ceil_div(length, TILE) * TILE) {}
+};
+
+// Where the inputs of a block's rows begin, and their outputs, as pixels of y; -1: not wanted.
+struct Rows {
+  const BF16* x[ROWS];
+  int64_t y[ROWS];
+
+  Rows(const ConvolutionBf16& op, const Tiling& tiling, int64_t first, int64_t count) {
+    int64_t image = first / tiling.rows, at = first % tiling.rows;
+    int64_t i = at / tiling.pitch, j = at % tiling.pitch;
+    for (int64_t row = 0; row < count; ++row) {
+      x[row] = op.x + image * op.image + (i * op.columns + j) * op.stride * op.pixel;
+      const bool wanted = j < tiling.width && at < tiling.length;
+      y[row] =
+          wanted ? ((image * op.height + i * tiling.repeat) * op.width + j * tiling.repeat) : -1;
+      if (++j == tiling.pitch) j = 0, ++i;
+      if (++at == tiling.rows) at = i = j = 0, ++image;
+    }
+    for (int64_t row = count; row % TILE; ++row) x[row] = x[count - 1], y[row] = -1;
+  }
 };
 
 struct Taps {
@@ -54,47 +76,33 @@ inline void write_pixel(const float* sum, const float* bias, const float* residu
     for (int64_t j = 0; j < count; ++j) out[j] = sum[j] + bias[j];
 }
 
-// y from the sums of a tile, the outputs that are wanted.
-void write_tile(const ConvolutionBf16& op, const Tiling& tiling, int64_t tile, int64_t phase,
-                int64_t first, const float* sums) {
-  const int64_t image = tile / tiling.tiles, begin = tile % tiling.tiles * TILE;
-  const int64_t columns = least(BLOCK, op.c_out - first);
-  int64_t y = begin / tiling.pitch, x = begin % tiling.pitch;
-  for (int64_t i = 0; i < least(TILE, tiling.length - begin); ++i, ++x, sums += BLOCK) {
-    if (x == tiling.pitch) x = 0, ++y;
-    if (x >= tiling.width) continue;
-    const int64_t row = image * op.height + y * tiling.repeat + phase / 2;
-    const int64_t at = (row * op.width + x * tiling.repeat + phase % 2) * op.c_out + first;
-    const float *bias = op.bias + first, *residual = op.residual ? op.residual + at : nullptr;
-    if (columns == BLOCK)
-      write_pixel(sums, bias, residual, BLOCK, op.y + at);  // a count that the compiler knows
-    else
-      write_pixel(sums, bias, residual, columns, op.y + at);
-  }
-}
-
-// Tiles first .. first + count of all images, panels panel_first .. panel_last of one phase.
-void run_tiles(const ConvolutionBf16& op, const Tiling& tiling, int64_t first, int64_t count,
-               int64_t panel_first, int64_t panel_last, int64_t phase,
-               const Multiplier& multiplier) {
+// Rows first .. first + count of all images, panels panel_first .. panel_last of one phase.
+void run_rows(const ConvolutionBf16& op, const Rows& rows, int64_t count, int64_t panel_first,
+              int64_t panel_last, int64_t phase, const Multiplier& multiplier) {
   const Taps taps(op, phase);
   const int64_t steps = blocks_of(op.c_in), panel = taps.count * steps * STEP;
   const BF16* weight = op.weight + phase * blocks_of(op.c_out) * panel;
-  const BF16* x[TILES];
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t image = (first + i) / tiling.tiles, begin = (first + i) % tiling.tiles * TILE;
-    const int64_t pixel = begin / tiling.pitch * op.columns + begin % tiling.pitch;
-    x[i] = op.x + image * op.image + pixel * op.stride * op.pixel;
-  }
+  const int64_t shift = phase / 2 * op.width + phase % 2;
   alignas(64) float c[BLOCK * BLOCK];
-  for (int64_t p = panel_first; p < panel_last; ++p)
-    for (int64_t i = 0; i < count; i += 2) {
-      const int64_t tiles = least(2, count - i);
-      multiply_bf16(multiplier, tiles, x + i, op.stride * op.pixel, taps.offset, taps.count, steps,
-                    weight + p * panel, c, BLOCK);
-      for (int64_t t = 0; t < tiles; ++t)
-        write_tile(op, tiling, first + i + t, phase, p * BLOCK, c + t * TILE * BLOCK);
+  for (int64_t p = panel_first; p < panel_last; ++p) {
+    const int64_t channel = p * BLOCK, channels = least(BLOCK, op.c_out - channel);
+    const float* bias = op.bias + channel;
+    Ahead ahead = ahead_of(weight + p * panel, taps.count * steps, count);
+    for (int64_t first = 0; first < count; first += BLOCK) {
+      const int64_t some = least(BLOCK, count - first);
+      multiply_bf16(multiplier, some, rows.x + first, op.stride * op.pixel, taps.offset, taps.count,
+                    steps, weight + p * panel, ahead, c, BLOCK);
+      for (int64_t i = 0; i < some; ++i) {
+        if (rows.y[first + i] < 0) continue;
+        const int64_t at = (rows.y[first + i] + shift) * op.c_out + channel;
+        const float *sum = c + i * BLOCK, *residual = op.residual ? op.residual + at : nullptr;
+        if (channels == BLOCK)
+          write_pixel(sum, bias, residual, BLOCK, op.y + at);  // a count that the compiler knows
+        else
+          write_pixel(sum, bias, residual, channels, op.y + at);
+      }
     }
+  }
 }
 
 // The 2x2 filter of one phase: what a 3x3 filter does to an image whose pixels are repeated.
@@ -115,6 +123,11 @@ void pack_taps(const float* weight, int64_t c_in, int64_t c_out, int64_t taps, B
 
 }  // namespace
 
+// Products of bfloat16 in the time of one of float32, as the kernels reach them. Without
+// instructions for them as on the weaker of the sets that have some, so that the same layers are
+// rounded.
+double product_rate_bf16() { return Multiplier::ANY_ROWS ? 1.9 : 16.0; }
+
 int64_t packed_weight_size_bf16(int64_t c_in, int64_t c_out, int64_t kernel, bool repeated) {
   return packed_size_bf16(c_in, c_out) * (repeated ? 4 * 4 : kernel * kernel);
 }
@@ -132,16 +145,18 @@ void pack_weight_bf16(const float* weight, int64_t c_in, int64_t c_out, int64_t 
 
 void convolution_bf16(const ConvolutionBf16& op, int threads) {
   const Tiling tiling(op);
-  const int64_t total = op.images * tiling.tiles, blocks = ceil_div(total, TILES);
+  const int64_t total = op.images * tiling.rows, blocks = ceil_div(total, ROWS);
   const int64_t panels = blocks_of(op.c_out), phases = op.repeated ? 4 : 1;
   const int64_t parts = blocks >= 2 * threads ? 1 : least(panels, ceil_div(2 * threads, blocks));
   const int64_t work = total * op.c_out * op.c_in * op.kernel * op.kernel / 64;
   parallel_for(blocks * parts, work, threads, [&](int64_t job, int) {
-    const int64_t first = job / parts * TILES, part = job % parts;
+    const int64_t first = job / parts * ROWS, part = job % parts;
+    const int64_t count = least(ROWS, total - first);
+    const Rows rows(op, tiling, first, count);
     const Multiplier multiplier;
     for (int64_t phase = 0; phase < phases; ++phase)
-      run_tiles(op, tiling, first, least(TILES, total - first), panels * part / parts,
-                panels * (part + 1) / parts, phase, multiplier);
+      run_rows(op, rows, count, panels * part / parts, panels * (part + 1) / parts, phase,
+               multiplier);
   });
 }
 

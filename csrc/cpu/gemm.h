@@ -7,6 +7,7 @@
 #include <cstddef>
 
 #include "../types.h"
+#include "ahead.h"
 #include "simd.h"
 
 namespace fastddpm {
@@ -38,24 +39,6 @@ inline void pack(const T* b, int64_t k, int64_t n, int64_t stride_k, int64_t str
           panels[i * PANEL + j] = to_float(source[i * stride_k + j * stride_n]);
   }
 }
-
-// What follows a panel in memory is mostly the next one. It is fetched in equal parts while a panel
-// of k rows is used by so many strips, whose every row calls fetch(): left to the processor, the
-// first strip of each panel would wait for all of it.
-class Ahead {
- public:
-  Ahead(const float* panel, int64_t k, int64_t strips)
-      : at(uintptr_t(panel + k * PANEL)),
-        step(uintptr_t(PANEL) * sizeof(float) / uintptr_t(strips > 0 ? strips : 1)) {}
-
-  void fetch() {
-    __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
-    at += step;
-  }
-
- private:
-  uintptr_t at, step;
-};
 
 // sum += ROWS rows of A times `length` rows of a panel.
 template <int ROWS>
@@ -111,7 +94,7 @@ inline void multiply(const float* a, int64_t lda, const float* panels, int64_t m
   for (int64_t first = 0; first < n; first += PANEL, panels += k * PANEL) {
     const int64_t columns = n - first < PANEL ? n - first : PANEL;
     const float* offset = bias ? bias + first : nullptr;
-    Ahead ahead(panels, k, whole + (rest > 0));
+    Ahead ahead(panels + k * PANEL, k * PANEL, (whole + (rest > 0)) * k);
     multiply_strips<STRIP>(a, lda, panels, k, offset, c + first, ldc, columns, whole, ahead);
     if (rest)
       last[rest - 1](a + done * lda, lda, panels, k, offset, c + done * ldc + first, ldc, columns,

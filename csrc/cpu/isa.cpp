@@ -150,7 +150,7 @@ void require(bool condition, const char* message) {
 }
 
 void check_timesteps(const PerSample& t, int64_t n, const Table& table) {
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < (t.stride ? n : n > 0); ++i) {
     const int64_t value = t.data[i * t.stride];
     if (value < 0 || value >= table.steps)
       throw std::invalid_argument("t must lie in 0 .. " + std::to_string(table.steps - 1) + "; t[" +

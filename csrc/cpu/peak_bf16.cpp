@@ -17,14 +17,12 @@ double peak_flops_bf16(int threads, double seconds) {
   return best_rate(threads, seconds, flop, [] {
     alignas(64) BF16 a[BLOCK * BLOCK * STEPS], b[STEP * STEPS];
     alignas(64) float c[BLOCK * BLOCK];
-    int64_t offsets[1] = {0};
     for (BF16& x : a) x = from_float<BF16>(0.5f);
     for (BF16& x : b) x = from_float<BF16>(0.25f);
-    const BF16* const rows[2] = {a, a + TILE * BLOCK * STEPS};
     const Multiplier multiplier;
     float sum = 0.0f;
     for (int64_t round = 0; round < ROUNDS; ++round) {
-      multiply_bf16(multiplier, 2, rows, BLOCK * STEPS, offsets, 1, STEPS, b, c, BLOCK);
+      multiply_bf16(multiplier, BLOCK, a, BLOCK * STEPS, STEPS, b, c, BLOCK);
       sum += c[round % (BLOCK * BLOCK)];
     }
     return sum;

@@ -29,18 +29,28 @@ namespace {
    isa::attention_bf16,              \
    isa::attention_workspace_bf16,    \
    isa::packed_weight_size_bf16,     \
+   isa::product_rate_bf16,           \
    isa::pack_weight_bf16,            \
    base::posterior_step},
 
 const PlanKernels table[] = {FASTDDPM_EACH_ISA(FASTDDPM_PLAN_ROW)};
 
-constexpr int64_t STEP = 32;      // channels: bfloat16 pixels are whole steps
-constexpr int64_t OVERREAD = 15;  // pixels: see ConvolutionBf16
-constexpr int64_t STREAMS = 2;    // that an activation is read and written, about
+constexpr int64_t STEP = 32;                        // channels: bfloat16 pixels are whole steps
+constexpr int64_t OVERREAD = 15;                    // pixels: see ConvolutionBf16
+constexpr int64_t STREAMS = 2;                      // that an activation is read and written, about
+constexpr int64_t MAX_CHANNELS = int64_t(1) << 24;  // of one activation, or time embeddings in all
+constexpr int64_t MAX_FLOATS = int64_t(1) << 40;    // of one image: no product of sizes overflows
 constexpr int64_t SHARED_WEIGHT_BYTES = 16 * 1024 * 1024;  // more do not stay in a shared cache
 
 [[noreturn]] void refuse(const std::string& name, const std::string& what) {
   throw std::invalid_argument(name + ": " + what);
+}
+
+void check_size(const std::string& name, int64_t height, int64_t width, int64_t channels) {
+  if (channels > MAX_CHANNELS || height > MAX_FLOATS || width > MAX_FLOATS / height ||
+      channels > MAX_FLOATS / (height * width))
+    refuse(name, "an image of " + std::to_string(channels) + "x" + std::to_string(height) + "x" +
+                     std::to_string(width) + " is too large");
 }
 
 }  // namespace
@@ -88,22 +98,28 @@ void Plan::State::need_statistics(int64_t id) {
 void Plan::State::choose_algorithm(Layer& layer, const std::string& asked, int64_t height,
                                    int64_t width) {
   const bool square = layer.kernel == 3 && layer.stride == 1;
-  if (bf16) {
-    if (asked != "auto" && asked != "bf16")
-      refuse(layer.name, "algorithm must be 'auto' or 'bf16' in bfloat16; got '" + asked + "'");
-    layer.pixel = (layer.c_in + STEP - 1) / STEP * STEP;
-    layer.repeated = square && layer.repeat == 2 && layer.before == 1 && layer.after == 1;
-    if (layer.repeated) layer.repeat = 1;
-    return;
-  }
-  if (asked == "auto")
-    layer.algorithm =
-        square ? kernels.best_algorithm(layer.c_in, layer.c_out, height, width) : Algorithm::direct;
+  if (bf16 && asked != "auto" && asked != "bf16")
+    refuse(layer.name, "algorithm must be 'auto' or 'bf16' in bfloat16; got '" + asked + "'");
+  const bool folded =
+      square && layer.repeat == 2 && layer.before == 1 && layer.after == 1;  // in bf16: 4 taps of 9
+  const double rate = bf16 ? kernels.product_rate_bf16() * (folded ? 9.0 / 4.0 : 1.0) : 0.0;
+  if (asked == "bf16" && bf16)
+    layer.algorithm = Algorithm::bf16;
+  else if (asked == "auto" && square)
+    layer.algorithm = kernels.best_algorithm(layer.c_in, layer.c_out, height, width, rate);
+  else if (asked == "auto")
+    layer.algorithm = bf16 ? Algorithm::bf16 : Algorithm::direct;
   else if (asked == "winograd_2" || asked == "winograd_4")
     layer.algorithm = square ? Algorithm(asked.back() - '0') : Algorithm::direct;
   else if (asked != "direct")
     refuse(layer.name,
            "algorithm must be 'auto', 'direct', 'winograd_2' or 'winograd_4'; got '" + asked + "'");
+  if (layer.algorithm == Algorithm::bf16) {
+    layer.pixel = (layer.c_in + STEP - 1) / STEP * STEP;
+    layer.repeated = folded;
+    if (folded) layer.repeat = 1;
+    return;
+  }
   layer.pixel = layer.c_in;
   if (const int64_t m = int64_t(layer.algorithm)) {
     // Whole tiles and whole vectors can be read: what the image lacks is zeros.
@@ -115,11 +131,12 @@ void Plan::State::choose_algorithm(Layer& layer, const std::string& asked, int64
 
 void Plan::State::pack(Layer& layer, const float* weight) {
   const int64_t c_in = layer.c_in, c_out = layer.c_out, kernel = layer.kernel;
+  const bool rounded = layer.algorithm == Algorithm::bf16;
   layer.weight_floats =
-      bf16 ? kernels.packed_weight_size_bf16(c_in, c_out, kernel, layer.repeated) / 2
-           : kernels.packed_weight_size(layer.algorithm, c_in, c_out, kernel);
+      rounded ? kernels.packed_weight_size_bf16(c_in, c_out, kernel, layer.repeated) / 2
+              : kernels.packed_weight_size(layer.algorithm, c_in, c_out, kernel);
   layer.weight = allocate(layer.weight_floats, true);
-  if (bf16)
+  if (rounded)
     kernels.pack_weight_bf16(weight, c_in, c_out, kernel, layer.repeated,
                              reinterpret_cast<BF16*>(layer.weight.get()));
   else
@@ -203,6 +220,7 @@ Plan::Plan(int64_t height, int64_t width, int64_t channels, bool bf16) : state(n
   state->bf16 = bf16;
   if (height < 1 || width < 1 || channels < 1)
     refuse("input", "height, width and channels must be positive");
+  check_size("input", height, width, channels);
   state->add_image(height, width, channels);
 }
 
@@ -237,7 +255,11 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
   const int64_t columns = x.width * spec.repeat + spec.before + spec.after - spec.kernel;
   if (rows < 0 || columns < 0) refuse(name, "the input is smaller than the kernel");
   const int64_t height = rows / spec.stride + 1, width = columns / spec.stride + 1;
+  check_size(name, height, width, spec.c_out);
+  if (spec.time_offset < -1 || spec.time_offset > MAX_CHANNELS)
+    refuse(name, "time_offset must be -1 or lie in 0 .. 2^24");
   const Norm& norm = spec.norm;
+  if (!(norm.eps >= 0.0f)) refuse(name, "eps must be a number of at least 0");
   if (norm.groups < 0 || (norm.groups && layer.c_in % norm.groups))
     refuse(name, "num_groups must divide the " + std::to_string(layer.c_in) + " channels");
   if (norm.groups &&
@@ -260,13 +282,14 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
     for (int64_t id : layer.sources) s.need_statistics(id);
     layer.coefficients = s.add_scratch(3 * layer.c_in);
   }
-  const bool as_it_is = !s.bf16 && layer.kernel == 1 && layer.stride == 1 && !norm.groups &&
+  const bool rounded = layer.algorithm == Algorithm::bf16;
+  const bool as_it_is = !rounded && layer.kernel == 1 && layer.stride == 1 && !norm.groups &&
                         !norm.silu && !layer.before && !layer.after && layer.repeat == 1;
   if (!as_it_is) {
     layer.image = (x.height * layer.repeat + layer.before + layer.after) *
                   (x.width * layer.repeat + layer.before + layer.after) * layer.pixel;
-    if (s.bf16) layer.image += OVERREAD * layer.stride * layer.pixel;
-    layer.prepared = s.add_scratch(s.bf16 ? layer.image / 2 : layer.image);
+    if (rounded) layer.image += OVERREAD * layer.stride * layer.pixel;
+    layer.prepared = s.add_scratch(rounded ? layer.image / 2 : layer.image);
   }
   if (layer.time_offset >= 0) s.time_size = std::max(s.time_size, layer.time_offset + layer.c_out);
   layer.y = s.add_image(height, width, layer.c_out);
@@ -277,7 +300,7 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
 int64_t Plan::attention(const std::string& name, int64_t qkv, int64_t heads) {
   State& s = *state;
   const Activation x = s.read(name, qkv);
-  if (heads < 1 || x.channels % (3 * heads))
+  if (heads < 1 || heads > x.channels || x.channels % (3 * heads))
     refuse(name, "num_heads must divide the channels; got " + std::to_string(heads) + " and " +
                      std::to_string(x.channels / 3));
   Layer layer{};
@@ -290,6 +313,7 @@ int64_t Plan::attention(const std::string& name, int64_t qkv, int64_t heads) {
 
 void Plan::finish(int64_t output) {
   state->read("output", output).last = int64_t(state->layers.size());
+  if (state->layers.empty()) refuse("output", "the plan has no layers");
   state->output = output;
   state->place_all();
 }
@@ -303,7 +327,7 @@ int64_t Plan::channels(int64_t activation) const {
 }
 
 std::vector<LayerReport> Plan::layers() const {
-  static const char* const names[] = {"direct", "", "winograd_2", "", "winograd_4"};
+  static const char* const names[] = {"direct", "bf16", "winograd_2", "", "winograd_4"};
   std::vector<LayerReport> reports;
   for (const Layer& layer : state->layers) {
     const Activation& y = state->activations[layer.y];
@@ -313,8 +337,8 @@ std::vector<LayerReport> Plan::layers() const {
                          4.0 * pixels * pixels * double(y.channels)});
     else
       reports.push_back(
-          {layer.name, state->bf16 ? "bf16" : names[int(layer.algorithm)], layer.c_in, layer.c_out,
-           y.height, y.width, layer.kernel,
+          {layer.name, names[int(layer.algorithm)], layer.c_in, layer.c_out, y.height, y.width,
+           layer.kernel,
            2.0 * pixels * double(layer.c_in * layer.c_out * layer.kernel * layer.kernel)});
   }
   return reports;

@@ -64,8 +64,8 @@ class Plan {
   int64_t attention(const std::string& name, int64_t qkv, int64_t heads);  // returns y
   void finish(int64_t output);  // places all activations in the arena; no layer can follow
 
-  // out = network(x). time: the row of time embeddings, time_size() floats. Not for two threads of
-  // the caller at once. group: images that go through all layers together, 0: chosen. step: what
+  // out = network(x). time: the row of time embeddings, time_size() floats. Threads of the
+  // caller take turns. group: images that go through all layers together, 0: chosen. step: what
   // each image does next, n samples whose model_output lies in out, checked by check(); or null.
   // Returns whether all of out is finite.
   bool forward(const Tensor& x, int64_t n, const float* time, const Tensor& out, int threads,

@@ -47,6 +47,7 @@ struct PrepareInput {
 
 enum class Algorithm : int32_t {
   direct = 0,      // the sums as they are written
+  bf16 = 1,        // the same of bfloat16 operands
   winograd_2 = 2,  // F(2x2, 3x3): 4 products an output instead of 9
   winograd_4 = 4,  // F(4x4, 3x3): 2.25 products an output
 };
@@ -87,6 +88,7 @@ struct Attention {
   void attention_bf16(const Attention&, float* workspace, int threads);                         \
   int64_t attention_workspace_bf16(const Attention&, int threads);                              \
   int64_t packed_weight_size_bf16(int64_t c_in, int64_t c_out, int64_t kernel, bool repeated);  \
+  double product_rate_bf16();                                                                   \
   void pack_weight_bf16(const float* weight, int64_t c_in, int64_t c_out, int64_t kernel,       \
                         bool repeated, BF16* packed);                                           \
   void channel_statistics(const ChannelStatistics&, int threads);                               \
@@ -96,7 +98,8 @@ struct Attention {
   void attention(const Attention&, float* workspace, int threads);                              \
   int64_t convolution_workspace(const Convolution&, int threads);                               \
   int64_t attention_workspace(const Attention&, int threads);                                   \
-  Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t width);         \
+  Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t width,          \
+                           double rate_bf16);                                                   \
   int64_t packed_weight_size(Algorithm, int64_t c_in, int64_t c_out, int64_t kernel);           \
   void pack_weight(Algorithm, const float* weight, int64_t c_in, int64_t c_out, int64_t kernel, \
                    float* packed);                                                              \

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <mutex>
+#include <new>
 #include <stdexcept>
 #include <tuple>
 
@@ -14,6 +16,7 @@ namespace cpu {
 namespace {
 
 constexpr int64_t GROUP_BYTES = 2 * 1024 * 1024;  // of the activations of a thread's images, about
+constexpr int64_t MAX_ARENA = int64_t(1) << 52;   // floats: what is more would overflow on the way
 
 }  // namespace
 
@@ -61,7 +64,7 @@ int64_t Plan::State::workspace(int64_t images, int threads) const {
     if (layer.kind == Layer::ATTENTION) {
       const auto needs = bf16 ? kernels.attention_workspace_bf16 : kernels.attention_workspace;
       most = std::max(most, needs(attention(layer, images), threads));
-    } else if (!bf16) {
+    } else if (layer.algorithm != Algorithm::bf16) {
       most = std::max(most, kernels.convolution_workspace(convolution(layer, images), threads));
     }
   }
@@ -79,6 +82,8 @@ void Plan::State::reserve(int64_t n, int64_t share, int threads) {
     buffer = allocate(needed, false);
     floats = needed;
   };
+  for (const Segment& segment : segments)
+    if (n > MAX_ARENA / (arena + segment.arena + 1)) throw std::bad_alloc();
   int64_t local = 0, work = 0;
   const int64_t shares = share ? threads * workspace(share, 1) : 0, all = workspace(n, threads);
   for (const Segment& segment : segments) {
@@ -176,7 +181,7 @@ struct Run {
     op.silu = layer.norm.silu;
     op.repeat = layer.repeat, op.before = layer.before, op.after = layer.after;
     op.pixel = layer.pixel, op.image = layer.image;
-    if (plan.bf16)
+    if (layer.algorithm == Algorithm::bf16)
       op.out_bf16 = reinterpret_cast<BF16*>(memory(layer.prepared));
     else
       op.out = memory(layer.prepared);
@@ -201,7 +206,7 @@ struct Run {
     if (layer.prepared >= 0) run_input(layer);
     const float* x = memory(layer.prepared >= 0 ? layer.prepared : layer.sources[0]);
     const float* residual = layer.residual >= 0 ? memory(layer.residual) : nullptr;
-    if (plan.bf16) {
+    if (layer.algorithm == Algorithm::bf16) {
       ConvolutionBf16 op = plan.convolution_bf16(layer, images);
       op.x = reinterpret_cast<const BF16*>(x);
       op.bias = bias, op.residual = residual, op.y = memory(layer.y);
@@ -270,6 +275,7 @@ void one_by_one(Plan::State& plan, const Tensor& x, int64_t n, const float* time
 bool Plan::forward(const Tensor& x, int64_t n, const float* time, const Tensor& out, int threads,
                    int64_t group, const PosteriorStep* step) {
   State& s = *state;
+  const std::lock_guard<std::mutex> turn(s.running);
   if (n == 0) return true;
   std::atomic<bool> finite{true};
   int64_t share = 0;
@@ -304,6 +310,7 @@ bool Plan::forward(const Tensor& x, int64_t n, const float* time, const Tensor& 
 std::vector<double> Plan::profile(const Tensor& x, int64_t n, const float* time, const Tensor& out,
                                   int threads) {
   using Clock = std::chrono::steady_clock;
+  const std::lock_guard<std::mutex> turn(state->running);
   std::vector<double> seconds;
   Clock::time_point last = Clock::now();
   one_by_one(*state, x, n, time, threads, [&](const Run& run, size_t i) {
@@ -317,6 +324,7 @@ std::vector<double> Plan::profile(const Tensor& x, int64_t n, const float* time,
 }
 
 std::string Plan::not_finite(const Tensor& x, int64_t n, const float* time, int threads) {
+  const std::lock_guard<std::mutex> turn(state->running);
   std::string name;
   one_by_one(*state, x, n, time, threads, [&](const Run& run, size_t i) {
     const Layer& layer = state->layers[i];

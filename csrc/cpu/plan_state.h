@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,6 +31,7 @@ struct PlanKernels {
   decltype(&plain::attention_bf16) attention_bf16;
   decltype(&plain::attention_workspace_bf16) attention_workspace_bf16;
   decltype(&plain::packed_weight_size_bf16) packed_weight_size_bf16;
+  decltype(&plain::product_rate_bf16) product_rate_bf16;
   decltype(&plain::pack_weight_bf16) pack_weight_bf16;
   decltype(&plain::posterior_step) posterior_step;
 };
@@ -83,6 +85,7 @@ struct Plan::State {
   int64_t peak = 0, arena_floats = 0, local_floats = 0, workspace_floats = 0;
   Buffer arena_memory{nullptr, scratch_free}, local_memory{nullptr, scratch_free};
   Buffer workspace_memory{nullptr, scratch_free};
+  std::mutex running;  // one run at a time has the arena
 
   Shape shape(int64_t id, int64_t n) const {
     const Activation& a = activations[id];

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from fastddpm.data.identity import Fingerprint
+
+CHUNK = 1 << 24  # bytes of images that are read at a time for a fingerprint
 
 
 class Dataset(ABC):
@@ -30,6 +35,7 @@ class Dataset(ABC):
         self.skipped = list(skipped)
         self._others = dict(others or {})  # suffix: files beside the images
         self._n = n
+        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return self._n
@@ -56,6 +62,18 @@ class Dataset(ABC):
     @abstractmethod
     def _read(self, index: np.ndarray) -> np.ndarray:
         """The images of checked int64 indices, a fresh (n, C, H, W) uint8 array."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all pixels in order, see `Fingerprint`: two sets with the same are the same to
+        a training run. Every image is read once, and the result is kept.
+        """
+        if self._fingerprint is None:
+            fingerprint = Fingerprint()
+            many = max(1, CHUNK // max(1, math.prod(self.shape)))
+            for start in range(0, len(self), many):
+                fingerprint.add(self.images(range(start, min(start + many, len(self)))).numpy())
+            self._fingerprint = fingerprint.hexdigest()
+        return self._fingerprint
 
     def describe(self) -> str:
         """One line for people: "60,000 images 1x28x28, idx"."""

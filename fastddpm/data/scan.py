@@ -15,7 +15,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from fastddpm.batching import free_bytes
 from fastddpm.data import sources
@@ -23,8 +22,10 @@ from fastddpm.data.arrays import ArrayDataset
 from fastddpm.data.dataset import Dataset, count_others
 from fastddpm.data.decode import EXTENSIONS, Picture, decode
 from fastddpm.data.errors import Unusable, one_line, reason
+from fastddpm.data.identity import Fingerprint
 from fastddpm.data.limits import Budget
 from fastddpm.data.sources import Reader, Source
+from fastddpm.progress import tqdm
 
 THREADS = min(8, os.cpu_count() or 1)
 AHEAD, AHEAD_BYTES = 4 * THREADS, 256 << 20  # images, and their bytes, decoded before their turn
@@ -49,6 +50,7 @@ def open_images(
     shape: tuple[int, int, int] | None = None
     kept: np.ndarray | None = None
     skipped = list(source.unreadable)
+    fingerprint = Fingerprint()
     grey = transparent = 0
     for name, picture in _decoded_in_order(source, size, channels, progress):
         if isinstance(picture, str):
@@ -71,6 +73,7 @@ def open_images(
         if kept is not None:
             kept[len(good)] = image  # grey is the same in all three channels
         good.append(name)
+        fingerprint.add([image])
         grey += image.shape[0] == 1
         transparent += picture.transparent
 
@@ -92,11 +95,17 @@ def open_images(
         told.append(f"{transparent:,} of {len(good):,} are transparent and are put onto white")
     if told:
         warnings.warn(f"{source.path}: {'; '.join(told)}", stacklevel=3)
+    dataset: Dataset
     if kept is None:
-        return EncodedDataset(source, good, shape, size, skipped, source.others)
-    source.close()
-    images = kept[: len(good)]
-    return ArrayDataset(source.path, source.kind, images, skipped=skipped, others=source.others)
+        dataset = EncodedDataset(source, good, shape, size, skipped, source.others)
+    else:
+        source.close()
+        images = kept[: len(good)]
+        dataset = ArrayDataset(
+            source.path, source.kind, images, skipped=skipped, others=source.others
+        )
+    dataset._fingerprint = fingerprint.hexdigest()
+    return dataset
 
 
 def _array(n: int, shape: tuple[int, ...], memory_limit: int) -> np.ndarray | None:

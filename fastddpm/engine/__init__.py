@@ -20,6 +20,7 @@ from fastddpm.ops import dispatch
 from fastddpm.precision import resolve_precision
 from fastddpm.schedule import Sampler, check_choice
 from fastddpm.unet import UNet
+from fastddpm.wrapped import unwrap
 
 EngineName = Literal["auto", "cpu_plan", "cuda_graph", "eager"]
 
@@ -38,9 +39,16 @@ def make_engine(
     """The engine called `name`, or the fastest that can run this model; ValueError lists the
     choices, or says why the engine asked for can't run it.
     """
+    model = runnable(model)
     engine, precision = choose(name, model, device, precision)
     options: dict[str, Any] = {"sampler": sampler, "eta": eta, "clip": clip}
     return engine(model, diffusion, device=device, precision=precision, **options)
+
+
+def runnable(model: Model) -> Model:
+    """A U-Net out of its wrappers, which the engines stand in for; any other model as it is."""
+    network = unwrap(model)
+    return network if isinstance(network, UNet) else model
 
 
 def choose(

@@ -46,6 +46,8 @@ def unsupported(model: Model, device: torch.device) -> str | None:
         where = f"{name or 'the model'} ({type(module).__name__})"
         if type(module) not in _PARTS:
             return f"{where} is not a part that a plan knows"
+        if "forward" in vars(module):  # as accelerate and others replace it
+            return f"{where} has a forward that is not its class's"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{where} has a forward hook"
     for name, parameter in model.named_parameters():
@@ -62,8 +64,9 @@ def best_precision() -> str:
 class CpuPlan(Eager):
     """Algorithm 2 with the model as one native call a step.
 
-    precision "bf16": the operands of products are rounded to bfloat16; sums, statistics, what is
-    added to them and x_t stay float32. "auto" is bf16 where the instruction set has such products.
+    precision "bf16": the operands of products are rounded to bfloat16, but those of 3x3
+    convolutions that Winograd's algorithm makes faster in float32; sums, statistics, what is added
+    to them and x_t stay float32. "auto" is bf16 where the instruction set has such products.
 
     The weights are copied when the engine is made: later changes of the model are not seen. The
     bits of an image do not depend on the batch or the number of threads."""
@@ -87,7 +90,7 @@ class CpuPlan(Eager):
             precision = best_precision()
         self.precision = resolve_precision(precision, device)
         self._unet = model
-        self._steps = diffusion.model_t(torch.arange(diffusion.T))
+        self._steps = diffusion.model_t(torch.arange(diffusion.T, device=device))
         self._time = time_rows(model, self._steps)
         self._table = diffusion.table(
             device, sampler=self.step_options["sampler"], eta=self.step_options["eta"]
@@ -105,7 +108,7 @@ class CpuPlan(Eager):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As Eager's, in one native call: each image takes its step where its eps was computed."""
         sampler, prediction = self.step_options["sampler"], self.diffusion.prediction
-        if sampler == "ddim" and prediction == "mean":  # goes through x0
+        if not self.diffusion.takes_output(sampler):
             return super().step(xt, i, t, seed, sample_index)
         checks.values_in("sample_index", sample_index, checks.INDEX_END, "2^63 - 1")
         plan, out, x = self._plan(xt, t), self._empty_output(xt), torch.empty_like(xt)
@@ -150,10 +153,12 @@ class CpuPlan(Eager):
 @torch.no_grad()
 def time_rows(model: UNet, t: torch.Tensor) -> torch.Tensor:
     """What every residual block adds to its channels at the steps t: (len(t), K) float32, in the
-    order of `build_plan`."""
-    temb = model.temb(model.sinusoids(t))
-    blocks = [m for m in model.modules() if isinstance(m, ResnetBlock)]
-    return torch.cat([F.linear(temb, b.temb_proj.weight, b.temb_proj.bias) for b in blocks], dim=1)
+    order of `build_plan`. Summed in float64, whose products no setting of the host rounds."""
+    weights = {name: p.double() for name, p in model.temb.named_parameters()}
+    temb = torch.func.functional_call(model.temb, weights, model.sinusoids(t).double())
+    layers = [m.temb_proj for m in model.modules() if isinstance(m, ResnetBlock)]
+    rows = [F.linear(temb, layer.weight.double(), layer.bias.double()) for layer in layers]
+    return torch.cat(rows, dim=1).float()
 
 
 @torch.no_grad()
@@ -162,8 +167,8 @@ def build_plan(
 ) -> Any:
     """The plan of a U-Net for images of one size.
 
-    algorithm: of the 3x3 convolutions of stride 1 in fp32: "direct", "winograd_2", "winograd_4" or
-    "auto", the fastest by a count of the work;  precision: "fp32" or "bf16"."""
+    algorithm: of the 3x3 convolutions of stride 1: "auto", the fastest by a count of the work, or
+    in fp32 "direct", "winograd_2" or "winograd_4", in bf16 "bf16";  precision: "fp32" or "bf16"."""
     native: Any = _native.C
     plan = native.cpu.Plan(height, width, model.in_channels, bf16=precision == "bf16")
     names = {module: name for name, module in model.named_modules()}

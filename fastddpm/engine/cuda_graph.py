@@ -13,7 +13,8 @@ import torch
 
 from fastddpm.batching import is_out_of_memory
 from fastddpm.diffusion import Diffusion, Model
-from fastddpm.engine.eager import Eager, OnStep, evaluating
+from fastddpm.engine.eager import Eager, OnStep
+from fastddpm.host import evaluating
 from fastddpm.ops.dispatch import report_slower
 
 Record = Callable[[Callable[[], None], torch.device], Callable[[], None]]
@@ -126,7 +127,7 @@ class _Step:
         self.xt = torch.empty_like(self.x)
         self.t = torch.full((n,), engine.diffusion.T, dtype=torch.int64, device=device)
         self.sample_index = torch.zeros(n, dtype=torch.int64, device=device)
-        self.output = torch.empty(0)  # the recording's, once it is made
+        self.output = torch.empty(0, device=device)  # the recording's, once it is made
 
         def step() -> None:
             self.t.sub_(1).clamp_(min=0)  # warming up may take more steps than there are

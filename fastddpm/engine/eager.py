@@ -7,12 +7,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fastddpm.diffusion import Diffusion, Model
+from fastddpm.host import evaluating
 from fastddpm.precision import autocast, resolve_precision
 from fastddpm.schedule import Sampler
 from fastddpm.unet import UNet
@@ -94,17 +95,3 @@ class Eager:
                     on_step(i, x, functools.partial(diffusion.predict_x0, xt, output, t, clip=clip))
                 xt = x
         return xt
-
-
-@contextlib.contextmanager
-def evaluating(model: Model) -> Iterator[None]:
-    """The module in eval mode, then it and each part of it back in the mode it was."""
-    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
-    modes = [module.training for module in modules]
-    if modules:
-        model.eval()  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
+from fastddpm import arguments
+from fastddpm.batching import Batches, batch_size_for
 from fastddpm.diffusion import Diffusion, Model
-from fastddpm.engine.eager import evaluating
-from fastddpm.sampling import sample_indices
+from fastddpm.engine import runnable
+from fastddpm.host import evaluating, own_state
+from fastddpm.progress import tqdm
+from fastddpm.sampling import Steps
 from fastddpm.schedule import check_count
 
 
@@ -27,6 +30,7 @@ class BitsPerDim:
     mse: torch.Tensor
 
 
+@own_state()
 def bits_per_dim(
     model: Model,
     x0: torch.Tensor,
@@ -47,23 +51,26 @@ def bits_per_dim(
     Raises ValueError for anything but uint8 images, FloatingPointError when the bound is not
     finite. The prior term is exact, in float64.
     """
+    if not isinstance(x0, torch.Tensor):
+        raise ValueError(f"x0 must be a tensor (N, C, H, W); got {type(x0).__name__}")
     if x0.dtype != torch.uint8 or x0.dim() != 4 or len(x0) == 0:
         raise ValueError(f"x0 must be (N, C, H, W) uint8, N >= 1; got {tuple(x0.shape)} {x0.dtype}")
     process = Diffusion.of(model, diffusion).respace(steps)
-    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-    x0 = x0.to("cpu" if parameter is None else parameter.device)
-    index = sample_indices(len(x0), first_index).to(x0.device)
-    size = check_count("batch_size", 64 if batch_size is None else batch_size)
-    terms, mse = [], []
-    batches = list(zip(x0.split(size), index.split(size), strict=True))
-    bar = tqdm(total=len(batches) * process.T, unit="step", desc="bits/dim", disable=not progress)
-    with bar, evaluating(model):
-        for images, indices in batches:
-            batch_terms, batch_mse = process.vlb_terms(
-                model, images, seed=seed, sample_index=indices, on_step=bar.update
+    x0 = x0.to(arguments.device_of(model, None))
+    seed = arguments.seed(seed)
+    index = arguments.sample_indices(len(x0), first_index).to(x0.device)
+    if batch_size is None:
+        batch_size = min(64, batch_size_for(runnable(model), x0.shape[1:], "fp32", x0.device))
+    batches = Batches(check_count("batch_size", batch_size))
+    with tqdm(unit="step", desc="bits/dim", disable=not progress) as bar, evaluating(model):
+
+        def terms_of(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return process.vlb_terms(
+                model, x0[part], seed=seed, sample_index=index[part], on_step=bar.update
             )
-            terms.append(batch_terms)
-            mse.append(batch_mse)
+
+        everything = torch.arange(len(x0), device=x0.device)
+        terms, mse = zip(*batches.draw(terms_of, everything, Steps(bar, process.T)), strict=True)
     prior, all_terms = process.prior_kl(x0), torch.cat(terms)
     total = prior + all_terms.sum(dim=1)
     if bad := int((~torch.isfinite(total)).sum()):

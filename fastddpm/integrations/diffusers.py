@@ -4,20 +4,25 @@ diffusers itself is needed for the latter only.
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastddpm.checkpoint import load_weights, read_json, read_weights
+from fastddpm.checkpoint import read_json, write_json
 from fastddpm.diffusion import Diffusion
 from fastddpm.integrations.port import join_qkv, split_qkv
-from fastddpm.schedule import Schedule
+from fastddpm.integrations.schedulers import SCHEDULER, load_process, scheduler_config
 from fastddpm.unet import UNet
+from fastddpm.unet_config import MAX_VALUES
+from fastddpm.weights import load, rename
 
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-SCHEDULER = "scheduler_config.json"
+STEM = "diffusion_pytorch_model"
+# STEM[.variant].safetensors, and STEM.safetensors.index[.variant].json beside its shards.
+_WEIGHTS_NAME = STEM + r"(\.(\w+))?\.(safetensors|bin)(\.index(?:\.(\w+))?\.json)?"
 
 # What the family has; anything else is another network, and an error.
 _FIXED = {
@@ -34,6 +39,21 @@ _FIXED = {
     "add_attention": (True,),
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
+}
+# What has no part in the network's function.
+_OTHER = ("sample_size", "num_train_timesteps")
+# Their names of options that mean the same here.
+_SAME = {
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "layers_per_block": "num_res_blocks",
+    "attention_head_dim": "head_dim",
+    "norm_num_groups": "num_groups",
+    "norm_eps": "norm_eps",
+    "dropout": "dropout",
+    "downsample_padding": "downsample_padding",
+    "freq_shift": "freq_shift",
+    "flip_sin_to_cos": "flip_sin_to_cos",
 }
 # diffusers' own defaults, for configurations that leave them out.
 _DEFAULTS = {
@@ -80,34 +100,106 @@ def load_folder(
     config: dict[str, Any],
     *,
     allow_pickle: bool = False,
+    variant: str | None = None,
     diffusion: Diffusion | None = None,
 ) -> UNet:
-    """The UNet of a folder with config.json and diffusion_pytorch_model.safetensors.
+    """The UNet of a folder with config.json and diffusion_pytorch_model.safetensors, in one file or
+    in shards with an index.
 
-    With allow_pickle=True a .bin will do. diffusion: by default what scheduler_config.json says,
-    beside the model or in ../scheduler, else the paper's; its clip_sample is `sample(clip=...)`.
-    Raises ValueError for a network outside the family, naming the option, and for a key that is
-    missing, unknown or of another shape.
+    With allow_pickle=True a .bin will do. variant: "fp16" for *.fp16.safetensors, ...; by default
+    the plain files, or the only variant there is. Weights become float32. diffusion: by default
+    what scheduler_config.json says, beside the model or in ../scheduler, else the paper's; see
+    `fastddpm.integrations.schedulers`. Raises ValueError for a network outside the family or a
+    process that is not ours, naming the option, and for a key that is missing, unknown or of
+    another shape.
     """
     source = folder / "config.json"
-    files = [folder / name for name in WEIGHTS if (folder / name).is_file()]
-    if not files:
-        raise FileNotFoundError(f"{folder} holds neither {' nor '.join(WEIGHTS)}")
+    _check_pipeline(folder)
+    files = weight_files(folder, variant)
     if diffusion is None:
-        diffusion = _diffusion(folder)
-    model = UNet(**unet_options(config, source), diffusion=diffusion)
-    levels = len(model.config["channel_mult"])
-    weights = {
-        _rename(name, levels): tensor
-        for name, tensor in read_weights(files[0], allow_pickle=allow_pickle).items()
-    }
-    load_weights(model, join_qkv(weights, files[0]), files[0])
-    return model
+        diffusion = load_process(folder)
+    options = unet_options(config, source)
+
+    def convert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        levels = len(options["channel_mult"])
+        return join_qkv(rename(weights, lambda name: _rename(name, levels), files[0]), files[0])
+
+    def make(shapes: dict[str, torch.Tensor]) -> UNet:
+        try:
+            return UNet(**options, diffusion=diffusion)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+
+    return load(make, files, convert=convert, allow_pickle=allow_pickle, source=files[0])
+
+
+def _check_pipeline(folder: Path) -> None:
+    """A network that is one part of a pipeline draws images only if it is its one network."""
+    index = folder.parent / "model_index.json"
+    if folder.name != "unet" or not index.is_file():
+        return
+    parts = [name for name, part in read_json(index).items() if name[:1] != "_" and part]
+    if others := sorted(set(parts) - {"unet", "scheduler"}):
+        raise ValueError(
+            f"{index}: the pipeline has a {others[0]} beside its unet, so the unet alone does not "
+            "draw its images; only pipelines of a unet and a scheduler are read"
+        )
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The files of a model's weights: one, or the shards that an index names.
+
+    Of several ones safetensors come before pickles. Without a variant, the plain files, and where
+    there are none the only variant; FileNotFoundError and ValueError name what else there is.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob(f"{STEM}*")):
+        name = re.fullmatch(_WEIGHTS_NAME, path.name)
+        if name is not None and path.is_file():
+            found.setdefault(name[2] or name[5] or "", []).append(path)
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} holds neither {STEM}.safetensors nor {STEM}.bin, nor a variant or an index "
+            "of shards of them"
+        )
+    names = ", ".join(sorted(found.keys() - {""}))
+    if variant is None:
+        if "" not in found and len(found) > 1:
+            raise ValueError(f"{folder} holds several variants: choose one of {names} as variant=")
+        variant = "" if "" in found else next(iter(found))
+    elif variant not in found or variant == "":
+        raise ValueError(
+            f"{folder} has no variant {variant!r} of its weights; it has {names or 'none'}"
+        )
+    paths = sorted(found[variant], key=lambda p: (".bin" in p.name, p.name.endswith(".json")))
+    return _shards(paths[0]) if paths[0].suffix == ".json" else paths[:1]
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index of shards names, each in its folder."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index}: the object 'weight_map' is missing")
+    names = set()
+    for name in places.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.startswith(STEM):
+            raise ValueError(f"{index}: weight_map names no file of weights beside it: {name!r}")
+        names.add(name)
+    for name in sorted(names):
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(
+                f"{index.parent} lacks the file {name}, which {index.name} names"
+            )
+    return [index.parent / name for name in sorted(names)]
 
 
 def to_diffusers(model: UNet) -> torch.nn.Module:
     """A diffusers UNet2DModel of the model's architecture with a copy of its weights, on its device
     and in its mode. ImportError where diffusers is not installed.
+
+    Its save_pretrained writes the model's process too, as the scheduler_config.json of a
+    DDPMScheduler that `UNet.from_pretrained` and diffusers read; where there is no such scheduler
+    it raises the ValueError that says why, before a file is touched.
     """
     from diffusers import UNet2DModel
 
@@ -116,18 +208,9 @@ def to_diffusers(model: UNet) -> torch.nn.Module:
     net: Any = UNet2DModel(
         sample_size=tuple(c["image_size"]),
         block_out_channels=tuple(c["channels"] * m for m in c["channel_mult"]),
-        layers_per_block=c["num_res_blocks"],
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
-        attention_head_dim=c["head_dim"],
-        norm_num_groups=c["num_groups"],
-        **{
-            name: c[name]
-            for name in (
-                *("in_channels", "out_channels", "norm_eps", "dropout", "downsample_padding"),
-                *("freq_shift", "flip_sin_to_cos"),
-            )
-        },
+        **{theirs: c[ours] for theirs, ours in _SAME.items()},
     )
     ours = split_qkv(model.state_dict())
     weights = {
@@ -135,8 +218,17 @@ def to_diffusers(model: UNet) -> torch.nn.Module:
         for name, tensor in net.state_dict().items()
     }
     net.load_state_dict(weights)
+    net.save_pretrained = functools.partial(_save_pretrained, net, model.diffusion)
     parameter = next(model.parameters())
     return net.to(parameter.device, parameter.dtype).train(model.training)
+
+
+def _save_pretrained(
+    net: Any, diffusion: Diffusion, save_directory: str | os.PathLike, *args: Any, **options: Any
+) -> None:
+    config = scheduler_config(diffusion)
+    type(net).save_pretrained(net, save_directory, *args, **options)
+    write_json(Path(save_directory) / SCHEDULER, config)
 
 
 def unet_options(config: dict[str, Any], source: object) -> dict[str, Any]:
@@ -148,8 +240,25 @@ def unet_options(config: dict[str, Any], source: object) -> dict[str, Any]:
             raise ValueError(
                 f"{source}: {name} must be {' or '.join(map(repr, allowed))} here; got {value!r}"
             )
+    for name, value in config.items():
+        known = name.startswith("_") or name in _FIXED or name in _DEFAULTS or name in _OTHER
+        if not known and value is not None and value is not False:
+            raise ValueError(f"{source}: the option {name} is not known; got {value!r}")
     c = {name: config.get(name, default) for name, default in _DEFAULTS.items()}
-    widths, down, up = c["block_out_channels"], c["down_block_types"], c["up_block_types"]
+
+    def sequence(name: str, kind: type) -> list[Any]:
+        value = c[name]
+        if (
+            not isinstance(value, (list, tuple))
+            or not 1 <= len(value) <= MAX_VALUES
+            or any(type(each) is not kind for each in value)
+        ):
+            what = {int: "integers", str: "names"}[kind]
+            raise ValueError(f"{source}: {name} must be a list of {what}; got {value!r:.80}")
+        return list(value)
+
+    widths = sequence("block_out_channels", int)
+    down, up = sequence("down_block_types", str), sequence("up_block_types", str)
     kinds = {"DownBlock2D": False, "AttnDownBlock2D": True, "UpBlock2D": False,
              "AttnUpBlock2D": True}  # fmt: skip
     if unknown := [kind for kind in (*down, *up) if kind not in kinds]:
@@ -162,27 +271,18 @@ def unet_options(config: dict[str, Any], source: object) -> dict[str, Any]:
             f"{source}: up_block_types must mirror down_block_types, one for each of "
             f"block_out_channels; got {down}, {up} and {widths}"
         )
-    if bad := [width for width in widths if width % widths[0]]:
+    if bad := [width for width in widths if width < 1 or width % widths[0]]:
         raise ValueError(
             f"{source}: block_out_channels must be multiples of the first; got {bad[0]} of "
             f"{widths[0]}"
         )
-    size = config.get("sample_size") or 32
+    size = config.get("sample_size")
     return {
-        "image_size": size if isinstance(size, int) else tuple(size),
-        "in_channels": c["in_channels"],
-        "out_channels": c["out_channels"],
+        "image_size": 32 if size is None else size,
         "channels": widths[0],
         "channel_mult": [width // widths[0] for width in widths],
-        "num_res_blocks": c["layers_per_block"],
         "attention_levels": [i for i, there in enumerate(attention) if there],
-        "head_dim": c["attention_head_dim"],
-        "num_groups": c["norm_num_groups"],
-        "norm_eps": c["norm_eps"],
-        "dropout": c["dropout"],
-        "downsample_padding": c["downsample_padding"],
-        "freq_shift": c["freq_shift"],
-        "flip_sin_to_cos": c["flip_sin_to_cos"],
+        **{ours: c[theirs] for theirs, ours in _SAME.items()},
     }
 
 
@@ -195,7 +295,7 @@ def _rename(name: str, levels: int) -> str:
             break
     else:
         part = re.fullmatch(
-            r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)",
+            r"(down|up)_blocks\.([0-9]{1,3})\.(resnets|attentions|downsamplers|upsamplers)\.([0-9]+)\.(.+)",
             layer,
         )
         if part:
@@ -213,41 +313,3 @@ def _rename(name: str, levels: int) -> str:
             layer = layer[: -len(theirs)] + ours
             break
     return f"{layer}.{kind}"
-
-
-def _diffusion(folder: Path) -> Diffusion:
-    """The process of a DDPM or DDIM scheduler's config; the paper's where there is none."""
-    places = (folder / SCHEDULER, folder.parent / "scheduler" / SCHEDULER)
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        return Diffusion()
-    config = read_json(path)
-
-    def choice(name: str, default: str, choices: dict[str, str]) -> str:
-        value = config.get(name) or default
-        if value not in choices:
-            raise ValueError(
-                f"{path}: {name} must be one of {', '.join(map(repr, choices))}; got {value!r}"
-            )
-        return choices[value]
-
-    T = config.get("num_train_timesteps", 1000)
-    if (betas := config.get("trained_betas")) is not None:
-        schedule = Schedule(betas)
-    else:
-        kind = choice(
-            "beta_schedule", "linear",
-            {"linear": "linear", "scaled_linear": "quadratic", "squaredcos_cap_v2": "cosine"},
-        )  # fmt: skip
-        ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
-        schedule = Schedule.cosine(T) if kind == "cosine" else getattr(Schedule, kind)(T, *ends)
-    prediction = choice("prediction_type", "epsilon", {"epsilon": "eps", "sample": "x0"})
-    variance = choice(
-        "variance_type", "fixed_small",
-        {
-            "fixed_small": "fixed_small", "fixed_small_log": "fixed_small",
-            "fixed_large": "fixed_large", "fixed_large_log": "fixed_large", "learned": "learned",
-        },
-    )  # fmt: skip
-    loss = "vlb" if variance == "learned" else "simple"
-    return Diffusion(schedule, prediction, variance, loss)  # type: ignore[arg-type]

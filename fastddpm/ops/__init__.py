@@ -63,7 +63,9 @@ def randn(
     n = shape[0]
     if sample_index is None:
         first = checks.integer("first_index", first_index, checks.INDEX_END - n, "2^63 - N")
-        sample_index = torch.arange(first, first + n, device=device)
+        # Not torch's default device: without one of its own an op's results are on the CPU.
+        place = "cpu" if device is None else device
+        sample_index = torch.arange(first, first + n, dtype=torch.int64, device=place)
     elif first_index != 0 or device is not None:
         raise ValueError("sample_index takes the place of first_index and device; got both")
     checks.tensor("sample_index", sample_index)
@@ -138,7 +140,7 @@ def posterior_step(
     That is line 4 of DDPM Algorithm 2, or of DDIM if the table is.
 
     xt, model_output: (N, C, H, W) float;  prediction: what the model's output is. "mean" is the
-                  mean of p itself, which clip does not touch
+                  mean of p itself, of the table's own chain, which clip does not touch
     t:            (N,) int64 in 0 .. T-1;  table: (T, 8) float32 from Schedule.table()
     z:            (N, C, H, W) float, or instead the stream to draw it from:
                   seed in [0, 2^64), sample_index (N,) int64, step (t unless given)

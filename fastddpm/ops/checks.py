@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastddpm.schedule import K
 
@@ -21,7 +22,7 @@ INDEX_END = 1 << 63  # of sample indices
 STEP_END = 1 << 32  # of the step word of the RNG contract
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -30,8 +31,12 @@ def _shape(x: Tensor) -> str:
 
 
 def tensor(name: str, x: Any) -> None:
+    """A dense tensor: one that has strides."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else _name(x.layout)
+        raise TypeError(f"{name} must be a dense tensor; got {kind}")
 
 
 def floating(name: str, x: Any, dims: tuple[int, ...] = (), layout: str = "") -> None:
@@ -82,15 +87,26 @@ def output(out: Any, like_name: str, like: Tensor) -> None:
         raise TypeError(f"out must be {_name(like.dtype)} like {like_name}; got {_name(out.dtype)}")
     if any(size > 1 and step == 0 for size, step in zip(out.shape, out.stride(), strict=True)):
         raise ValueError("out must not be an expanded tensor: its elements share memory")
+    if torch.compiler.is_compiling():
+        return  # a traced program has neither of these
+    if out.is_neg() or out._is_zerotensor():
+        raise ValueError("out must be plain memory: it is a lazily negated view or a lazy zero")
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("out is an inference tensor: only torch.inference_mode() may write it")
 
 
 def no_gradient(**tensors: Any) -> None:
-    """out= overwrites what a gradient would need."""
+    """out= overwrites what a gradient would need, and has no derivative in either mode."""
+    enabled, dual = torch.is_grad_enabled(), forward_ad._current_level >= 0
     for name, x in tensors.items():
-        if x is not None and x.requires_grad and torch.is_grad_enabled():
+        if x is None:
+            continue
+        if enabled and x.requires_grad:
             raise ValueError(
                 f"out can't be given where {name} requires grad, as in torch's own ops"
             )
+        if dual and forward_ad.unpack_dual(x).tangent is not None:
+            raise ValueError(f"out can't be given where {name} has a tangent (forward-mode AD)")
 
 
 def per_sample(
@@ -138,8 +154,12 @@ def broadcastable(**tensors: Tensor) -> None:
 
 
 def groups(num_groups: Any, x: Tensor, eps: Any) -> None:
-    """num_groups divides the channels of x; eps is a number of at least 0."""
+    """num_groups divides the channels of x, of which there are some; eps is a number of at least
+    0.
+    """
     channels = x.shape[1]
+    if channels == 0:
+        raise ValueError(f"x must have at least 1 channel; got {_shape(x)}")
     if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels; got {num_groups!r}")
     if not isinstance(eps, (float, int)) or not eps >= 0:

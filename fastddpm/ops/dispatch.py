@@ -38,6 +38,10 @@ CHOICES = ("auto", *BACKENDS)
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
+class BackendError(RuntimeError):
+    """A backend that was forced is missing, or FASTDDPM_STRICT=1 refuses a slower one."""
+
+
 class Backend:
     """A module with the functions of fastddpm.reference, all of them or some.
 
@@ -82,6 +86,7 @@ def choose(op: str, *tensors: torch.Tensor | None, **options: Any) -> Any:
     Raises RuntimeError if the forced backend is missing, ValueError if it can't do this case.
     """
     if _forced != "auto":
+        check_forced()
         return _require(_forced, op, *tensors, **options).module
     device = tensors[0].device.type  # type: ignore[union-attr]
     for name in _PREFERENCE.get(device, ()):
@@ -94,13 +99,30 @@ def choose(op: str, *tensors: torch.Tensor | None, **options: Any) -> Any:
 
 def forced() -> str:
     """The name of the backend that was forced, or "auto"."""
+    check_forced()
     return _forced
+
+
+def check_forced() -> None:
+    """ValueError, with the choices, if FASTDDPM_BACKEND names no backend. Importing is no error: a
+    report can say so, and use_backend() mend it.
+    """
+    check_choice("FASTDDPM_BACKEND", _forced, CHOICES)
+
+
+def problem() -> str | None:
+    """What check_forced() raises, for reports; None if nothing is wrong."""
+    try:
+        check_forced()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _require(name: str, op: str, *tensors: torch.Tensor | None, **options: Any) -> Backend:
     backend = load(name)
     if backend.missing is not None:
-        raise RuntimeError(f"backend {name!r} can't run here: {backend.missing}")
+        raise BackendError(f"backend {name!r} can't run here: {backend.missing}")
     reason = backend.unsupported(op, *tensors, **options)
     if reason is not None:
         able = [f"'{other}'" for other in BACKENDS if load(other).unsupported(op) is None]
@@ -127,7 +149,7 @@ def _report_fallback(device: str) -> None:
 def report_slower(message: str) -> None:
     """Warn of what runs slower than was to be expected; FASTDDPM_STRICT=1 makes it an error."""
     if strict():
-        raise RuntimeError(f"{message}; FASTDDPM_STRICT=1 makes this an error")
+        raise BackendError(f"{message}; FASTDDPM_STRICT=1 makes this an error")
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
@@ -143,7 +165,7 @@ class use_backend:  # a function to its users
         global _forced
         check_choice("backend", name, CHOICES)
         if name != "auto" and load(name).missing is not None:
-            raise RuntimeError(f"backend {name!r} can't run here: {load(name).missing}")
+            raise BackendError(f"backend {name!r} can't run here: {load(name).missing}")
         self._previous, _forced = _forced, name
 
     def __enter__(self) -> None:
@@ -171,8 +193,9 @@ def matrix() -> dict[str, dict[str, dict[str, Any]]]:
         for device in devices:
             order = (*_PREFERENCE[device], "reference")
             if _forced != "auto":
-                probe = torch.empty(0, device=device)
-                order = (_forced,) if load(_forced).unsupported(op, probe) is None else ()
+                probe = torch.empty(0, dtype=torch.float32, device=device)
+                able = _forced in BACKENDS and load(_forced).unsupported(op, probe) is None
+                order = (_forced,) if able else ()
             used = next((name for name in order if reasons[name] is None), None)
             if used is not None:
                 table[op][used][device] = True
@@ -180,4 +203,3 @@ def matrix() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 _forced = os.environ.get("FASTDDPM_BACKEND") or "auto"
-check_choice("FASTDDPM_BACKEND", _forced, CHOICES)

@@ -20,6 +20,7 @@ from fastddpm import reference
 from fastddpm.ops import dispatch
 from fastddpm.ops.checks import INDEX_END, STEP_END, values_in
 from fastddpm.ops.dispatch import choose
+from fastddpm.ops.overlap import check_written
 
 _library = torch_library.Library("fastddpm", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -68,7 +69,8 @@ class Op:
         gradient = False
         for x in arguments:
             if isinstance(x, Tensor):
-                if type(x) not in _PLAIN or x.is_meta:
+                # Kernels read memory: what has none, or holds it negated, torch makes plain first.
+                if type(x) not in _PLAIN or x.is_meta or x.is_neg() or x._is_zerotensor():
                     return self.registered(*arguments)
                 gradient = gradient or x.requires_grad
         return (self.differentiable if gradient and torch.is_grad_enabled() else self.run)(
@@ -272,7 +274,15 @@ posterior_step = Op(
 
 
 def _posterior_step_out(*arguments, choose=choose):
+    xt, model_output, t, table, z, _, step, sample_index, _, _, log_variance, out = arguments
+    if not torch._C._are_functorch_transforms_active():  # there it is plain torch that writes
+        check_written(
+            "out", out, xt=xt, model_output=model_output, t=t, table=table, z=z, step=step,
+            sample_index=sample_index, log_variance=log_variance,
+        )  # fmt: skip
     _posterior_step(*arguments, choose=choose)
+    if not out.is_inference():  # a gradient that saved what is overwritten then says so
+        torch.autograd.graph.increment_version(out)
 
 
 posterior_step_out = Op(

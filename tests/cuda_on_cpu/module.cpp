@@ -2,15 +2,16 @@
 // up.
 //
 // Not PYBIND11_MODULE: that gives a second build of the same name the module of the first.
-#include "../../csrc/bindings.cpp"
+#include "../../csrc/bindings/ops.cpp"
 #include "emulator_state.h"
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit_fastddpm_cuda_on_cpu() {
   PYBIND11_ENSURE_INTERNALS_READY
-  static py::module_::module_def definition{};
+  static pybind11::module_::module_def definition{};
+  namespace py = pybind11;
   py::module_ m =
       py::module_::create_extension_module("fastddpm_cuda_on_cpu", nullptr, &definition);
-  def_cuda(m);
+  fastddpm::def_cuda(m);
   m.def("set_device",
         [](int shared_bytes, int processors) { emulator::device = {shared_bytes, processors}; });
   m.def("last_launch", [] {

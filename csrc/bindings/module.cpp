@@ -1,0 +1,71 @@
+// Python module fastddpm._C: what the files beside this one define, and what was built.
+#include <string>
+#include <vector>
+
+#include "../cpu/isa.h"
+#include "../cpu/parallel.h"
+#include "reader.h"
+
+namespace fastddpm {
+namespace {
+
+// ---- what was built ----------------------------------------------------------------------------
+
+std::vector<std::string> isas(bool available) {
+  const char* names[cpu::MAX_ISAS];
+  cpu::isas(available, names);
+  std::vector<std::string> list;
+  for (const char** name = names; *name; ++name) list.emplace_back(*name);
+  return list;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FASTDDPM_VERSION;
+  info["compiler"] = FASTDDPM_COMPILER;
+  info["isas"] = isas(false);
+  info["threading"] = cpu::threading();
+#if defined(FASTDDPM_CUDA)
+  info["cuda"] = FASTDDPM_CUDA;
+  info["cuda_architectures"] = FASTDDPM_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = py::none();
+  info["cuda_architectures"] = "";
+#endif
+  return info;
+}
+
+}  // namespace
+}  // namespace fastddpm
+
+using namespace fastddpm;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fastddpm's native ops; see csrc/ops.h";
+
+  py::module_ on_cpu = m.def_submodule("cpu");
+  def_cpu_ops(on_cpu);
+  def_plan(on_cpu);
+  on_cpu.def("multiplies_bf16", &cpu::multiplies_bf16,
+             "Whether the instruction set in use multiplies bfloat16.");
+  on_cpu.def(
+      "peak_flops",
+      [](int64_t threads, double seconds, const std::string& precision) {
+        const int team = thread_count(threads);
+        const py::gil_scoped_release release;
+        return cpu::peak_flops(team, seconds, precision.c_str());
+      },
+      py::arg("threads"), py::arg("seconds") = 0.3, py::arg("precision") = "fp32",
+      "FLOP/s of multiply-adds from registers, the best of several repeats.");
+#if defined(FASTDDPM_CUDA)
+  py::module_ on_cuda = m.def_submodule("cuda");
+  def_cuda(on_cuda);
+#endif
+
+  m.def("build_info", &build_info, "Compiler, instruction sets, threading and CUDA of this build.");
+  m.def("isa", &cpu::isa, "The instruction set in use.");
+  m.def(
+      "use_isa", [](const std::string& name) { cpu::use_isa(name.c_str()); },
+      "Use another instruction set from here on.");
+  m.def("isas_available", [] { return isas(true); }, "The instruction sets that this machine has.");
+}

@@ -1,0 +1,271 @@
+// The ops of ops.h for Python. Outputs are allocated by fastddpm/ops/native.py.
+#include "reader.h"
+
+namespace fastddpm {
+namespace {
+
+Prediction prediction_of(const std::string& name) {
+  if (name == "eps") return Prediction::eps;
+  if (name == "x0") return Prediction::x0;
+  if (name == "mean") return Prediction::mean;
+  throw py::value_error("prediction must be one of 'eps', 'x0', 'mean'; got '" + name + "'");
+}
+
+// ---- the ops -----------------------------------------------------------------------------------
+// `where` is the thread count on the CPU and the stream's handle on CUDA.
+
+template <class Op>
+void launch(void (*run)(const Op&, int), const Op& op, int64_t where) {
+  const int threads = thread_count(where);
+  py::gil_scoped_release nogil;
+  run(op, threads);
+}
+
+template <class Op>
+void launch(void (*run)(const Op&, void*), const Op& op, int64_t where) {
+  py::gil_scoped_release nogil;
+  run(op, reinterpret_cast<void*>(where));
+}
+
+template <class Op>
+constexpr bool is_cuda(void (*)(const Op&, void*)) {
+#if defined(FASTDDPM_CUDA_ON_CPU)  // a build of the tests, which runs the kernels on the CPU
+  return false;
+#else
+  return true;
+#endif
+}
+
+template <class Op>
+constexpr bool is_cuda(void (*)(const Op&, int)) {
+  return false;
+}
+
+template <auto run>
+void def_randn(py::module_& m) {
+  m.def("randn", [](py::handle out, py::handle seed, py::handle step, py::handle sample_index,
+                    int64_t where) {
+    Reader read(is_cuda(run));
+    const Shape shape = read.set_shape(out, "out");
+    const Tensor tensor = read.output(out, "out");
+    const int64_t size[4] = {shape.n, shape.c, shape.h, shape.w};
+    for (int64_t i = 3, step = 1; i >= 0; step *= size[i--])
+      if (tensor.data && size[i] > 1 && tensor.stride[i] != step)
+        Reader::refuse("out", "must be contiguous");
+    if (seed.is_none()) throw py::value_error("seed must be given");
+    launch(run,
+           Randn{shape.n, shape.c * shape.h * shape.w, tensor.data, tensor.dtype,
+                 read.random(seed, step, sample_index)},
+           where);
+  });
+}
+
+template <auto run>
+void def_noise(py::module_& m) {
+  m.def("noise", [](py::handle x0, py::handle eps, py::handle xt, py::handle seed, py::handle step,
+                    py::handle sample_index, py::handle t, py::handle flip, py::handle table,
+                    int64_t where) {
+    Reader read(is_cuda(run));
+    const Shape shape = read.set_shape(x0, "x0");
+    launch(run,
+           Noise{shape, read.tensor(x0, "x0", true),
+                 seed.is_none() ? read.tensor(eps, "eps") : read.output(eps, "eps"),
+                 read.output(xt, "xt"), !seed.is_none(), read.random(seed, step, sample_index),
+                 read.per_sample(t, "t"), read.flags(flip, "flip"), read.table(table)},
+           where);
+  });
+}
+
+template <auto run>
+void def_posterior_step(py::module_& m) {
+  m.def("posterior_step",
+        [](py::handle xt, py::handle model_output, py::handle z, py::handle log_variance,
+           py::handle out, py::handle seed, py::handle step, py::handle sample_index, py::handle t,
+           py::handle table, const std::string& prediction, bool clip, int64_t where) {
+          launch(run,
+                 posterior_step_of(is_cuda(run), xt, model_output, z, log_variance, out, seed, step,
+                                   sample_index, t, table, prediction, clip),
+                 where);
+        });
+}
+
+template <auto run>
+void def_group_norm_silu(py::module_& m) {
+  m.def("group_norm_silu", [](py::handle x, py::handle y, int64_t groups, py::handle weight,
+                              py::handle bias, double eps, py::handle scale, py::handle shift,
+                              bool silu, py::handle mean, py::handle rstd, py::handle workspace,
+                              int64_t where) {
+    Reader read(is_cuda(run));
+    const Shape shape = read.set_shape(x, "x");
+    launch(run,
+           GroupNormSilu{
+               shape, divisor("num_groups", groups, shape.c), norm_eps(eps), silu,
+               read.tensor(x, "x"), read.output(y, "y"), read.matrix(weight, "weight", false),
+               read.matrix(bias, "bias", false), read.matrix(scale, "scale", true),
+               read.matrix(shift, "shift", true), read.floats(mean, "mean", shape.n, groups),
+               read.floats(rstd, "rstd", shape.n, groups),
+               read.floats(workspace, "workspace", group_norm_workspace(shape, groups, false))},
+           where);
+  });
+}
+
+template <auto run>
+void def_group_norm_silu_backward(py::module_& m) {
+  m.def("group_norm_silu_backward",
+        [](py::handle grad, py::handle x, int64_t groups, py::handle weight, py::handle bias,
+           double eps, py::handle scale, py::handle shift, bool silu, py::handle dx,
+           py::handle dweight, py::handle dbias, py::handle dscale, py::handle dshift,
+           py::handle workspace, int64_t where) {
+          Reader read(is_cuda(run));
+          const Shape shape = read.set_shape(x, "x");
+          const GroupNormSilu forward{
+              shape,
+              divisor("num_groups", groups, shape.c),
+              norm_eps(eps),
+              silu,
+              read.tensor(x, "x"),
+              Tensor{},
+              read.matrix(weight, "weight", false),
+              read.matrix(bias, "bias", false),
+              read.matrix(scale, "scale", true),
+              read.matrix(shift, "shift", true),
+              nullptr,
+              nullptr,
+              read.floats(workspace, "workspace", group_norm_workspace(shape, groups, true))};
+          launch(run,
+                 GroupNormSiluBackward{forward, read.tensor(grad, "grad"), read.output(dx, "dx"),
+                                       read.floats(dweight, "dweight", shape.c),
+                                       read.floats(dbias, "dbias", shape.c),
+                                       read.floats(dscale, "dscale", shape.n, shape.c),
+                                       read.floats(dshift, "dshift", shape.n, shape.c)},
+                 where);
+        });
+}
+
+template <auto run>
+void def_attention_block(py::module_& m) {
+  m.def("attention_block", [](py::handle x, py::handle y, int64_t groups, py::handle norm_weight,
+                              py::handle norm_bias, py::handle qkv_weight, py::handle qkv_bias,
+                              py::handle proj_weight, py::handle proj_bias, int64_t heads,
+                              double eps, int64_t where) {
+    if (qkv_weight.is_none() || proj_weight.is_none())
+      throw py::value_error("attention_block needs qkv_weight and proj_weight");
+    Reader read(is_cuda(run));
+    const Shape shape = read.set_shape(x, "x");
+    launch(run,
+           AttentionBlock{shape, divisor("num_groups", groups, shape.c),
+                          divisor("num_heads", heads, shape.c), norm_eps(eps), read.tensor(x, "x"),
+                          read.output(y, "y"), read.weight(norm_weight, "norm_weight", shape.c),
+                          read.weight(norm_bias, "norm_bias", shape.c),
+                          read.weight(qkv_weight, "qkv_weight", 3 * shape.c, shape.c),
+                          read.weight(qkv_bias, "qkv_bias", 3 * shape.c),
+                          read.weight(proj_weight, "proj_weight", shape.c, shape.c),
+                          read.weight(proj_bias, "proj_bias", shape.c)},
+           where);
+  });
+}
+
+void def_attention_block_backward(py::module_& m) {
+  m.def("attention_block_backward",
+        [](py::handle grad, py::handle x, int64_t groups, py::handle norm_weight,
+           py::handle norm_bias, py::handle qkv_weight, py::handle qkv_bias, py::handle proj_weight,
+           py::handle proj_bias, int64_t heads, double eps, py::handle dx, py::handle dnorm_weight,
+           py::handle dnorm_bias, py::handle dqkv_weight, py::handle dqkv_bias,
+           py::handle dproj_weight, py::handle dproj_bias, int64_t threads) {
+          for (py::handle weight : {qkv_weight, proj_weight, dqkv_weight, dproj_weight})
+            if (weight.is_none())
+              throw py::value_error("attention_block_backward needs both weights and gradients");
+          Reader read(false);
+          const Shape shape = read.set_shape(x, "x");
+          const int64_t c = shape.c;
+          const AttentionBlock forward{shape,
+                                       divisor("num_groups", groups, c),
+                                       divisor("num_heads", heads, c),
+                                       norm_eps(eps),
+                                       read.tensor(x, "x"),
+                                       {},
+                                       read.weight(norm_weight, "norm_weight", c),
+                                       read.weight(norm_bias, "norm_bias", c),
+                                       read.weight(qkv_weight, "qkv_weight", 3 * c, c),
+                                       read.weight(qkv_bias, "qkv_bias", 3 * c),
+                                       read.weight(proj_weight, "proj_weight", c, c),
+                                       read.weight(proj_bias, "proj_bias", c)};
+          launch(cpu::attention_block_backward,
+                 AttentionBlockBackward{forward, read.tensor(grad, "grad"), read.output(dx, "dx"),
+                                        read.floats(dnorm_weight, "dnorm_weight", c),
+                                        read.floats(dnorm_bias, "dnorm_bias", c),
+                                        read.floats(dqkv_weight, "dqkv_weight", 3 * c, c),
+                                        read.floats(dqkv_bias, "dqkv_bias", 3 * c),
+                                        read.floats(dproj_weight, "dproj_weight", c, c),
+                                        read.floats(dproj_bias, "dproj_bias", c)},
+                 threads);
+        });
+}
+
+template <auto run>
+void def_discretized_log_likelihood(py::module_& m) {
+  m.def("discretized_log_likelihood", [](py::handle x, py::handle mean, py::handle log_scale,
+                                         py::handle out, int64_t where) {
+    Reader read(is_cuda(run));
+    // Samples mean nothing here: missing dimensions go in front, where they cost nothing.
+    const Shape shape = read.set_shape(x, "x", Pad::front);
+    launch(run,
+           DiscretizedLogLikelihood{shape, read.tensor(x, "x"), read.tensor(mean, "mean"),
+                                    read.tensor(log_scale, "log_scale"), read.output(out, "out")},
+           where);
+  });
+}
+
+}  // namespace
+
+PosteriorStep posterior_step_of(bool cuda, py::handle xt, py::handle model_output, py::handle z,
+                                py::handle log_variance, py::handle out, py::handle seed,
+                                py::handle step, py::handle sample_index, py::handle t,
+                                py::handle table, const std::string& prediction, bool clip) {
+  if (z.is_none() && seed.is_none()) throw py::value_error("posterior_step needs z or a seed");
+  Reader read(cuda);
+  const Shape shape = read.set_shape(xt, "xt");
+  return {shape,
+          read.tensor(xt, "xt"),
+          read.tensor(model_output, "model_output"),
+          read.optional(z, "z"),
+          read.optional(log_variance, "log_variance"),
+          read.output(out, "out"),
+          read.random(seed, step, sample_index),
+          read.per_sample(t, "t"),
+          prediction_of(prediction),
+          clip,
+          read.table(table)};
+}
+
+// A build of the tests has the kernels of csrc/cuda alone.
+#if !defined(FASTDDPM_CUDA_ON_CPU)
+void def_cpu_ops(py::module_& m) {
+  def_randn<cpu::randn>(m);
+  def_noise<cpu::noise>(m);
+  def_posterior_step<cpu::posterior_step>(m);
+  def_group_norm_silu<cpu::group_norm_silu>(m);
+  def_group_norm_silu_backward<cpu::group_norm_silu_backward>(m);
+  def_attention_block<cpu::attention_block>(m);
+  def_attention_block_backward(m);
+  def_discretized_log_likelihood<cpu::discretized_log_likelihood>(m);
+}
+#endif
+
+#if defined(FASTDDPM_CUDA)
+void def_cuda(py::module_& m) {
+  def_randn<cuda::randn>(m);
+  def_noise<cuda::noise>(m);
+  def_posterior_step<cuda::posterior_step>(m);
+  def_group_norm_silu<cuda::group_norm_silu>(m);
+  def_group_norm_silu_backward<cuda::group_norm_silu_backward>(m);
+  def_discretized_log_likelihood<cuda::discretized_log_likelihood>(m);
+  m.def("group_norm_workspace", [](int64_t n, int64_t c, int64_t groups, bool backward) {
+    if (n < 0 || c < 0 || groups < 0 || n > MAX_SIZE || c > MAX_SIZE || groups > MAX_SIZE)
+      throw py::value_error("n, c and groups must be in 0 .. 2^24");
+    return group_norm_workspace({n, c, 1, 1}, groups, backward);
+  });
+}
+#endif
+
+}  // namespace fastddpm

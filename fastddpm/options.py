@@ -1,0 +1,40 @@
+"""Options as numbers of Python's: NumPy's are converted once, and nonsense is an error by name."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+INTEGER_END = 2**63
+
+
+def check_number(name: str, value: Any, ok: Callable[[float], bool], allowed: str) -> float:
+    """A float of Python's or NumPy's number; ValueError for all else, NaN and True too."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    try:
+        if number and ok(float(value)):
+            return float(value)
+    except OverflowError:
+        pass
+    raise ValueError(f"{name} must be {allowed}; got {value!r}")
+
+
+def check_integer(name: str, value: Any, least: int) -> int:
+    """An int of Python's or NumPy's integer in least .. 2^63 - 1; else the ValueError that says
+    so.
+    """
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer; got {value!r}")
+    if not least <= value < INTEGER_END:
+        allowed = f"at least {least}" if value < least else f"in {least} .. 2^63 - 1"
+        raise ValueError(f"{name} must be {allowed}; got {value!r}")
+    return int(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False; got {value!r}")
+    return bool(value)

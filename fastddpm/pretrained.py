@@ -1,0 +1,123 @@
+"""Models by name and on disk: the bundled ones, our own folders and other projects' files."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastddpm import digest
+from fastddpm.checkpoint import named, read_json, read_metadata, write_json, write_tensors
+from fastddpm.diffusion import Diffusion
+from fastddpm.integrations.diffusers import load_folder
+from fastddpm.integrations.port import load_file
+from fastddpm.unet import UNet
+from fastddpm.weights import load
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG_DIGEST = "config_digest"  # in the metadata of WEIGHTS: of the CONFIG that it belongs to
+BUNDLED = Path(__file__).parent / "checkpoints"
+
+
+def save_model(
+    model: UNet, folder: str | os.PathLike, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write the model's config.json and model.safetensors (or `weights` in its place) into
+    `folder`, each with a digest of what is in it; a process that can't be saved is a ValueError
+    before a file is touched.
+    """
+    folder = named(folder)
+    config = _config(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = model.state_dict() if weights is None else weights
+    write_tensors(folder / WEIGHTS, tensors, {CONFIG_DIGEST: config[digest.KEY]})
+    write_json(folder / CONFIG, config)
+
+
+def save_config(model: UNet, folder: str | os.PathLike) -> None:
+    """Write the model's config.json alone."""
+    write_json(named(folder) / CONFIG, _config(model))
+
+
+def _config(model: UNet) -> dict[str, Any]:
+    config = {"format": "fastddpm", "unet": model.config, "diffusion": model.diffusion.to_config()}
+    return {**config, digest.KEY: digest.of_json(config)}
+
+
+def build_model(config: dict[str, Any], source: str | os.PathLike) -> UNet:
+    """The UNet of a config.json's content, with fresh weights.
+
+    Raises ValueError naming the option that can't be, or saying that the content is another than
+    the one whose digest it names. One that names none is taken as it is.
+    """
+    for name in ("unet", "diffusion"):
+        if not isinstance(config.get(name), dict):
+            raise ValueError(f"{source}: the object {name!r} is missing")
+    try:
+        model = UNet(**config["unet"], diffusion=Diffusion.from_config(config["diffusion"]))
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from None
+    if digest.KEY in config and config[digest.KEY] != digest.of_json(config):
+        raise ValueError(
+            f"{source} is not what was written with the model (its digest is another): it is "
+            f"damaged or was edited; if you edited it on purpose, remove its {digest.KEY!r}"
+        )
+    return model
+
+
+def bundled_models() -> list[str]:
+    """The names that come with the package."""
+    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
+
+
+def load_model(source: str | os.PathLike, **options: Any) -> UNet:
+    """A UNet in eval mode from a folder of `save_model`, a diffusers folder, a weights file of the
+    PyTorch port of the paper's code, or a bundled name; a file or folder that is there comes before
+    a bundled model of that name, with a warning.
+
+    options go to the loaders of `fastddpm.integrations`; our own folders take none. Raises
+    FileNotFoundError or ValueError, naming what is wrong.
+    """
+    path = _find(source)
+    if os.path.isfile(path):
+        return load_file(path, **options).eval()
+    if os.path.isfile(path / "model_index.json") and os.path.isfile(path / "unet" / CONFIG):
+        path = path / "unet"  # a pipeline of diffusers
+    if not os.path.isfile(path / CONFIG):
+        what = f"no {CONFIG} in it" if path.is_dir() else "no such file or folder"
+        bundled = ", ".join(f"{name} ({BUNDLED / name})" for name in bundled_models())
+        raise FileNotFoundError(
+            f"model {str(source)!r}: {what}; give a folder with {CONFIG} and {WEIGHTS}, or one of "
+            f"the bundled names: {bundled or 'none'}"
+        )
+    config = read_json(path / CONFIG)
+    if config.get("format") != "fastddpm":
+        return load_folder(path, config, **options).eval()
+    if options:
+        raise ValueError(f"a fastddpm folder takes no options; got {', '.join(sorted(options))}")
+    weights = path / WEIGHTS
+    model = load(lambda _: build_model(config, path / CONFIG), [weights], source=weights)
+    said = read_metadata(weights).get(CONFIG_DIGEST)
+    if said is not None and config.get(digest.KEY, said) != said:
+        raise ValueError(
+            f"{weights} was written with another {CONFIG} than the one beside it: save the model "
+            "again, or bring the two files of one model together"
+        )
+    return model.eval()
+
+
+def _find(source: str | os.PathLike) -> Path:
+    """The path of a model: one that is there, or a bundled one's."""
+    path = Path(source)
+    bundled = BUNDLED / path
+    if str(source) not in bundled_models() or not os.path.exists(path):
+        return bundled if str(source) in bundled_models() else path
+    if isinstance(source, str) and not bundled.samefile(path):
+        warnings.warn(
+            f"{source!r} is {path.resolve()} here; the bundled model of that name is {bundled}",
+            stacklevel=4,
+        )
+    return path

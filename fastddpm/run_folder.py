@@ -1,0 +1,108 @@
+"""The folder of a training run: when one may begin there, who may write into it, and what killed
+ones left. No training."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastddpm.checkpoint import _lock, read_json, remove_abandoned
+from fastddpm.pretrained import CONFIG, WEIGHTS
+
+STATE, LOG, PLOT, SAMPLES = "trainer.safetensors", "log.csv", "loss.png", "samples"
+LOCK = ".lock"
+
+
+def check_new(out: Path) -> None:
+    """FileExistsError if a run that begins in `out` would write over another or over a model."""
+    if (out / STATE).exists():
+        raise FileExistsError(
+            f"{out} holds a run: add --resume to go on with it, or give another folder"
+        )
+    there = [name for name in (WEIGHTS, "model_index.json") if (out / name).exists()]
+    if not there and (out / CONFIG).exists() and not _is_ours(out / CONFIG):
+        there = [CONFIG]
+    if there:
+        raise FileExistsError(
+            f"{out} holds a model ({there[0]}) and no run ({STATE}): give another folder, a run "
+            "would write over it"
+        )
+
+
+def _is_ours(config: Path) -> bool:
+    """True for the config.json of a run that was killed before its first checkpoint was whole."""
+    try:
+        return read_json(config).get("format") == "fastddpm"
+    except ValueError:
+        return False
+
+
+def check_apart(data: str | os.PathLike, out: str | os.PathLike) -> None:
+    """ValueError if the pictures of the run in `out` would be among its data."""
+    source, run = Path(data).resolve(), Path(out).resolve()
+    inside = source.is_dir() and (run == source or source in run.parents)
+    pictures = run / SAMPLES
+    if inside or source == pictures or pictures in source.parents:
+        raise ValueError(
+            f"the run's folder {out} and its data {data} must be apart: it would train on its own "
+            "pictures; give another --out"
+        )
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """`out` for this process alone, until the block or the process ends, however it does.
+
+    Raises BlockingIOError, naming the process that has it. What killed runs left half-written is
+    removed.
+    """
+    handle = _locked_handle(out)
+    try:
+        for folder, names in (
+            (out, {CONFIG, WEIGHTS, STATE, LOG, PLOT}.__contains__),
+            (out / SAMPLES, re.compile(r"step_\d+\.png").fullmatch),
+        ):
+            remove_abandoned(folder, lambda name, names=names: bool(names(name)))  # type: ignore[misc]
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(out / LOCK)  # while it is locked: the next one makes its own
+        os.close(handle)
+
+
+def _locked_handle(out: Path) -> int:
+    path = out / LOCK
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        taken = _lock(handle, wait=False)
+        if taken is False:
+            with os.fdopen(handle, "rb") as file:
+                holder = file.read(200).decode(errors="replace").strip()
+            raise BlockingIOError(
+                f"{out} is in use by another training{f' ({holder})' if holder else ''}: end that "
+                "one, or give another folder"
+            )
+        if taken is None:
+            warnings.warn(
+                f"{out} is on a file system without locks: see to it that no other training writes "
+                "there",
+                stacklevel=4,
+            )
+        if _is_at(path, handle):
+            with contextlib.suppress(OSError):  # on a full disk it is nameless
+                os.ftruncate(handle, 0)
+                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return handle
+        os.close(handle)  # one that ended removed it between the two calls
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False

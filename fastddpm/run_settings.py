@@ -1,0 +1,51 @@
+"""What a run must be to go on where it was stopped, as JSON, and what differs. No tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastddpm.unet import UNet
+
+
+def architecture(network: torch.nn.Module) -> Any:
+    """What a network computes beside its weights, JSON-ready: a UNet's options; the lines of any
+    other's print-out, which has the layers with their epsilons, groups, paddings and rates.
+    """
+    if isinstance(network, UNet):
+        return network.config
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(network)).splitlines()
+
+
+def read_settings(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    try:
+        settings = json.loads(metadata["trainer"])
+    except (KeyError, ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict) or metadata.keys() != {"trainer"}:
+        raise ValueError(f"{path} is not a trainer's state")
+    return settings
+
+
+def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    return [k for k in (*here, *(there.keys() - here.keys())) if there.get(k) != here.get(k)]
+
+
+def compare(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """ValueError names the first value that differs, at whatever depth; a process whole."""
+    here = json.loads(json.dumps(here))  # tuples are lists there
+    if not (names := differing(there, here)):
+        return
+    name, a, b = names[0], there.get(names[0]), here.get(names[0])
+    while name != "diffusion" and isinstance(a, dict) and isinstance(b, dict):
+        inner = differing(a, b)[0]
+        name, a, b = f"{name}: {inner}", a.get(inner), b.get(inner)
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        k = next(k for k in range(len(a)) if a[k] != b[k])
+        a, b = (a[k], b[k]) if isinstance(a[k], str) else (a, b)
+    raise ValueError(f"{path}: {name} is {a!r} there and {b!r} here")

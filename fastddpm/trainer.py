@@ -1,0 +1,347 @@
+"""Algorithm 1, one step at a time, and its whole state on disk.
+
+Everything random in step k (t, flips, eps, dropout) is a function of (seed, k), so a run that was
+killed and resumed from a checkpoint takes the very same steps."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastddpm import _native, reference
+from fastddpm.checkpoint import named, read_tensors, write_tensors
+from fastddpm.diffusion import Diffusion
+from fastddpm.host import callers_level, own_state, plain, seeded, training
+from fastddpm.master_weights import MasterWeights
+from fastddpm.ops import dispatch
+from fastddpm.options import check_flag, check_integer, check_number
+from fastddpm.precision import Precision, autocast, resolve_precision
+from fastddpm.pretrained import save_config, save_model
+from fastddpm.run_folder import STATE
+from fastddpm.run_settings import architecture, compare, differing, read_settings
+from fastddpm.unet import UNet
+from fastddpm.wrapped import unwrap
+
+CHOICES_STEP = 2**32 - 1  # the RNG contract's step word of t and flip, which no chain reaches
+SLACK = 1e-3  # beyond [-1, 1], for what rounding makes of it
+
+
+class Trainer:
+    """Algorithm 1 with Adam, gradient clipping, learning-rate warm-up and an exponential moving
+    average.
+
+    model:     any module (x_t, t) -> output; trained in place, through its wrappers if it has some
+               (DistributedDataParallel, torch.compile, ...); what is averaged and saved is the
+               network inside. Parameters in half precision keep float32 masters and averages
+    diffusion: None: the model's own, or the paper's
+    precision: "fp32", "bf16" (autocast, float32 weights) or "auto" (bf16 where the hardware
+               multiplies it)
+    lr, warmup: Adam's rate, reached linearly over the first `warmup` steps; betas (0.9, 0.999), eps
+                1e-8
+    ema_decay: weight of the past in the average of the weights; grad_clip: largest norm of the
+               gradient
+    ema_warmup: average over the first steps with min(ema_decay, (1 + k) / (10 + k)), so that a
+               short run's average is not the initial weights; the paper has none
+    flip:      mirror half of the images
+
+    Numbers may be NumPy's. Raises ValueError for an option out of range and for a model that is
+    changed (layers, device, dtype) after the trainer was made, FloatingPointError when the loss or
+    gradient is not finite."""
+
+    @own_state()
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        diffusion: Diffusion | None = None,
+        precision: Precision = "auto",
+        lr: float = 2e-4,
+        ema_decay: float = 0.9999,
+        ema_warmup: bool = False,
+        grad_clip: float = 1.0,
+        warmup: int = 5000,
+        flip: bool = True,
+        seed: int = 0,
+    ):
+        self.lr = check_number("lr", lr, lambda x: 0 < x < math.inf, "above 0")
+        self.ema_decay = check_number("ema_decay", ema_decay, lambda x: 0 <= x < 1, "in [0, 1)")
+        self.grad_clip = check_number("grad_clip", grad_clip, lambda x: x > 0, "above 0")
+        self.warmup = check_integer("warmup", warmup, 0)
+        self.seed = check_integer("seed", seed, 0)
+        self.ema_warmup, self.flip = check_flag("ema_warmup", ema_warmup), check_flag("flip", flip)
+        self.diffusion = Diffusion.of(model, diffusion)
+        self.diffusion.warn_of_the_end()
+        self.model, self.network = model, unwrap(model)
+        if not isinstance(self.network, torch.nn.Module):
+            raise ValueError(f"model must be a torch.nn.Module; got {type(self.network).__name__}")
+        if any(p.is_inference() for p in self.network.parameters()):
+            raise ValueError(
+                "the model's weights were made under torch.inference_mode, so they can't be "
+                "trained: build or load the model outside it"
+            )
+        self.weights = MasterWeights(self.network)
+        self.device = next(self.network.parameters()).device
+        self.precision = resolve_precision(precision, self.device)
+        self.step_count = 0
+        self.example_count = 0
+        self._told_of_range = False
+        self.optimizer = torch.optim.Adam(self._masters, lr=self.lr, fused=True)
+
+    @property
+    def _masters(self) -> list[torch.Tensor]:
+        return list(self.weights.masters.values())
+
+    @own_state(grad=True)
+    def step(self, x0: torch.Tensor) -> torch.Tensor:
+        """One optimiser step on x0, (N, C, H, W) uint8 or float in [-1, 1]; returns the mean loss,
+        detached.
+        """
+        self.weights.check()
+        x0 = plain(self._checked(x0).to(self.device))
+        n, T = x0.shape[0], self.diffusion.T
+        index = torch.arange(self.example_count, self.example_count + n, device=self.device)
+        words = reference.random_words(
+            2, seed=self.seed, step=torch.full_like(index, CHOICES_STEP), sample_index=index
+        )
+        t = (words[:, 0] * T) >> 32
+        flip = (words[:, 1] & 1).bool() if self.flip else None
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min((self.step_count + 1) / max(self.warmup, 1), 1.0)
+        self.weights.zero_gradients()
+        module = self.model if isinstance(self.model, torch.nn.Module) else self.network
+        dropout = (self.seed * 0x9E3779B97F4A7C15 + self.step_count) % 2**63
+        with training(module), seeded(dropout, self.device):
+            with autocast(self.precision, self.device):
+                loss = self.diffusion.loss(
+                    self.model, x0, t=t, flip=flip, seed=self.seed, sample_index=index
+                ).mean()
+            (loss * self.weights.loss_scale).backward()
+        self.weights.take_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self._masters, self.grad_clip)
+        if not torch.isfinite(norm + loss.detach()):
+            raise FloatingPointError(
+                f"step {self.step_count}: loss {loss.item()}, gradient norm {norm.item()}; "
+                "the weights are those before this step"
+            )
+        self.optimizer.step()
+        self.weights.round()
+        k = self.step_count
+        decay = min(self.ema_decay, (1 + k) / (10 + k)) if self.ema_warmup else self.ema_decay
+        self.weights.move_average(decay)
+        self.step_count += 1
+        self.example_count += n
+        return loss.detach()
+
+    def _checked(self, x0: torch.Tensor) -> torch.Tensor:
+        """The batch, if it is one of images; else the ValueError that says what it is."""
+        if not isinstance(x0, torch.Tensor) or x0.dim() != 4:
+            got = tuple(x0.shape) if isinstance(x0, torch.Tensor) else type(x0).__name__
+            raise ValueError(f"a batch must be a tensor of (N, C, H, W) images; got {got}")
+        if 0 in x0.shape:
+            raise ValueError(f"a batch needs at least one image; got shape {tuple(x0.shape)}")
+        if x0.dtype == torch.uint8:
+            return x0
+        if not x0.is_floating_point():
+            raise ValueError(
+                f"images must be uint8, or float in [-1, 1]; got {x0.dtype}: of 0 .. 255, give "
+                ".to(torch.uint8)"
+            )
+        low, high = torch.stack(torch.aminmax(x0.detach())).tolist()
+        if not (low >= -1 - SLACK and high <= 1 + SLACK):  # NaN is in no range
+            raise ValueError(
+                f"images of floats must lie in [-1, 1]; got {low:.6g} .. {high:.6g}: of 0 .. 255, "
+                "give uint8, or x / 127.5 - 1"
+            )
+        if low >= 0 and not self._told_of_range and self.step_count == 0 and high > low:
+            self._told_of_range = True
+            warnings.warn(
+                "the first batch has no pixel below 0: images of floats are taken as of [-1, 1]; "
+                "of [0, 1], give 2 x - 1",
+                stacklevel=callers_level(),
+            )
+        return x0
+
+    def ema_weights(self) -> dict[str, torch.Tensor]:
+        """The averaged weights, float32 of half-precision ones, and the buffers as they are now,
+        under the network's state_dict names: `load_state_dict` takes them.
+        """
+        self.weights.check()
+        return self.weights.averaged_state()
+
+    @own_state()
+    def ema_model(self) -> torch.nn.Module:
+        """A copy of the network with the averaged weights, in eval mode."""
+        self.weights.check()
+        model = copy.deepcopy(self.network).eval().requires_grad_(False)
+        for p, average in zip(model.parameters(), self.weights.average.values(), strict=True):
+            p.copy_(average)
+            p.grad = None
+        return model
+
+    # ---- the state on disk ----------------------------------------------------------------------
+
+    @own_state()
+    def save(self, folder: str | Path, run: Mapping[str, Any] | None = None) -> None:
+        """Write the averaged model into `folder`, then the whole state into one file beside it,
+        atomically: where there is a state, there is a model to resume with.
+
+        run: what else must be the same when the run goes on (`fit`'s data), JSON-ready; see `load`
+        """
+        self.weights.check()
+        folder = named(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if first := not (folder / STATE).exists():
+            # Weights last: those without a state are a model that no run may write over.
+            self.save_config(folder)
+        else:
+            self.save_model(folder)
+        settings = {
+            "step_count": self.step_count,
+            "example_count": self.example_count,
+            "machine": self._machine(),
+            "run": dict(run or {}),
+            **self._recipe(),
+        }
+        write_tensors(folder / STATE, self._tensors(), {"trainer": json.dumps(settings)})
+        if first:
+            self.save_model(folder)
+
+    def save_config(self, folder: Path) -> None:
+        if isinstance(self.network, UNet):
+            save_config(self.network, folder)
+
+    def save_model(self, folder: Path) -> None:
+        """The averaged model, of a UNet: of other networks the state alone is kept."""
+        if isinstance(self.network, UNet):
+            save_model(self.network, folder, self.ema_weights())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {f"buffer.{name}": b for name, b in self.weights.buffers().items()}
+        for name, master in self.weights.masters.items():
+            tensors[f"model.{name}"] = master.detach()
+            tensors[f"ema.{name}"] = self.weights.average[name]
+            for key, value in self.optimizer.state[master].items():
+                tensors[f"adam.{key}.{name}"] = value
+        return tensors
+
+    @own_state()
+    def load(self, folder: str | Path, run: Mapping[str, Any] | None = None) -> None:
+        """Take up the state of `save`. ValueError names what differs from this trainer's model or
+        recipe, or from the `run` that was saved with it; nothing is taken up then.
+
+        A warning names what the machine differs in where the steps go on but not bit for bit.
+        """
+        self.weights.check()
+        path = Path(folder) / STATE
+        tensors, metadata = read_tensors(path)
+        settings = read_settings(path, metadata)
+        counts = {name: settings.pop(name, None) for name in ("step_count", "example_count")}
+        for name, count in counts.items():
+            check_integer(f"{path}: {name}", count, 0)
+        machine, before = settings.pop("machine", None), settings.pop("run", None)
+        compare(path, settings, self._recipe())
+        if run is not None and before:
+            compare(path, dict(before), dict(run))
+        elif run is not None and counts["step_count"]:
+            warnings.warn(
+                f"{path} was not saved by a run: its {', '.join(run)} can't be compared",
+                stacklevel=callers_level(),
+            )
+        self._check_tensors(path, tensors)
+        own = self._machine()
+        if counts["step_count"] and (moved := differing(machine or {}, own)):
+            warnings.warn(
+                f"{path}: the run goes on, but not bit for bit as it would have where it was: "
+                + ", ".join(f"{k} was {(machine or {}).get(k)!r} and is {own.get(k)!r}"
+                            for k in moved),
+                stacklevel=callers_level(),
+            )  # fmt: skip
+        self._take(tensors)
+        self.step_count, self.example_count = counts["step_count"], counts["example_count"]
+
+    def _check_tensors(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        """ValueError unless the tensors are those that `_tensors` of this model would be."""
+        expected = {f"buffer.{k}": b for k, b in self.weights.buffers().items()}
+        step = torch.zeros((), dtype=torch.float32)
+        for name, master in self.weights.masters.items():
+            expected |= {f"model.{name}": master, f"ema.{name}": master}
+            if f"adam.step.{name}" in tensors:  # one that never had a gradient has no moments
+                moments = {"exp_avg": master, "exp_avg_sq": master, "step": step}
+                expected |= {f"adam.{m}.{name}": like for m, like in moments.items()}
+        passing = {f"buffer.{name}" for name in self.weights.passing()}
+        for name in sorted((tensors.keys() | expected.keys()) - passing):
+            a, b = tensors.get(name), expected.get(name)
+            if a is None or b is None or a.shape != b.shape:
+                raise ValueError(
+                    f"{path}: {name} has shape {None if a is None else a.shape}; expected "
+                    f"{None if b is None else b.shape}"
+                )
+            if a.dtype != b.dtype:
+                raise ValueError(f"{path}: {name} is {a.dtype}; expected {b.dtype}")
+
+    @torch.no_grad()
+    def _take(self, tensors: dict[str, torch.Tensor]) -> None:
+        buffers = {k.removeprefix("buffer."): v for k, v in tensors.items() if k.startswith("buf")}
+        self.weights.set_buffers(buffers)
+        for name, master in self.weights.masters.items():
+            master.copy_(tensors[f"model.{name}"])
+            self.weights.average[name].copy_(tensors[f"ema.{name}"])
+            moments = (f"adam.{key}.{name}" for key in ("exp_avg", "exp_avg_sq", "step"))
+            self.optimizer.state[master] = {
+                key.split(".")[1]: tensors[key].to(
+                    master.device, memory_format=_format(tensors[key], master)
+                )
+                for key in moments
+                if key in tensors
+            }
+        self.weights.round()
+
+    def _recipe(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to take the same steps."""
+        parameters = self.weights.parameters
+        return {
+            "precision": self.precision,
+            "lr": self.lr,
+            "warmup": self.warmup,
+            "ema_decay": self.ema_decay,
+            "ema_warmup": self.ema_warmup,
+            "grad_clip": self.grad_clip,
+            "flip": self.flip,
+            "seed": self.seed,
+            "diffusion": self.diffusion.to_config(),
+            "model": architecture(self.network),
+            "dtypes": {
+                name: str(p.dtype) for name, p in parameters.items() if p.dtype != torch.float32
+            },
+            "frozen": [name for name, p in parameters.items() if not p.requires_grad],
+        }
+
+    def _machine(self) -> dict[str, Any]:
+        """What may change the last bits of a step."""
+        facts: dict[str, Any] = {
+            "device": self.device.type,
+            "torch": torch.__version__,
+            "backend": dispatch.forced(),
+        }
+        if self.device.type == "cpu":
+            facts |= {"threads": torch.get_num_threads(), "instruction set": _native.isa()}
+        else:
+            facts["gpu"] = torch.cuda.get_device_name(self.device)
+        return facts
+
+
+def _format(tensor: torch.Tensor, like: torch.Tensor) -> torch.memory_format:
+    """Adam's moments keep the layout of their parameter, or the fused step would not be the same
+    one.
+    """
+    if tensor.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
