@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy import images
+from toy import images, tiny_unet
 
-from fastddpm import reference
+from fastddpm import Trainer, reference
+from fastddpm.data import open_dataset
 from fastddpm.figures import (
     check_output,
     grid,
@@ -19,6 +20,7 @@ from fastddpm.figures import (
     to_pil,
     to_uint8,
 )
+from fastddpm.training import fit
 
 
 def test_to_uint8_is_the_inverse_of_the_training_datas_scaling():
@@ -206,3 +208,13 @@ def test_read_image_takes_size_and_channels(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match=r"text\.png"):
         read_image(tmp_path / "text.png", (6, 6), 3)
+
+
+def test_a_run_whose_samples_are_no_pictures_is_refused_before_it_trains(tmp_path):
+    trainer = Trainer(tiny_unet(in_channels=5))
+    np.save(tmp_path / "x.npy", images(4, 1, 8, 8).numpy())
+    dataset = open_dataset(tmp_path / "x.npy")
+    with pytest.raises(ValueError, match=r"images of 5 channels can't be a \.png"):
+        fit(trainer, dataset, tmp_path / "run", steps=1, sample_every=1, progress=False)
+    assert trainer.step_count == 0
+    assert not (tmp_path / "run").exists()

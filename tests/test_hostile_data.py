@@ -10,6 +10,7 @@ import gzip
 import io
 import lzma
 import os
+import random
 import socket
 import struct
 import subprocess
@@ -230,6 +231,32 @@ def test_a_budget_outlives_errors_and_forks():
             with budget.take(10):
                 os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "PPM", "TIFF"])
+@pytest.mark.parametrize(
+    "n", [20, pytest.param(1000, marks=pytest.mark.slow)], ids=["small", "thorough"]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_pictures_are_pictures_or_reasons(kind, n):
+    """The decoders' own formats, most without checksums: no other error, no hang, no memory."""
+    random_ = random.Random(n)
+    image = Image.fromarray(pixels(40, 40, 3))
+    whole = encoded(image.quantize() if kind == "GIF" else image, kind)
+    right = decode.decode(whole, (16, 16), None)
+    for _ in range(n):
+        damaged = bytearray(whole)
+        for _ in range(random_.choice((1, 1, 2, 5))):
+            at = random_.randrange(random_.choice((len(whole), min(len(whole), 200))))
+            damaged[at] = random_.choice((0, 255, random_.randrange(256), damaged[at] ^ 1))
+        with five_seconds():
+            picture = decode.decode(bytes(damaged), (16, 16), None)
+        if isinstance(picture, str):
+            assert "\n" not in picture
+        else:
+            assert picture.pixels.shape[1:] == (16, 16)
+            if kind == "PNG":  # which has checksums
+                assert np.array_equal(picture.pixels, right.pixels)
 
 
 # ---- what is no file -----------------------------------------------------------------------------
