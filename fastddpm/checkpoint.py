@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
@@ -151,21 +152,42 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Any]:
     """A safetensors file whose header was read; whatever is wrong with it is a ValueError."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no such file: {path}")
-    check_fits(f"{path}", os.path.getsize(path))
+    _header(path)
     try:
-        with open(path, "rb") as file:
-            start = file.read(64)
-        length = int.from_bytes(start[:8], "little")
-        if start.startswith(b"version https://git-lfs"):
-            raise ValueError("it is a pointer to a file in Git LFS: fetch that with `git lfs pull`")
-        if LONGEST_HEADER < length < os.path.getsize(path):
-            raise ValueError(f"its header of {length} bytes is longer than {LONGEST_HEADER}")
         with safe_open(path, framework="pt", device="cpu") as opened:
             yield opened
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except MemoryError as error:
+        raise ValueError(f"{path} is larger than this process may map: {error}") from None
+    except (SafetensorError, OSError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _header(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON header of a safetensors file, nothing else of which is read or mapped."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no such file: {path}")
+    size = os.path.getsize(path)
+    check_fits(f"{path}", size)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if start == b"version ":
+                raise ValueError(
+                    "it is a pointer to a file in Git LFS: fetch that with `git lfs pull`"
+                )
+            if length > size - 8:
+                raise ValueError(f"its header of {length} bytes is longer than the file")
+            if length > LONGEST_HEADER:
+                raise ValueError(f"its header of {length} bytes is longer than {LONGEST_HEADER}")
+            header = json.loads(file.read(length).decode("utf-8"))
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is no JSON object but a {type(header).__name__}")
+        if len(header) > MOST_TENSORS:
+            raise ValueError(f"it holds {len(header)} tensors; {MOST_TENSORS} are the most")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    return header
 
 
 def read_weights(
@@ -211,20 +233,20 @@ def read_weights(
 
 def _shapes(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """The tensors that a safetensors file's header announces, on the meta device."""
-    with _opened(path) as file:
-        names = file.keys()
-        slices = {name: file.get_slice(name) for name in names[:MOST_TENSORS]}
-        shapes = {name: (each.get_dtype(), each.get_shape()) for name, each in slices.items()}
-    if len(names) > MOST_TENSORS:
-        raise ValueError(f"{path} holds {len(names)} tensors; {MOST_TENSORS} are the most")
-    for name, (dtype, shape) in shapes.items():
-        if dtype not in FLOATS:
-            raise _other_type(path, name, dtype)
+    shapes = {}
+    for name, each in _header(path).items():
+        if name == "__metadata__":
+            continue
+        dtype, shape = (each.get("dtype"), each.get("shape")) if isinstance(each, dict) else (0, 0)
+        if not isinstance(shape, list) or not all(type(side) is int for side in shape):
+            raise ValueError(f"{path} is not a whole safetensors file: {name} has no shape")
+        if not isinstance(dtype, str) or dtype not in FLOATS:
+            raise _other_type(path, name, f"{dtype}")
         _check_shape(path, name, shape)
-    return {
-        name: torch.empty(shape, dtype=FLOATS[dtype], device="meta")
-        for name, (dtype, shape) in shapes.items()
-    }
+        if math.prod(shape) > os.path.getsize(path):  # and maybe more than an int64 counts
+            raise ValueError(f"{path} is not a whole safetensors file: {name} is not in it")
+        shapes[name] = torch.empty(shape, dtype=FLOATS[dtype], device="meta")
+    return shapes
 
 
 def _other_type(path: str | os.PathLike, name: str, dtype: str) -> ValueError:
@@ -234,8 +256,8 @@ def _other_type(path: str | os.PathLike, name: str, dtype: str) -> ValueError:
 
 
 def _check_shape(path: str | os.PathLike, name: str, shape: Sequence[int]) -> None:
-    if not all(0 < side < LARGEST_SIDE for side in shape):
-        raise ValueError(f"{path}: {name} has no possible shape of weights, {tuple(shape)}")
+    if len(shape) > 8 or not all(0 < side < LARGEST_SIDE for side in shape):
+        raise ValueError(f"{path}: {name} has no possible shape of weights, {tuple(shape)!r:.80}")
 
 
 def _check_zip(path: str | os.PathLike) -> None:

@@ -283,7 +283,7 @@ def test_headers_and_json_are_bounded(tmp_path):
         read_weights(path)
     many = {f"{i}": torch.zeros(1) for i in range(checkpoint.MOST_TENSORS + 1)}
     save_file(many, path)
-    with pytest.raises(ValueError, match="holds 20001 tensors; 20000 are the most"):
+    with pytest.raises(ValueError, match="it holds 20001 tensors; 20000 are the most"):
         read_weights(path, shapes_only=True)
     save_file({"x": torch.zeros(3, 0)}, path)
     with pytest.raises(ValueError, match=r"x has no possible shape of weights, \(3, 0\)"):
