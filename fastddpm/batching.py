@@ -14,6 +14,7 @@ import torch
 
 from fastddpm import ranks
 from fastddpm.diffusion import Model
+from fastddpm.host import callers_level
 from fastddpm.schedule import check_count
 from fastddpm.unet import UNet
 
@@ -199,5 +200,5 @@ class Batches:
                 f"memory is too small for batches of {failed} images ({first_line(error)}): "
                 f"fastddpm goes on with half as many, or less; batch_size={self.size} asks for it",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=callers_level(),
             )

@@ -35,6 +35,13 @@ MOST_TENSORS = 20_000
 LARGEST_SIDE = 2**31  # of a tensor of weights
 
 
+def named(path: str | os.PathLike) -> Path:
+    """A path to write to; ValueError for "", which Path takes for the current folder."""
+    if not os.fspath(path):
+        raise ValueError("output '': give a name; '' would be the current folder")
+    return Path(path)
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Any]:
     """A binary file that takes the name `path` only when it was written whole and is on the disk.

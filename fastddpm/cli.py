@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any, get_args
 
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is not None:
         return _run(argv)
     console.open_descriptors()
+    warnings.showwarning = console.warn
     try:
         return _run(sys.argv[1:])
     finally:

@@ -29,6 +29,11 @@ def complain(text: str) -> None:
         _write(sys.stderr, text)
 
 
+def warn(message: Warning | str, *_: object, **__: object) -> None:
+    """A `warnings.showwarning` for who runs a command and not for who wrote a line of source."""
+    complain(f"fastddpm: warning: {' '.join(str(message).split())}")
+
+
 def _write(stream: TextIO | None, text: str) -> None:
     if stream is None:
         return

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fastddpm import ops, reference
+from fastddpm.host import callers_level
 from fastddpm.schedule import COLUMNS, Sampler, Schedule, Variance, check_choice
 from fastddpm.wrapped import parts, unwrap
 
@@ -145,7 +146,7 @@ class Diffusion:
             f"abar_T is {ab:.2g}: that share of an image's power is left in x_T, where sampling "
             "starts from pure noise (the paper's schedule leaves 4e-5). Train with more steps, "
             "larger betas or Schedule.linear(T, scaled=True)",
-            stacklevel=3,
+            stacklevel=callers_level(),
         )
 
     def model_t(self, t: torch.Tensor) -> torch.Tensor:

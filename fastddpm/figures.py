@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastddpm.checkpoint import atomic_write
+from fastddpm.checkpoint import atomic_write, named
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of pictures, by their channels
 FORMATS = (
@@ -88,9 +88,7 @@ def check_output(
     Nothing is left behind. A path without a suffix, or an existing folder, is a folder; where
     nothing but a folder will do, any path is.
     """
-    if not os.fspath(path):
-        raise ValueError("output '': give a name; '' would be the current folder")
-    path = Path(path)
+    path = named(path)
     suffix = "" if path.is_dir() or tuple(kinds) == ("",) else path.suffix.lower()
     if suffix not in kinds:
         allowed = FORMATS if "" in kinds else " or ".join(kinds)

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 
 import torch
+
+from fastddpm.wrapped import parts
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")  # that may have an autocast of their own
 # More threads than so many may be more than the system gives, which ends the process in OpenMP.
@@ -45,9 +50,25 @@ def own_state(*, grad: bool = False) -> Iterator[None]:
             torch.clear_autocast_cache()
 
 
+def callers_level() -> int:
+    """`warnings.warn`'s stacklevel of the line that called this package, from who calls this."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _is_inside(frame):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _is_inside(frame: FrameType) -> bool:
+    """In the package, or in a decorator of ours or of torch's."""
+    package = frame.f_globals.get("__name__", "").split(".")[0] == __package__
+    return package or Path(frame.f_code.co_filename).name in ("contextlib.py", "_contextlib.py")
+
+
 def check_threads(name: str, threads: int) -> None:
-    if not 1 <= threads <= MOST_THREADS:
-        raise ValueError(f"{name} must be in 1 .. {MOST_THREADS} here; got {threads}")
+    if threads < 1:
+        raise ValueError(f"{name} must be at least 1; got {threads}")
+    if threads > MOST_THREADS:
+        raise ValueError(f"{name} must be at most {MOST_THREADS} here; got {threads}")
 
 
 def plain(x: torch.Tensor) -> torch.Tensor:
@@ -97,17 +118,20 @@ _trained: dict[torch.nn.Module, int] = {}  # by the thread of this number
 
 @contextlib.contextmanager
 def evaluating(model: object) -> Iterator[None]:
-    """The module in eval mode, then it and each part of it back in the mode it was.
+    """The module, or those that a callable refers to, in eval mode, then each part of it back in
+    the mode it was.
 
     Threads may do so with one model at the same time: the last gives the mode back. One that
-    another thread trains is waited for until its step is done. What is no module has no mode."""
-    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    another thread trains is waited for until its step is done."""
+    around = [model] if isinstance(model, torch.nn.Module) else parts(model)
+    whole = [part for part in around if isinstance(part, torch.nn.Module)]
+    modules = list(dict.fromkeys(module for part in whole for module in part.modules()))
     with _change:
         _wait_for_other_trainers(modules)
         for module in modules:
             _held.setdefault(module, _Held(0, module.training)).by += 1
-        if modules:
-            model.eval()  # type: ignore[attr-defined]
+        for part in whole:
+            part.eval()
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastddpm import digest
-from fastddpm.checkpoint import read_json, read_metadata, write_json, write_tensors
+from fastddpm.checkpoint import named, read_json, read_metadata, write_json, write_tensors
 from fastddpm.diffusion import Diffusion
 from fastddpm.integrations.diffusers import load_folder
 from fastddpm.integrations.port import load_file
@@ -29,7 +29,7 @@ def save_model(
     `folder`, each with a digest of what is in it; a process that can't be saved is a ValueError
     before a file is touched.
     """
-    folder = Path(folder)
+    folder = named(folder)
     config = _config(model)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = model.state_dict() if weights is None else weights
@@ -39,7 +39,7 @@ def save_model(
 
 def save_config(model: UNet, folder: str | os.PathLike) -> None:
     """Write the model's config.json alone."""
-    write_json(Path(folder) / CONFIG, _config(model))
+    write_json(named(folder) / CONFIG, _config(model))
 
 
 def _config(model: UNet) -> dict[str, Any]:

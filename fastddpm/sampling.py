@@ -70,9 +70,9 @@ def sample(
     rank, world = ranks.place() if distributed else (0, 1)
     together = ranks.together if world > 1 else contextlib.nullcontext
     with together():
-        chain = Chain(model, shape, diffusion, steps, sampler, eta, clip, precision, engine, device)
         n, first_index = indices(n, first_index)
         seed = arguments.seed(seed)
+        chain = Chain(model, shape, diffusion, steps, sampler, eta, clip, precision, engine, device)
         batches = chain.batches(batch_size)
     if world > 1:
         ranks.agree(n=n, seed=seed, first_index=first_index, **chain.facts)

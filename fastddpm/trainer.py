@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from fastddpm import _native, reference
-from fastddpm.checkpoint import read_tensors, write_tensors
+from fastddpm.checkpoint import named, read_tensors, write_tensors
 from fastddpm.diffusion import Diffusion
-from fastddpm.host import own_state, plain, seeded, training
+from fastddpm.host import callers_level, own_state, plain, seeded, training
 from fastddpm.master_weights import MasterWeights
 from fastddpm.ops import dispatch
 from fastddpm.options import check_flag, check_integer, check_number
@@ -165,7 +165,7 @@ class Trainer:
             warnings.warn(
                 "the first batch has no pixel below 0: images of floats are taken as of [-1, 1]; "
                 "of [0, 1], give 2 x - 1",
-                stacklevel=3,
+                stacklevel=callers_level(),
             )
         return x0
 
@@ -196,7 +196,7 @@ class Trainer:
         run: what else must be the same when the run goes on (`fit`'s data), JSON-ready; see `load`
         """
         self.weights.check()
-        folder = Path(folder)
+        folder = named(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if first := not (folder / STATE).exists():
             # Weights last: those without a state are a model that no run may write over.
@@ -253,7 +253,7 @@ class Trainer:
         elif run is not None and counts["step_count"]:
             warnings.warn(
                 f"{path} was not saved by a run: its {', '.join(run)} can't be compared",
-                stacklevel=2,
+                stacklevel=callers_level(),
             )
         self._check_tensors(path, tensors)
         own = self._machine()
@@ -262,7 +262,7 @@ class Trainer:
                 f"{path}: the run goes on, but not bit for bit as it would have where it was: "
                 + ", ".join(f"{k} was {machine.get(k)!r} and is {own.get(k)!r}"
                             for k in moved),
-                stacklevel=2,
+                stacklevel=callers_level(),
             )  # fmt: skip
         self._take(tensors)
         self.step_count, self.example_count = counts["step_count"], counts["example_count"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastddpm import ranks
-from fastddpm.checkpoint import atomic_write
+from fastddpm.checkpoint import atomic_write, named
 from fastddpm.data import Dataset, batch_indices
 from fastddpm.figures import check_channels, loss_plot, save_samples
 from fastddpm.host import own_state
@@ -70,7 +70,7 @@ def fit(
         )
     if sample_every and isinstance(trainer.network, UNet):
         check_channels(trainer.network.in_channels)
-    out = Path(out)
+    out = named(out)
     check_apart(dataset.path, out)
     if not resume:
         check_new(out)

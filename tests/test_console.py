@@ -18,9 +18,10 @@ from test_progress import STREAMS, Failing
 from toy import images, tiny_unet
 
 import fastddpm
-from fastddpm import cli, figures, host
+from fastddpm import cli, console, figures, host
+from fastddpm.data import open_dataset
 from fastddpm.pretrained import save_model
-from fastddpm.training import STATE
+from fastddpm.training import STATE, fit
 
 
 @pytest.fixture
@@ -64,10 +65,16 @@ def test_streams_that_fail_stop_no_work(folder, monkeypatch, stream):
     assert cli.main([*SAMPLE, "--out=x.png"]) == 0
     with Image.open(folder / "x.png") as image:
         image.load()
-    with pytest.warns(UserWarning, match="arrays keep their size"):
-        assert cli.main([*TRAIN, "--out=run"]) == 0
-    assert (folder / "run" / STATE).is_file()
     assert cli.main([*SAMPLE, "--out=x.jpeg"]) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*arrays keep their size")
+@pytest.mark.parametrize("name", ["full later", "closed"])
+def test_streams_that_fail_stop_no_training(folder, monkeypatch, name):
+    monkeypatch.setattr(sys, "stdout", STREAMS[name]())
+    monkeypatch.setattr(sys, "stderr", STREAMS[name]())
+    assert cli.main([*TRAIN, "--out=run"]) == 0
+    assert (folder / "run" / STATE).is_file()
 
 
 def test_a_report_that_can_not_be_written_is_an_error(monkeypatch, capsys):
@@ -126,6 +133,13 @@ def test_what_becomes_of_the_streams_is_no_exit_code(folder, command, code):
     if DRAW in command:
         with Image.open(folder / "x.png") as image:
             image.load()
+
+
+def test_a_warning_is_one_line(monkeypatch):
+    stream = Failing(OSError("never"), 10**9)
+    monkeypatch.setattr(sys, "stderr", stream)
+    console.warn(RuntimeWarning("two\n lines"), RuntimeWarning, "file.py", 3)
+    assert stream.getvalue() == "fastddpm: warning: two lines\n"
 
 
 @pytest.mark.slow
@@ -201,6 +215,13 @@ def test_the_library_does_not_write_into_the_current_folder_unasked(folder):
         fastddpm.sample_to_folder(tiny_unet(), "", 1, progress=False)
     with pytest.raises(ValueError, match="output ''"):
         figures.save_samples(torch.zeros(1, 1, 8, 8), "")
+    with pytest.raises(ValueError, match="output ''"):
+        tiny_unet().save_pretrained("")
+    trainer = fastddpm.Trainer(tiny_unet())
+    with pytest.raises(ValueError, match="output ''"):
+        trainer.save("")
+    with pytest.raises(ValueError, match="output ''"):
+        fit(trainer, open_dataset(folder / "data.npy"), "", steps=1, progress=False)
     assert sorted(p.name for p in folder.iterdir()) == ["data.npy", "model"]
 
 
@@ -208,7 +229,8 @@ def test_the_library_does_not_write_into_the_current_folder_unasked(folder):
 def test_threads_have_a_bound(folder, capsys, threads):
     before = torch.get_num_threads()
     assert cli.main([*SAMPLE, "--out=x.png", f"--threads={threads}"]) == 2
-    said = f"--threads must be in 1 .. {host.MOST_THREADS} here; got {threads}"
+    bound = "at least 1" if threads < 1 else f"at most {host.MOST_THREADS} here"
+    said = f"--threads must be {bound}; got {threads}"
     assert capsys.readouterr().err == f"fastddpm: error: {said}\n"
     assert torch.get_num_threads() == before
 

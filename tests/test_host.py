@@ -196,8 +196,17 @@ def test_models_on_meta_are_named():
 
 def test_threads_that_the_system_does_not_have_are_named(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 20_000)
-    with pytest.raises(ValueError, match=r"set_num_threads must be in 1 \.\. \d+ here; got 20000"):
+    with pytest.raises(ValueError, match=r"set_num_threads must be at most \d+ here; got 20000"):
         fastddpm.sample(wave, 1, shape=(1, 8, 8), **QUIET)
+
+
+def test_warnings_point_at_the_line_that_called():
+    short = Diffusion(fastddpm.Schedule.linear(100))
+    with pytest.warns(UserWarning, match="abar_T is") as told:
+        fastddpm.sample(wave, 1, shape=(1, 2, 2), diffusion=short, **QUIET)
+    with pytest.warns(UserWarning, match="no pixel below 0") as more:
+        Trainer(tiny_unet()).step(UNIT.abs())
+    assert {w.filename for w in (*told, *more)} == {__file__}
 
 
 def test_weights_of_inference_mode_are_sampled_and_not_trained():
@@ -304,6 +313,34 @@ def test_threads_that_sample_one_model_at_different_times_get_no_dropout():
     assert not any(model.modes)
     assert [m.training for m in model.modules()] == modes
     assert not host._held
+
+
+@pytest.mark.parametrize("kind", ["function", "partial", "method", "object"])
+def test_a_module_that_a_callable_calls_is_evaluated_too(kind):
+    model = tiny_unet(dropout=0.5).train()
+    model.mid.eval()
+    modes = [m.training for m in model.modules()]
+
+    class Object:
+        network = None
+
+        def __call__(self, x, t):
+            return self.network(x, t)
+
+    holder = Object()
+    holder.network = model
+    call = {
+        "function": lambda x, t: model(x, t),
+        "partial": functools.partial(lambda network, x, t: network(x, t), model),
+        "method": model.forward,
+        "object": holder,
+    }[kind]
+    options = {"shape": (1, 8, 8), "diffusion": model.diffusion, "steps": 2, **QUIET}
+    options |= {"engine": "eager", "precision": "fp32"}
+    evaluated = tiny_unet()
+    expected = fastddpm.sample(lambda x, t: evaluated(x, t), 2, **options)
+    assert torch.equal(fastddpm.sample(call, 2, **options), expected)
+    assert [m.training for m in model.modules()] == modes
 
 
 def test_many_threads_sample_one_model():
