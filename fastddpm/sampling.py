@@ -222,11 +222,11 @@ class Chain:
         device: torch.device | str | None = None,
     ):
         full, model = Diffusion.of(model, diffusion), runnable(model)
-        full.warn_of_the_end()
         self.device = arguments.device_of(model, device)
         self.model, self.shape = model, arguments.image_shape(unwrap(model), shape)
         eta = check_number("eta", eta, lambda x: x >= 0, "at least 0")
         clip = check_flag("clip", clip)
+        full.warn_of_the_end()
         self.diffusion = full.respace(steps)
         self.T = self.diffusion.T
         self.diffusion.table(self.device, sampler=sampler, eta=eta)

@@ -7,12 +7,13 @@ Indices are 0-based: `t` here is the paper's t minus one, so `t = 0` is the firs
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+
+from fastddpm import options
 
 Variance = Literal["fixed_large", "fixed_small", "learned"]
 Sampler = Literal["ddpm", "ddim"]
@@ -57,17 +58,15 @@ def check_number(
     """`value` as a float, if it is a finite number in low .. high, the ends excluded if `inside`;
     else the ValueError that says so.
     """
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    allowed = low < number < high if inside else low <= number <= high
-    if not isinstance(value, numbers.Real) or not allowed or math.isinf(number):
-        ends = f"a number inside ({low}, {high})" if inside else f"a number in {low} .. {high}"
-        raise ValueError(
-            f"{name} must be {f'at least {low}' if high == math.inf else ends}; got {value!r}"
-        )
-    return number
+    if high == math.inf:
+        allowed = f"at least {low}"
+    else:
+        allowed = f"a number inside ({low}, {high})" if inside else f"a number in {low} .. {high}"
+
+    def ok(x: float) -> bool:
+        return (low < x < high if inside else low <= x <= high) and math.isfinite(x)
+
+    return options.check_number(name, value, ok, allowed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,10 +136,8 @@ class Schedule:
         1000 does (improved-diffusion's rule); T must be above 1000 beta_end then.
         """
         recipe = _recipe("linear", T, beta_start=beta_start, beta_end=beta_end)
-        if not isinstance(scaled, (bool, np.bool_)):
-            raise ValueError(f"scaled must be True or False; got {scaled!r}")
         T, start, end = recipe["T"], recipe["beta_start"], recipe["beta_end"]
-        if scaled:
+        if options.check_flag("scaled", scaled):
             start, end = 1000 / T * start, 1000 / T * end
             if max(start, end) >= 1:
                 raise ValueError(
@@ -370,16 +367,16 @@ def _custom(betas: Any, timesteps: Any = None, full_steps: Any = None) -> Schedu
     return Schedule(betas, timesteps, full_steps)
 
 
-def _recipe(kind: str, T: int, **options: float) -> dict[str, Any]:
+def _recipe(kind: str, T: int, **given: float) -> dict[str, Any]:
     """The recipe of a named schedule, JSON-ready: T and its numbers checked, a beta inside (0, 1),
     s in 0 .. 1.
     """
     T = check_count("T", T)
     _check_length("T", T)
-    options = {
-        name: check_number(name, value, 0, 1, inside=name != "s") for name, value in options.items()
+    checked = {
+        name: check_number(name, value, 0, 1, inside=name != "s") for name, value in given.items()
     }
-    return {"kind": kind, "T": T, **options}
+    return {"kind": kind, "T": T, **checked}
 
 
 def _check_length(name: str, T: int) -> None:

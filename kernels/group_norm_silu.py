@@ -36,6 +36,7 @@ class Rows:
         self.once = self.bp >= count
         if not self.once:
             self.bp = max(min(SLAB, 32 * WARPS * each) // bg, 1)
+        self.tiles = triton.cdiv(count, self.bp)
         wide = 32 // bg if x.stride(1) < x.stride(-1) else 1  # neighbours in memory
         rows = max(min(wide, SLAB // (self.bp * bg)), LEAST // (self.bp * bg), 1)
         self.br, self.bg = power_of_two(min(rows, self.n * num_groups)), bg
@@ -71,11 +72,11 @@ def of_channels(x):
 
 
 @triton.jit
-def slab(N, G, CG, BR: tl.constexpr, BG: tl.constexpr):
-    """(n, c, inside): (1, BR, 1), (1, BR, BG) and (1, BR, BG) of this program's rows."""
-    r = tl.program_id(0) * BR + tl.arange(0, BR)[None, :, None]
+def slab(block, N, G, CG, BR: tl.constexpr, BG: tl.constexpr):
+    """(r, n, c, inside): (1, BR, 1) twice and (1, BR, BG) twice, of this block of rows."""
+    r = block * BR + tl.arange(0, BR)[None, :, None]
     j = tl.arange(0, BG)[None, None, :]
-    return r // G, r % G * CG + j, (r < N * G) & (j < CG)
+    return r, r // G, r % G * CG + j, (r < N * G) & (j < CG)
 
 
 @triton.jit
@@ -154,9 +155,8 @@ def _statistics_kernel(
     x, out, eps, N, G, CG, B, D,
     BP: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    n, c, live = slab(N, G, CG, BR, BG)
+    r, n, c, live = slab(tl.program_id(0), N, G, CG, BR, BG)
     shift, mean, rstd = statistics(x, n, c, live, CG, B, D, eps, BP, BR, BG, FLAT)
-    r = tl.program_id(0) * BR + tl.arange(0, BR)[None, :, None]
     tl.store(out + r, shift, mask=r < N * G)
     tl.store(out + N * G + r, mean, mask=r < N * G)
     tl.store(out + 2 * N * G + r, rstd, mask=r < N * G)
@@ -197,7 +197,7 @@ def _group_norm_silu_kernel(
     x, y, weight, bias, scale, shift, eps, N, G, CG, B, D, SILU: tl.constexpr, ONCE: tl.constexpr,
     BP: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    n, c, live = slab(N, G, CG, BR, BG)
+    _, n, c, live = slab(tl.program_id(0), N, G, CG, BR, BG)
     gain, offset = _gain_and_offset(weight, bias, scale, shift, n, c, live)
     if ONCE:
         p = tl.arange(0, BP)[:, None, None]
@@ -240,61 +240,103 @@ def _gradient_of_v(grad, x, about, mean, rstd, gain, offset, SILU: tl.constexpr)
 
 
 @triton.jit
+def _store_sums(sums, products, n, c, live, C, total, product):
+    at = n.to(tl.int64) * C + c
+    tl.store(sums + at, total, mask=live)
+    tl.store(products + at, product, mask=live)
+
+
+@triton.jit
+def _gradient_of_x(dv, xhat, gain, rstd, total, product, count):
+    """rstd (gain dv - mean(gain dv) - xhat mean(gain dv xhat))"""
+    mean_d = tl.sum(gain * total, 2, keep_dims=True) / count
+    mean_dx = tl.sum(gain * product, 2, keep_dims=True) / count
+    return rstd * (gain * dv - mean_d - xhat * mean_dx)
+
+
+@triton.jit
 def _group_norm_silu_backward_kernel(
     x, grad, residual, dx, weight, bias, scale, shift, sums, products, eps, N, G, CG, B, D,
-    SILU: tl.constexpr, ONCE: tl.constexpr,
+    SILU: tl.constexpr,
     BP: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    """dx = residual + rstd (gain dv - mean(gain dv) - xhat mean(gain dv xhat)), and over the pixels
-    of each channel sums = sum dv and products = sum dv xhat, both (N, C).
+    """dx = residual + the gradient of a slab that is one tile, and over the pixels of each channel
+    sums = sum dv and products = sum dv xhat, both (N, C).
     """
-    n, c, live = slab(N, G, CG, BR, BG)
+    _, n, c, live = slab(tl.program_id(0), N, G, CG, BR, BG)
     P = B * D
     p = tl.arange(0, BP)[:, None, None]
     inside = live & (p < P)
-    if ONCE:
+    tile = load(pixels_of(x, n, c, p, D, FLAT), inside)
+    g = load(pixels_of(grad, n, c, p, D, FLAT), inside)
+    about, mean, rstd = statistics_once(tile, inside, P, CG, eps)
+    gain, offset = _gain_and_offset(weight, bias, scale, shift, n, c, live)
+    xhat, dv = _gradient_of_v(g, tile, about, mean, rstd, gain, offset, SILU)
+    dv = tl.where(inside, dv, 0.0)
+    total = over_pixels(dv)
+    product = over_pixels(tl.where(inside, dv * xhat, 0.0))
+    _store_sums(sums, products, n, c, live, G * CG, total, product)
+    out = _gradient_of_x(dv, xhat, gain, rstd, total, product, 1.0 * P * CG)
+    if residual is not None:
+        out += load(pixels_of(residual, n, c, p, D, FLAT), inside)
+    store(pixels_of(dx, n, c, p, D, FLAT), out, inside)
+
+
+@triton.jit
+def _statistics_of_rows(statistics, r, rows):
+    """What _statistics_kernel wrote of these rows."""
+    about = tl.load(statistics + r, mask=r < rows, other=0.0)
+    mean = tl.load(statistics + rows + r, mask=r < rows, other=0.0)
+    return about, mean, tl.load(statistics + 2 * rows + r, mask=r < rows, other=0.0)
+
+
+@triton.jit
+def _gradient_sums_kernel(
+    x, grad, weight, bias, scale, shift, statistics, sums, products, N, G, CG, B, D,
+    SILU: tl.constexpr,
+    BP: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """The sums of slabs of many tiles. This and the next kernel are two for the registers' sake:
+    in one, what the second loop needs is kept, or spilled, throughout the first.
+    """
+    r, n, c, live = slab(tl.program_id(0), N, G, CG, BR, BG)
+    about, mean, rstd = _statistics_of_rows(statistics, r, N * G)
+    gain, offset = _gain_and_offset(weight, bias, scale, shift, n, c, live)
+    total, product = gain * 0.0, gain * 0.0
+    for start in range(0, B * D, BP):
+        p = start + tl.arange(0, BP)[:, None, None]
+        inside = live & (p < B * D)
         tile = load(pixels_of(x, n, c, p, D, FLAT), inside)
         g = load(pixels_of(grad, n, c, p, D, FLAT), inside)
-        about, mean, rstd = statistics_once(tile, inside, P, CG, eps)
-        gain, offset = _gain_and_offset(weight, bias, scale, shift, n, c, live)
         xhat, dv = _gradient_of_v(g, tile, about, mean, rstd, gain, offset, SILU)
-        dv = tl.where(inside, dv, 0.0)
-        total = over_pixels(dv)
-        product = over_pixels(tl.where(inside, dv * xhat, 0.0))
-    else:
-        about, mean, rstd = statistics(x, n, c, live, CG, B, D, eps, BP, BR, BG, FLAT)
-        gain, offset = _gain_and_offset(weight, bias, scale, shift, n, c, live)
-        total, product = gain * 0.0, gain * 0.0
-        for start in range(0, P, BP):
-            p = start + tl.arange(0, BP)[:, None, None]
-            inside = live & (p < P)
-            tile = load(pixels_of(x, n, c, p, D, FLAT), inside)
-            g = load(pixels_of(grad, n, c, p, D, FLAT), inside)
-            xhat, dv = _gradient_of_v(g, tile, about, mean, rstd, gain, offset, SILU)
-            total += over_pixels(tl.where(inside, dv, 0.0))
-            product += over_pixels(tl.where(inside, dv * xhat, 0.0))
+        total += over_pixels(tl.where(inside, dv, 0.0))
+        product += over_pixels(tl.where(inside, dv * xhat, 0.0))
+    _store_sums(sums, products, n, c, live, G * CG, total, product)
+
+
+@triton.jit
+def _gradient_kernel(
+    x, grad, residual, dx, weight, bias, scale, shift, statistics, sums, products, N, G, CG, B, D,
+    SILU: tl.constexpr,
+    BP: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """dx of one tile, by the sums of its slab."""
+    tiles = tl.cdiv(B * D, BP)
+    r, n, c, live = slab(tl.program_id(0) // tiles, N, G, CG, BR, BG)
+    p = tl.program_id(0) % tiles * BP + tl.arange(0, BP)[:, None, None]
+    inside = live & (p < B * D)
+    about, mean, rstd = _statistics_of_rows(statistics, r, N * G)
+    gain, offset = _gain_and_offset(weight, bias, scale, shift, n, c, live)
     at = n.to(tl.int64) * (G * CG) + c
-    tl.store(sums + at, total, mask=live)
-    tl.store(products + at, product, mask=live)
-    count = 1.0 * P * CG
-    mean_d = tl.sum(gain * total, 2, keep_dims=True) / count
-    mean_dx = tl.sum(gain * product, 2, keep_dims=True) / count
-    if ONCE:
-        out = rstd * (gain * dv - mean_d - xhat * mean_dx)
-        if residual is not None:
-            out += load(pixels_of(residual, n, c, p, D, FLAT), inside)
-        store(pixels_of(dx, n, c, p, D, FLAT), out, inside)
-    else:
-        for start in range(0, P, BP):
-            p = start + tl.arange(0, BP)[:, None, None]
-            inside = live & (p < P)
-            tile = load(pixels_of(x, n, c, p, D, FLAT), inside)
-            g = load(pixels_of(grad, n, c, p, D, FLAT), inside)
-            xhat, dv = _gradient_of_v(g, tile, about, mean, rstd, gain, offset, SILU)
-            out = rstd * (gain * dv - mean_d - xhat * mean_dx)
-            if residual is not None:
-                out += load(pixels_of(residual, n, c, p, D, FLAT), inside)
-            store(pixels_of(dx, n, c, p, D, FLAT), out, inside)
+    total = tl.load(sums + at, mask=live, other=0.0)
+    product = tl.load(products + at, mask=live, other=0.0)
+    tile = load(pixels_of(x, n, c, p, D, FLAT), inside)
+    g = load(pixels_of(grad, n, c, p, D, FLAT), inside)
+    xhat, dv = _gradient_of_v(g, tile, about, mean, rstd, gain, offset, SILU)
+    out = _gradient_of_x(dv, xhat, gain, rstd, total, product, 1.0 * B * D * CG)
+    if residual is not None:
+        out += load(pixels_of(residual, n, c, p, D, FLAT), inside)
+    store(pixels_of(dx, n, c, p, D, FLAT), out, inside)
 
 
 def group_norm_silu_backward(
@@ -307,10 +349,17 @@ def group_norm_silu_backward(
     sums, products = x.new_zeros(2, *x.shape[:2], dtype=torch.float32)
     if dx.numel():
         rows = Rows(num_groups, x, grad, residual, dx, each=8)
-        _group_norm_silu_backward_kernel[rows.grid](
-            *rows.views, *map(of_channels, (weight, bias, scale, shift)), sums, products, eps,
-            SILU=silu, ONCE=rows.once, **rows.arguments(),
-        )  # fmt: skip
+        parameters = [of_channels(p) for p in (weight, bias, scale, shift)]
+        cut = {"SILU": silu, **rows.arguments()}
+        if rows.once:
+            _group_norm_silu_backward_kernel[rows.grid](
+                *rows.views, *parameters, sums, products, eps, **cut
+            )
+        else:
+            known = statistics_of(x, num_groups, eps), sums, products
+            view_x, view_grad, *_ = rows.views
+            _gradient_sums_kernel[rows.grid](view_x, view_grad, *parameters, *known, **cut)
+            _gradient_kernel[(rows.grid[0] * rows.tiles,)](*rows.views, *parameters, *known, **cut)
     factor = 1 if scale is None else 1 + scale.float()
     dscale = None
     if scale is not None:

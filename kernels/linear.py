@@ -189,6 +189,6 @@ def weight_gradient(tokens, grad, x, outputs, inputs, *, norm=None):
         grad, x, statistics, vector(norm_weight), vector(norm_bias), dweight, dbias,
         1 if statistics is None else statistics.shape[2],
         O=outputs, I=inputs, STEPS=share, PRECISION=precision(), BM=bm, BO=bo, BI=bi,
-        **tokens.arguments(),
+        num_warps=8, num_stages=2, **tokens.arguments(),
     )  # fmt: skip
     return dweight.sum(0), dbias.sum(0)

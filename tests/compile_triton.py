@@ -107,16 +107,20 @@ def launch_every_kernel(dtype: torch.dtype) -> None:
     discretized_log_likelihood.discretized_log_likelihood(x, x, x)
     group_norm_silu.group_norm_silu(x, 8, c, c, scale=m, shift=m)
     group_norm_silu.group_norm_silu_backward(x, x, 8, c, c, 1e-6, m, m, True)
+    many_tiles = torch.zeros(2, 64, 64, 64, dtype=dtype)
+    group_norm_silu.group_norm_silu_backward(many_tiles, many_tiles, 8, c, c, 1e-6, m, m, True)
     launch_attention(image(1, 512, 8, 8, dtype=dtype), 32, HEADS[0])
 
 
 def launch_other_ways(dtype: torch.dtype) -> None:
     t, table = torch.tensor([0, 999]), Schedule.linear().table()
-    x, many_tiles = image(2, 64, 8, 8, dtype=dtype), torch.zeros(2, 64, 64, 64, dtype=dtype)
+    x, many_tiles = image(2, 64, 8, 8, dtype=dtype), image(2, 64, 64, 64, dtype=dtype)
+    whole = image(2, 64, 32, 32, dtype=dtype)  # a slab that a program just holds
     c, m = torch.zeros(64), torch.zeros(2, 64)
     posterior_step.posterior_step(x, x, t, table, z=x, log_variance=x)
     group_norm_silu.group_norm_silu(many_tiles, 8, c, c, scale=m, shift=m)
-    group_norm_silu.group_norm_silu_backward(many_tiles, many_tiles, 8, c, c, 1e-6, m, m, True)
+    for slab in (many_tiles, whole):
+        group_norm_silu.group_norm_silu_backward(slab, slab, 8, c, c, 1e-6, m, m, True)
     launch_attention(image(1, 512, 8, 8, dtype=dtype), 32, HEADS[1])
     x = torch.zeros(1, 4, 1, 1, dtype=dtype)  # sizes of 1 are constants to the compiler
     noise.noise(x, t[:1], table, eps=x, flip=t[:1] > 0)

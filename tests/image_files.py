@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import signal
 import struct
 import tarfile
 import zipfile
@@ -136,3 +138,24 @@ def pack_12_bits(array: np.ndarray) -> bytes:
     """Each row's values, the first in the upper bits."""
     rows = ["".join(f"{value:012b}" for value in row) for row in array]
     return b"".join(int(row, 2).to_bytes(len(row) // 8, "big") for row in rows)
+
+
+def cifar10_files(x: np.ndarray) -> dict[str, bytes]:
+    """The training split's files, two images each."""
+    return {f"data_batch_{k}.bin": cifar_batch(x[2 * k - 2 : 2 * k]) for k in range(1, 6)}
+
+
+@contextlib.contextmanager
+def five_seconds():
+    """Nothing may hang longer."""
+
+    def stop(*_):
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -190,6 +191,37 @@ def test_unknown_isa_is_an_error(tmp_path):
     assert done.returncode != 0
     assert "problem: FASTDDPM_ISA must be one of 'plain'" in done.stdout
     assert "ValueError: FASTDDPM_ISA must be one of 'plain'" in done.stdout
+
+
+@needs_build_tools
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        ("sm_75", "no CUDA kernels: .*nvcc knows none of the architectures 80, 90, 100 and 120"),
+        ("sm_(75|80|90)", r"does not know the architectures 100, 120.* for 80-real,90-real,90-vir"),
+    ],
+)
+def test_an_nvcc_that_lacks_architectures(tmp_path, known, said):
+    """As one of CUDA 12.6: it refuses what it does not list."""
+    nvcc = shutil.which("nvcc") or "false"
+    if known != "sm_75" and nvcc == "false":
+        pytest.skip("there is no nvcc to compile with")
+    old = tmp_path / "nvcc"
+    old.write_text(
+        '#!/bin/sh\ncase "$*" in\n'
+        f"  *--list-gpu-code*) printf 'sm_75\\nsm_80\\nsm_90\\n' | grep -E '{known}$'; exit 0;;\n"
+        "  *_100*|*_120*) echo \"Unsupported gpu architecture 'compute_100'\" >&2; exit 1;;\n"
+        f'esac\nexec {nvcc} "$@"\n'
+    )
+    old.chmod(0o755)
+    configured = run(
+        *("cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja"),
+        f"-DPython_EXECUTABLE={sys.executable}",
+        cwd=tmp_path,
+        CUDACXX=str(old),
+    )
+    assert configured.returncode == 0, configured.stdout
+    assert re.search(said, configured.stdout, re.DOTALL), configured.stdout
 
 
 @needs_build_tools

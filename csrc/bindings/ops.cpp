@@ -50,7 +50,8 @@ void def_randn(py::module_& m) {
     const Tensor tensor = read.output(out, "out");
     const int64_t size[4] = {shape.n, shape.c, shape.h, shape.w};
     for (int64_t i = 3, step = 1; i >= 0; step *= size[i--])
-      if (size[i] > 1 && tensor.stride[i] != step) Reader::refuse("out", "must be contiguous");
+      if (tensor.data && size[i] > 1 && tensor.stride[i] != step)
+        Reader::refuse("out", "must be contiguous");
     if (seed.is_none()) throw py::value_error("seed must be given");
     launch(run,
            Randn{shape.n, shape.c * shape.h * shape.w, tensor.data, tensor.dtype,

@@ -9,7 +9,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
+#include <thread>
 
 #include "../ops.h"
 
@@ -19,7 +21,6 @@ namespace py = pybind11;
 
 constexpr int64_t MAX_ELEMENTS = int64_t(1) << 48;  // of a tensor: no product of sizes overflows
 constexpr int64_t MAX_SIZE = int64_t(1) << 24;      // of an argument that stands for a size alone
-constexpr int64_t MAX_THREADS = 1024;               // more are taken as so many
 
 struct Torch {                                    // looked up once
   PyObject *base, *tensor, *parameter, *disable;  // types
@@ -340,11 +341,13 @@ class Reader {
   }
 };
 
-// How many threads an op runs on. Results do not depend on it: what is too many is cut.
+// How many threads an op runs on. Results do not depend on it: what is too many is cut, as a system
+// that can't give so many makes OpenMP end the process.
 inline int thread_count(int64_t threads) {
+  static const int64_t most = std::max<int64_t>(64, 4 * std::thread::hardware_concurrency());
   if (threads < 1)
     throw py::value_error("threads must be at least 1; got " + std::to_string(threads));
-  return int(threads < MAX_THREADS ? threads : MAX_THREADS);
+  return int(std::min(threads, most));
 }
 
 // `parts` of the channels, all of one size.

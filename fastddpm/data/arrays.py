@@ -15,7 +15,7 @@ import numpy as np
 from fastddpm.data.archives import read_exactly, read_tar
 from fastddpm.data.dataset import Dataset
 from fastddpm.data.errors import reading
-from fastddpm.data.files import RegularFile, read_file
+from fastddpm.data.files import RegularFile
 from fastddpm.data.limits import check_memory
 from fastddpm.data.streams import compression, expanded
 
@@ -159,8 +159,9 @@ def _folder_files(path: Path, names: tuple[str, ...]) -> Mapping[str, bytes]:
     files = {}
     for name in names:
         if (path / name).exists():
-            with reading(path / name, "a CIFAR-10 batch"):
-                files[name] = read_file(path / name)
+            with reading(path / name, "a CIFAR-10 batch"), RegularFile(path / name) as file:
+                check_memory(file.length)
+                files[name] = file.read(file.length, 0)
     return files
 
 

@@ -95,10 +95,13 @@ def decode(
     try:
         if content.startswith(png.SIGNATURE):
             content = png.without_damage(content)
-        with Image.open(io.BytesIO(content), formats=DECODERS) as file:
-            pixels = _bounded(file)
-            with DECODING.take(pixels * BYTES_A_PIXEL):
-                return _decoded(file, content, size, channels)
+        with (
+            Image.open(io.BytesIO(content), formats=DECODERS) as file,
+            DECODING.take(_bounded(file) * BYTES_A_PIXEL),
+        ):
+            picture = _decoded(file, content, size, channels)
+            file.close()  # its pixels go with what was taken
+        return picture
     except UnidentifiedImageError:
         return f"none of {', '.join(DECODERS)}, or of a kind that Pillow does not read"
     except Exception as error:  # on hostile bytes decoders raise nearly anything

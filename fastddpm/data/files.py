@@ -94,9 +94,3 @@ class Stream:
         content = self._file.read(max(0, min(size, self._stop - self._at)), self._at)
         self._at += len(content)
         return content
-
-
-def read_file(path: str | os.PathLike) -> bytes:
-    """All bytes of a regular file; OSError for anything else."""
-    with RegularFile(path) as file:
-        return file.read(file.length, 0)

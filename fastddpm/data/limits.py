@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import threading
 from collections.abc import Iterator
@@ -19,10 +20,14 @@ def check_memory(needed: int) -> None:
         raise ValueError(f"it takes {needed:,} bytes of memory, and {free:,} are free")
 
 
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+
+
 class Budget:
     """Bytes that the threads of a process may hold together; who asks for more waits.
 
-    One that asks for more than all there is gets it when nobody else holds any.
+    One that asks for more than all there is gets it when nobody else holds any. What was much goes
+    back to the system, since the allocator would keep some of it for each thread.
     """
 
     def __init__(self, total: int):
@@ -37,7 +42,7 @@ class Budget:
     @contextlib.contextmanager
     def take(self, size: int) -> Iterator[None]:
         """Hold `size` bytes meanwhile; ValueError when the machine has not so many."""
-        if size > self.total // 16:  # /proc is not read for each small image
+        if much := size > self.total // 16:  # /proc is not read for each small image
             check_memory(size)
         with self._given_back:
             self._given_back.wait_for(lambda: not self._held or self._held + size <= self.total)
@@ -45,6 +50,8 @@ class Budget:
         try:
             yield
         finally:
+            if much and _trim is not None:
+                _trim(0)
             with self._given_back:
                 self._held -= size
                 self._given_back.notify_all()

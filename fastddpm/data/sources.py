@@ -20,6 +20,7 @@ from fastddpm.data.errors import one_line, reading, reason
 from fastddpm.data.files import RegularFile
 
 ENCODED_LIMIT = 512 << 20  # bytes of one encoded image; more is no image that Pillow would decode
+LARGE, RATIO_LIMIT = 64 << 20, 100  # of a zip: larger members expand no more than so many times
 
 Reader = Callable[[str], bytes | bytearray]
 
@@ -150,7 +151,10 @@ class ZipSource(Source):
 
     def _read(self, name: str) -> bytearray:
         archive = self._opened()
-        check_length(archive.members[name].file_size)
+        member = archive.members[name]
+        check_length(member.file_size)
+        if member.file_size > max(LARGE, RATIO_LIMIT * member.compress_size):
+            raise OSError(f"a decompression bomb, {member.file_size:,} bytes in an archive")
         return archive.read(name)
 
     def __getstate__(self) -> dict[str, Any]:
