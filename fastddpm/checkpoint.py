@@ -119,8 +119,18 @@ def write_tensors(
     tensors: dict[str, torch.Tensor],
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file atomically, with the digest of all that is in it in its header."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Write a safetensors file atomically, with the digest of all that is in it in its header.
+
+    Tensors that share memory are each written whole.
+    """
+    contiguous: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        if (storage := value.untyped_storage().data_ptr()) in storages:
+            value = value.clone()
+        storages.add(storage)
+        contiguous[name] = value
     metadata = {**(metadata or {}), digest.KEY: digest.of_tensors(contiguous, metadata or {})}
     with atomic_write(path) as file:
         file.write(safetensors_bytes(contiguous, metadata))

@@ -208,7 +208,7 @@ class Trainer:
             "example_count": self.example_count,
             "machine": self._machine(),
             "run": dict(run or {}),
-            **self._recipe(),
+            **self.recipe(),
         }
         write_tensors(folder / STATE, self._tensors(), {"trainer": json.dumps(settings)})
         if first:
@@ -246,10 +246,10 @@ class Trainer:
         counts = {name: settings.pop(name, None) for name in ("step_count", "example_count")}
         for name, count in counts.items():
             check_integer(f"{path}: {name}", count, 0)
-        machine, before = settings.pop("machine", None), settings.pop("run", None)
-        compare(path, settings, self._recipe())
+        machine, before = (_object(settings.pop(name, None)) for name in ("machine", "run"))
+        compare(path, settings, self.recipe())
         if run is not None and before:
-            compare(path, dict(before), dict(run))
+            compare(path, before, dict(run))
         elif run is not None and counts["step_count"]:
             warnings.warn(
                 f"{path} was not saved by a run: its {', '.join(run)} can't be compared",
@@ -257,10 +257,10 @@ class Trainer:
             )
         self._check_tensors(path, tensors)
         own = self._machine()
-        if counts["step_count"] and (moved := differing(machine or {}, own)):
+        if counts["step_count"] and (moved := differing(machine, own)):
             warnings.warn(
                 f"{path}: the run goes on, but not bit for bit as it would have where it was: "
-                + ", ".join(f"{k} was {(machine or {}).get(k)!r} and is {own.get(k)!r}"
+                + ", ".join(f"{k} was {machine.get(k)!r} and is {own.get(k)!r}"
                             for k in moved),
                 stacklevel=callers_level(),
             )  # fmt: skip
@@ -304,8 +304,10 @@ class Trainer:
             }
         self.weights.round()
 
-    def _recipe(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to take the same steps."""
+    def recipe(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to take the same steps, JSON-ready; ValueError
+        names a process that can't be saved.
+        """
         parameters = self.weights.parameters
         return {
             "precision": self.precision,
@@ -336,6 +338,10 @@ class Trainer:
         else:
             facts["gpu"] = torch.cuda.get_device_name(self.device)
         return facts
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _format(tensor: torch.Tensor, like: torch.Tensor) -> torch.memory_format:

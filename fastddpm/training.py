@@ -76,7 +76,8 @@ def fit(
         check_new(out)
     elif not (out / STATE).is_file():
         raise FileNotFoundError(f"no such file: {out / STATE}")
-    run = identity(dataset)
+    trainer.recipe()  # what can't be saved is an error now, not at the first checkpoint
+    run = identity(dataset, progress)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         if resume:
@@ -88,13 +89,13 @@ def fit(
         _run(trainer, dataset, out, run, log, steps, batch_size, save_every, sample_every, progress)
 
 
-def identity(dataset: Dataset) -> dict[str, Any]:
+def identity(dataset: Dataset, progress: bool = False) -> dict[str, Any]:
     """What tells a run's data from others: see Dataset.fingerprint. JSON-ready."""
     return {
         "data": {
             "images": len(dataset),
             "shape": list(dataset.shape),
-            "sha256 of the pixels": dataset.fingerprint(),
+            "sha256 of the pixels": dataset.fingerprint(progress),
         }
     }
 

@@ -155,6 +155,27 @@ def test_tied_names_and_buffers_are_saved_as_they_are_now(tmp_path):
     assert used.model.cache.shape == (8,)
 
 
+def test_parameters_that_share_memory_are_saved_and_resumed(tmp_path):
+    class Sharing(Small):
+        def __init__(self, seed=0):
+            super().__init__(seed)
+            base = torch.zeros(6)
+            self.same = nn.Parameter(self.one.bias.data)
+            self.left, self.right = nn.Parameter(base[:4]), nn.Parameter(base[2:])
+
+        def forward(self, x, t):
+            return super().forward(x, t) + self.same.sum() + self.left.sum() + self.right.sum()
+
+    run, again = trainer(Sharing()), trainer(Sharing(seed=1))
+    first, second = batches(2)
+    run.step(first)
+    run.save(tmp_path)
+    again.load(tmp_path)
+    for r in (run, again):
+        r.step(second)
+    assert_same(state(again), state(run))
+
+
 def test_a_persistent_buffer_of_another_shape_is_another_model(tmp_path):
     trainer(Odd()).save(tmp_path)
     other = Odd()

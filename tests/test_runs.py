@@ -22,9 +22,9 @@ from test_cli import call, model, refused, row  # noqa: F401
 from test_training import SHORT, assert_same, log, quick, state, steps_done, trainer  # noqa: F401
 from test_training import command as resume_command
 from test_training import start as start_run
-from toy import images, tiny_unet
+from toy import SCHEDULE, images, tiny_unet
 
-from fastddpm import UNet, checkpoint, cli, figures, run_folder, training
+from fastddpm import Diffusion, UNet, checkpoint, cli, figures, run_folder, training
 from fastddpm.checkpoint import CONFIG, WEIGHTS, read_json, read_tensors, write_json, write_tensors
 from fastddpm.data import open_dataset
 from fastddpm.data.identity import Fingerprint
@@ -66,6 +66,18 @@ def test_a_fingerprint_is_of_the_pixels_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("fastddpm.data.dataset.CHUNK", 50)  # whatever is read at a time
     assert open_dataset(tmp_path / "a.npz").fingerprint() == known.hexdigest()
     assert kinds[0].fingerprint() is kinds[0].fingerprint()
+
+
+@pytest.mark.filterwarnings("ignore:.*are grey and are read as colours")
+def test_a_fingerprint_of_grey_and_coloured_pictures_is_that_of_what_is_trained_on(tmp_path):
+    for k, channels in enumerate((1, 3, 1, 3)):
+        picture = figures.to_pil(images(channels, 6, 5, seed=k))
+        figures.save_image(picture, tmp_path / f"{k}.png")
+    kept, encoded = (open_dataset(tmp_path, memory_limit=limit) for limit in (1 << 20, 0))
+    pixels = Fingerprint()
+    pixels.add(kept.images(range(4)).numpy())
+    assert kept.shape == (3, 6, 5)
+    assert kept.fingerprint() == encoded.fingerprint() == pixels.hexdigest()
 
 
 def test_a_fingerprint_sees_every_change():
@@ -455,6 +467,14 @@ def test_a_state_that_was_saved_by_hand_has_no_data_to_compare(tmp_path, dataset
     with pytest.warns(UserWarning, match="was not saved by a run: its data can't be compared"):
         fit(trainer(tiny_unet()), dataset, tmp_path / "run", **SHORT, steps=2, resume=True)
     trainer(tiny_unet()).load(tmp_path / "run")  # a run's state by hand
+
+
+def test_a_process_that_can_not_be_saved_is_an_error_before_the_first_step(tmp_path, dataset):
+    respaced = trainer(tiny_unet(), diffusion=Diffusion(SCHEDULE.respace(4)))
+    with pytest.raises(ValueError, match="respaced schedule is not saved"):
+        fit(respaced, dataset, tmp_path / "run", **SHORT, steps=1)
+    assert respaced.step_count == 0
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux")

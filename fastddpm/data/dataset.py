@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fastddpm.data.identity import Fingerprint
+from fastddpm.progress import tqdm
 
 CHUNK = 1 << 24  # bytes of images that are read at a time for a fingerprint
 
@@ -63,14 +64,17 @@ class Dataset(ABC):
     def _read(self, index: np.ndarray) -> np.ndarray:
         """The images of checked int64 indices, a fresh (n, C, H, W) uint8 array."""
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, progress: bool = False) -> str:
         """SHA-256 of all pixels in order, see `Fingerprint`: two sets with the same are the same to
         a training run. Every image is read once, and the result is kept.
+
+        progress: show a bar when that takes more than 2 s
         """
         if self._fingerprint is None:
             fingerprint = Fingerprint()
             many = max(1, CHUNK // max(1, math.prod(self.shape)))
-            for start in range(0, len(self), many):
+            starts = range(0, len(self), many)
+            for start in tqdm(starts, desc="the data's digest", delay=2, disable=not progress):
                 fingerprint.add(self.images(range(start, min(start + many, len(self)))).numpy())
             self._fingerprint = fingerprint.hexdigest()
         return self._fingerprint
