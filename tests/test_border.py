@@ -201,6 +201,15 @@ def test_plan_in_another_order():
     assert torch.equal(out, x)  # the weight is the identity
 
 
+def test_plan_of_no_images():
+    made = _native.C.cpu.Plan(6, 6, 12)
+    made.finish(made.attention("attention", 0, 2))
+    x, out = torch.empty(0, 12, 6, 6), torch.empty(0, 4, 6, 6)
+    assert made.forward(x, None, out, 1)
+    assert made.profile(x, None, out, 1) == []
+    assert made.not_finite(x, None, 1) == ""
+
+
 def test_threads_take_turns_with_a_plan():
     made, y = plan()
     made.finish(y)
