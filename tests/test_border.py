@@ -77,7 +77,7 @@ NO_MEMORY = "x is not a plain tensor in memory"
         (border_calls.leaked, NO_MEMORY),
         (lambda: border_calls.fake(X), "x must be on the CPU|x is not a plain"),
         (lambda: torch.nested.nested_tensor(list(X)), NO_MEMORY),
-        (lambda: X[:1, :1, :1, :1].expand(2**15, 2**15, 2**15, 5), "x is too large"),
+        (lambda: X[:1, :1, :1, :1].expand(2**16, 2**16, 2**16, 5), "x is too large"),
         (lambda: X.double(), "x must be float32, bfloat16 or float16; got torch.float64"),
     ],
 )
