@@ -134,6 +134,13 @@ def test_randn_writes_contiguous_memory_only():
     assert not wide.any()
 
 
+def test_an_empty_output_may_have_any_strides():
+    x = torch.zeros(2, 4, 0, 1).expand(2, 4, 0, 5)
+    y = torch.empty_like(x)
+    assert y.stride() == x.stride()
+    group_norm(x, y)
+
+
 # ---- plans ---------------------------------------------------------------------------------------
 
 
