@@ -256,7 +256,7 @@ FASTDDPM_HD double log_bin_mass(double x, double mean, double log_sigma) {
   // In units of sigma from the mean, mirrored so that it lies below: the bin's centre c and width
   // w, its lower edge a, which is the inner one of an outer bin, and its upper edge b.
   const double offset = x - mean, mirrored = first ? -offset : offset;
-  const double distance = outer | (offset > 0.0) ? mirrored : -mirrored;
+  const double distance = (outer | (offset > 0.0)) ? mirrored : -mirrored;
   const double c = distance * inv_sigma, w = 2.0 * half * inv_sigma;
   const double a = (distance - half) * inv_sigma, b = outer ? 0.0 : (distance + half) * inv_sigma;
   const bool below = a < 0.0;  // the mean is in the bin

@@ -113,7 +113,7 @@ def strange_tensors(x: torch.Tensor, pick: random.Random) -> object:
     )
     try:
         return pick.choice(makers)()
-    except (RuntimeError, NotImplementedError, IndexError):  # torch makes none of this kind
+    except Exception:  # torch makes none of this kind
         return None
 
 

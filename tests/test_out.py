@@ -220,7 +220,8 @@ def test_lazy_operands_and_gradients(backend, device, name, lazy):
         for a, b in zip(run(held[:-1], held[-1]), run(plain[:-1], plain[-1]), strict=True):
             assert (a is None) == (b is None)
             if a is not None:
-                assert torch.equal(torch.resolve_neg(a) + 0, b + 0), (name, at)
+                # The order of a sum may depend on where in memory an operand lies.
+                assert (a - b).abs().max() <= 1e-5 * b.abs().max(), (name, at)
 
 
 def test_lazy_tables_and_out(device):

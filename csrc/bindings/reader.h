@@ -122,7 +122,7 @@ class Reader {
     const Tensor out = tensor(x, name);
     const int64_t size[4] = {shape.n, shape.c, shape.h, shape.w};
     for (int i = 0; i < 4; ++i)
-      if (size[i] > 1 && out.stride[i] == 0)
+      if (out.data && size[i] > 1 && out.stride[i] == 0)
         refuse(name, "must not be an expanded tensor: its elements share memory");
     return out;
   }

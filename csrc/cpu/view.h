@@ -104,7 +104,9 @@ inline void narrow(const float* in, int64_t count, F16* out) {
 // out[i] = value(i), which may read out[i] but no other element of out.
 template <class Value>
 inline void fill(float* out, int64_t count, const Value& value) {
+#if !defined(__clang__)  // which asks at run time whether out overlaps what it reads
 #pragma GCC ivdep
+#endif
   for (int64_t i = 0; i < count; ++i) out[i] = value(i);
 }
 

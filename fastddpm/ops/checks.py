@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from fastddpm.schedule import K
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STRIDED = torch.strided
 INDEX_END = 1 << 63  # of sample indices
 STEP_END = 1 << 32  # of the step word of the RNG contract
 
@@ -34,14 +35,19 @@ def tensor(name: str, x: Any) -> None:
     """A dense tensor: one that has strides."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
-    if x.layout is not torch.strided or x.is_nested:
-        kind = "a nested tensor" if x.is_nested else _name(x.layout)
-        raise TypeError(f"{name} must be a dense tensor; got {kind}")
+    if x.layout is not STRIDED:
+        raise TypeError(f"{name} must be a dense tensor; got {_name(x.layout)}")
+
+
+def is_lazy(x: Tensor) -> bool:
+    """Whether x is a negated view or a zero whose memory does not hold its values."""
+    return x.is_neg() or x._is_zerotensor()
 
 
 def floating(name: str, x: Any, dims: tuple[int, ...] = (), layout: str = "") -> None:
     """A tensor of a float dtype, with one of the numbers of dimensions in `dims` if given."""
-    tensor(name, x)
+    if not isinstance(x, Tensor) or x.layout is not STRIDED:
+        tensor(name, x)
     if x.dtype not in FLOATS:
         allowed = ", ".join(map(_name, FLOATS))
         raise TypeError(f"{name} must be one of {allowed}; got {_name(x.dtype)}")
@@ -85,11 +91,12 @@ def output(out: Any, like_name: str, like: Tensor) -> None:
     operand("out", out, like_name, like)
     if out.dtype != like.dtype:
         raise TypeError(f"out must be {_name(like.dtype)} like {like_name}; got {_name(out.dtype)}")
-    if any(size > 1 and step == 0 for size, step in zip(out.shape, out.stride(), strict=True)):
+    sizes = zip(out.shape, out.stride(), strict=True)
+    if 0 in out.stride() and any(size > 1 and step == 0 for size, step in sizes):
         raise ValueError("out must not be an expanded tensor: its elements share memory")
     if torch.compiler.is_compiling():
         return  # a traced program has neither of these
-    if out.is_neg() or out._is_zerotensor():
+    if is_lazy(out):
         raise ValueError("out must be plain memory: it is a lazily negated view or a lazy zero")
     if out.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError("out is an inference tensor: only torch.inference_mode() may write it")

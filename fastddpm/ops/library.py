@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch import library as torch_library
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from fastddpm import reference
 from fastddpm.ops import dispatch
-from fastddpm.ops.checks import INDEX_END, STEP_END, values_in
+from fastddpm.ops.checks import INDEX_END, STEP_END, is_lazy, values_in
 from fastddpm.ops.dispatch import choose
 from fastddpm.ops.overlap import check_written
 
 _library = torch_library.Library("fastddpm", "DEF")
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Op:
@@ -68,14 +68,23 @@ class Op:
             return self.run(*arguments, choose=self._choose_reference)
         gradient = False
         for x in arguments:
-            if isinstance(x, Tensor):
-                # Kernels read memory: what has none, or holds it negated, torch makes plain first.
-                if type(x) not in _PLAIN or x.is_meta or x.is_neg() or x._is_zerotensor():
+            kind = type(x)
+            if kind is Tensor or kind is Parameter:
+                if x.is_meta:
                     return self.registered(*arguments)
                 gradient = gradient or x.requires_grad
-        return (self.differentiable if gradient and torch.is_grad_enabled() else self.run)(
-            *arguments
-        )
+            elif isinstance(x, Tensor):
+                return self.registered(*arguments)
+        try:
+            return (self.differentiable if gradient and torch.is_grad_enabled() else self.run)(
+                *arguments
+            )
+        except ValueError:
+            # Kernels refuse what torch keeps lazily, which is rare and costs a call to ask for: the
+            # registered op gets it made plain.
+            if not any(isinstance(x, Tensor) and is_lazy(x) for x in arguments):
+                raise
+        return self.registered(*arguments)
 
     def _choose_reference(self, *_: Any, **__: Any) -> Any:
         """Plain torch, which torch.func and forward-mode AD can transform; a kernel they can't."""

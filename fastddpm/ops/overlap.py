@@ -22,12 +22,16 @@ def check_written(name: str, out: Tensor, **operands: Tensor | None) -> None:
             f"{name} must have a place of its own for each element; got strides {out.stride()} "
             f"for shape {tuple(out.shape)}: some share memory"
         )
-    first, last = _storage(out)
+    storage = out.untyped_storage()
+    first = storage.data_ptr()
+    last = first + storage.nbytes()
     for other, x in operands.items():
         if x is None or x is out:
             continue
-        begin, end = _storage(x)
-        if begin < last and first < end and not _same(out, x) and share_memory(out, x):
+        begin = x.data_ptr()
+        if begin >= last or (begin < first and _end(x) <= first):
+            continue
+        if not _same(out, x) and share_memory(out, x):
             raise ValueError(
                 f"{name} must be {other} itself or share no memory with it; they overlap in part"
             )
@@ -94,10 +98,10 @@ def _reachable(terms: list[tuple[int, int]], target: int) -> bool:
     return bool(left)
 
 
-def _storage(x: Tensor) -> tuple[int, int]:
+def _end(x: Tensor) -> int:
+    """The end of the memory that x is a part of."""
     storage = x.untyped_storage()
-    begin = storage.data_ptr()
-    return begin, begin + storage.nbytes()
+    return storage.data_ptr() + storage.nbytes()
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -20,6 +20,7 @@ from fastddpm.kernels import philox as _philox
 from fastddpm.kernels import posterior_step as _posterior
 from fastddpm.kernels.storage import INTERPRETED
 from fastddpm.kernels.tiles import MAX_PIXELS
+from fastddpm.ops.checks import is_lazy
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool)
 DEVICE = "cpu" if INTERPRETED.value else "cuda"
@@ -70,6 +71,8 @@ def unsupported(op: str, *tensors: torch.Tensor | None, **options) -> str | None
                 if x.device.type == "cpu"
                 else ""
             )
+        if is_lazy(x):
+            return "a tensor is a lazily negated view or a lazy zero"
         if x.dim() > 4:
             return f"{x.dim()} dimensions are more than 4"
         if x.dim() > 1 and x.shape[1:].numel() > MAX_PIXELS:
