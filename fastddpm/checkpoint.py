@@ -139,8 +139,26 @@ def write_tensors(
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; ValueError names a file that is missing, cut, not
     one, or not what was written: a file that names a digest, as all of `write_tensors` do, is
-    checked against it.
+    checked against it. One that is replaced while it is read is read again: safetensors opens it
+    twice, and a running training writes a new one every so often.
     """
+    while True:
+        before = _stamp(path)
+        try:
+            return _read_tensors(path)
+        except ValueError:
+            if _stamp(path) == before:
+                raise
+
+
+def _stamp(path: str | os.PathLike) -> tuple[int, ...] | None:
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return None
+
+
+def _read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}

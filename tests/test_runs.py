@@ -288,6 +288,19 @@ def test_counts_that_are_none_are_refused(tmp_path, name, count):
         run.load(tmp_path)
 
 
+def test_a_state_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    path = tmp_path / STATE
+    write_tensors(path, {"a": torch.zeros(3)})
+
+    def replaced_meanwhile(*_):
+        monkeypatch.undo()
+        write_tensors(path, {"a": torch.ones(3)})
+        return "sha256: of the header of one and the tensors of the other"
+
+    monkeypatch.setattr(checkpoint.digest, "of_tensors", replaced_meanwhile)
+    assert read_tensors(path)[0]["a"].tolist() == [1, 1, 1]
+
+
 def flipped_bits_are_refused(tmp_path: Path, trials: int) -> None:
     def taken(t: Trainer):
         return {**state(t), **{f"b.{k}": v for k, v in t.model.named_buffers()}}
