@@ -8,6 +8,9 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(FASTDDPM_X86)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -20,9 +23,18 @@ namespace {
 bool has_plain() { return true; }
 
 #if defined(FASTDDPM_X86)
+// What __builtin_cpu_supports of some clangs has no name for: bits of cpuid.
+enum Register { ECX = 2, EDX = 3 };
+
+bool has_bit(unsigned leaf, Register which, int bit) {
+  unsigned registers[4] = {};
+  return __get_cpuid_count(leaf, 0, &registers[0], &registers[1], &registers[2], &registers[3]) &&
+         (registers[which] >> bit & 1);
+}
+
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+         has_bit(1, ECX, 29);  // f16c
 }
 
 bool has_avx512() {
@@ -72,9 +84,8 @@ bool tiles_permitted() {
 }
 
 bool has_amx_bf16() {
-  return has_avx512_bf16() && __builtin_cpu_supports("amx-tile") &&
-         __builtin_cpu_supports("amx-bf16") && tiles_permitted() &&
-         multiplies(amx_bf16::convolution_bf16, amx_bf16::pack_weight_bf16);
+  return has_avx512_bf16() && has_bit(7, EDX, 24) && has_bit(7, EDX, 22) &&  // amx-tile, amx-bf16
+         tiles_permitted() && multiplies(amx_bf16::convolution_bf16, amx_bf16::pack_weight_bf16);
 }
 #endif
 
