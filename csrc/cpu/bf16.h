@@ -149,16 +149,20 @@ struct Multiplier {
   }
 #endif
 
-  // STRIP_ROWS rows times HALVES halves of a panel's columns.
-  static void multiply_strip(const BF16* const* row, const int64_t* offsets, int64_t runs,
-                             int64_t steps, const BF16* b, Ahead& ahead, float* c, int64_t ldc) {
+  // STRIP_ROWS rows times HALVES halves of a panel's columns. A function of its own, since inlined
+  // into some callers its sums or its part of B do not stay in registers.
+  __attribute__((noinline)) static void multiply_strip(const BF16* const* row,
+                                                       const int64_t* offsets, int64_t runs,
+                                                       int64_t steps, const BF16* b, Ahead& ahead,
+                                                       float* c, int64_t ldc) {
     Floats sum[STRIP_ROWS][HALVES * PARTS] = {};
+    Ahead next = ahead;  // in a register
     for (int64_t run = 0; run < runs; ++run) {
       const BF16* a[STRIP_ROWS];
       for (int i = 0; i < STRIP_ROWS; ++i) a[i] = row[i] + offsets[run];
       for (int64_t s = 0; s < steps; ++s, b += STEP)
         for (int64_t k = 0; k < BLOCK; k += 2) {
-          ahead.fetch();
+          next.fetch();
           Pairs right[HALVES * PARTS];
           for (int h = 0; h < HALVES; ++h)
             __builtin_memcpy(right + h * PARTS, b + h * (STEP / 2) + k * TILE,
@@ -174,6 +178,7 @@ struct Multiplier {
           }
         }
     }
+    ahead = next;
     for (int i = 0; i < STRIP_ROWS; ++i) __builtin_memcpy(c + i * ldc, sum[i], sizeof sum[i]);
   }
 
