@@ -136,9 +136,10 @@ class Upsample(nn.Module):
     In float32 on a CPU as one transposed 4x4 convolution of stride 2: the same sums with the
     repeated pixels' weights added up first, so 4/9 of the products. Adding them up costs as much
     as the products of some hundred pixels, whatever the channels, and forward and backward alike:
-    fewer pixels than FEW are convolved as they are."""
+    fewer pixels than FEW are convolved as they are. Pixels are a batch's in training and an image's
+    in eval mode, where its bits depend on no others."""
 
-    FEW = 4096  # pixels of all images; one thread gains from 1024 on, many share products only
+    FEW = 4096  # one thread gains from 1024 on, many share the products only
 
     def __init__(self, channels: int):
         super().__init__()
@@ -147,7 +148,8 @@ class Upsample(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.conv.weight, self.conv.bias
         plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-        many = x.shape[0] * x.shape[2] * x.shape[3] >= self.FEW
+        images = x.shape[0] if self.training else 1
+        many = images * x.shape[2] * x.shape[3] >= self.FEW
         if not (plain and many) or torch.is_autocast_enabled("cpu"):
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         taps, pairs = weight.flip(2, 3), weight.new_zeros(*weight.shape[:2], 4, 4)

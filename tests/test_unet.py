@@ -180,16 +180,22 @@ def test_upsampling_repeats_pixels():
     assert up(x)[0, 0, 3].tolist() == [2, 2, 3, 3]
 
 
-@pytest.mark.parametrize(("pixels", "regrouped"), [(4, False), (64, True)])
-def test_upsampling_regroups_its_weights_where_that_pays(monkeypatch, pixels, regrouped):
-    """For few pixels the plain convolution is the faster by far; both are the same sums."""
+@pytest.mark.parametrize(
+    ("images", "pixels", "training", "regrouped"),
+    [(1, 4, True, False), (1, 64, False, True), (16, 16, True, True), (16, 16, False, False)],
+)
+def test_upsampling_regroups_its_weights_where_that_pays(
+    monkeypatch, images, pixels, training, regrouped
+):
+    """For few pixels the plain convolution is the faster by far; both are the same sums. In eval
+    mode an image's bits do not depend on how many there are."""
     calls, transposed = [], F.conv_transpose2d
     monkeypatch.setattr(
         F, "conv_transpose2d", lambda *a, **k: calls.append(1) or transposed(*a, **k)
     )
-    up = Upsample(3)
-    x = torch.randn(1, 3, pixels, pixels, requires_grad=True)
-    grad = torch.randn(1, 3, 2 * pixels, 2 * pixels)
+    up = Upsample(3).train(training)
+    x = torch.randn(images, 3, pixels, pixels, requires_grad=True)
+    grad = torch.randn(images, 3, 2 * pixels, 2 * pixels)
     got = [y := up(x), *torch.autograd.grad(y, [x, *up.parameters()], grad)]
     assert bool(calls) == regrouped
     double = copy.deepcopy(up).double()
