@@ -165,7 +165,7 @@ def _statistics_kernel(
 def statistics_of(x, num_groups, eps):
     """(3, N, groups) float32: shift, mean - shift and rstd."""
     out = torch.empty(3, x.shape[0], num_groups, dtype=torch.float32, device=x.device)
-    rows = Rows(num_groups, x)
+    rows = Rows(num_groups, x, each=16)
     _statistics_kernel[rows.grid](*rows.views, out, eps, **rows.arguments())
     return out
 
