@@ -11,10 +11,9 @@ import triton.language as tl
 
 from fastddpm.kernels.group_norm_silu import pixels
 from fastddpm.kernels.storage import dot, load, operand, rounded, store
-from fastddpm.kernels.tiles import power_of_two
+from fastddpm.kernels.tiles import power_of_two, registers
 
 SPLITS = 128  # programs that a weight's gradient is cut into, about
-REGISTERS = 255  # all that a thread can have: with no bound given, ptxas spills to fit more threads
 
 
 class Tokens:
@@ -191,6 +190,6 @@ def weight_gradient(tokens, grad, x, outputs, inputs, *, norm=None):
         grad, x, statistics, vector(norm_weight), vector(norm_bias), dweight, dbias,
         1 if statistics is None else statistics.shape[2],
         O=outputs, I=inputs, STEPS=share, PRECISION=precision(), BM=bm, BO=bo, BI=bi,
-        num_warps=8, num_stages=2, maxnreg=REGISTERS if half else None, **tokens.arguments(),
+        num_warps=8, num_stages=2, maxnreg=registers(8) if half else None, **tokens.arguments(),
     )  # fmt: skip
     return dweight.sum(0), dbias.sum(0)
