@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fastddpm.kernels.group_norm_silu import group_norm_silu_backward, statistics_of
 from fastddpm.kernels.linear import Tokens, linear, precision, weight_gradient
-from fastddpm.kernels.storage import dot, load, operand, rounded, store
+from fastddpm.kernels.storage import INTERPRETED, dot, load, operand, rounded, store
 from fastddpm.kernels.tiles import like, power_of_two
 
 
@@ -210,18 +210,22 @@ class _Block:
     def attend_backward(self, log_sum, dmixed):
         """The gradient of qkv."""
         dqkv, delta = torch.empty_like(self.qkv), torch.empty_like(log_sum)
-        rows, columns = self.tokens.rows(64), min(max(power_of_two(self.dim), 16), 128)
+        rows = self.tokens.rows(64 if INTERPRETED.value else 16)
+        columns = min(max(power_of_two(self.dim), 16), 128)
         _delta_kernel[self.grid(rows, self.dim)](
             self.mixed, dmixed, delta, self.tokens.length, self.heads,
             DIM=self.dim, BM=rows, BD=columns,
         )  # fmt: skip
         owned, looped, bd, bv, warps = _tiles(self.tokens, self.qkv.dtype, self.dim, 64, 32, 128, 2)
         queries = min(looped, 16) if bv > 64 else looped  # more of them spill on sm_100
-        for kernel, bm, bn in ((_dq_kernel, owned, looped), (_dkv_kernel, queries, owned)):
+        for kernel, bm, bn, piece in (
+            (_dq_kernel, owned, looped, bd),
+            (_dkv_kernel, queries, owned, min(bd, 64)),  # two results: less room for operands
+        ):
             kernel[self.grid(owned, bv)](
                 self.qkv, dmixed, log_sum, delta, dqkv, self.tokens.length, self.heads,
                 self.scale, self.slope,
-                DIM=self.dim, PRECISION=precision(), BM=bm, BN=bn, BD=bd, BV=bv, num_warps=warps,
+                DIM=self.dim, PRECISION=precision(), BM=bm, BN=bn, BD=piece, BV=bv, num_warps=warps,
                 num_stages=2,
             )  # fmt: skip
         return dqkv

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastddpm.kernels.storage import INTERPRETED, load, store
-from fastddpm.kernels.tiles import like, merged, power_of_two
+from fastddpm.kernels.tiles import like, merged, power_of_two, registers
 
 SLAB = 8192  # elements that a program holds at once
 LEAST = 8192 if INTERPRETED.value else 1024  # of a program's elements: it takes more rows for that
@@ -166,7 +166,9 @@ def statistics_of(x, num_groups, eps):
     """(3, N, groups) float32: shift, mean - shift and rstd."""
     out = torch.empty(3, x.shape[0], num_groups, dtype=torch.float32, device=x.device)
     rows = Rows(num_groups, x, each=16)
-    _statistics_kernel[rows.grid](*rows.views, out, eps, **rows.arguments())
+    _statistics_kernel[rows.grid](
+        *rows.views, out, eps, maxnreg=registers(rows.warps), **rows.arguments()
+    )
     return out
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fastddpm.kernels.group_norm_silu import pixels
 from fastddpm.kernels.storage import dot, load, operand, rounded, store
-from fastddpm.kernels.tiles import power_of_two
+from fastddpm.kernels.tiles import power_of_two, registers
 
 SPLITS = 128  # programs that a weight's gradient is cut into, about
 
@@ -177,7 +177,8 @@ def _weight_gradient_kernel(
 def weight_gradient(tokens, grad, x, outputs, inputs, *, norm=None):
     """(sum grad^T f(x), sum grad) over all tokens: (outputs, inputs) and (outputs,), float32."""
     statistics, norm_weight, norm_bias = (None, None, None) if norm is None else norm
-    bm = tokens.rows(32 if x[0].dtype != torch.float32 else 16)
+    half = x[0].dtype != torch.float32
+    bm = tokens.rows(32 if half else 16)
     bo, bi = (min(max(power_of_two(size), 16), 64) for size in (outputs, inputs))
     tiles = triton.cdiv(outputs, bo) * triton.cdiv(inputs, bi)
     steps = tokens.n * triton.cdiv(tokens.length, bm)
@@ -189,6 +190,6 @@ def weight_gradient(tokens, grad, x, outputs, inputs, *, norm=None):
         grad, x, statistics, vector(norm_weight), vector(norm_bias), dweight, dbias,
         1 if statistics is None else statistics.shape[2],
         O=outputs, I=inputs, STEPS=share, PRECISION=precision(), BM=bm, BO=bo, BI=bi,
-        num_warps=8, num_stages=2, **tokens.arguments(),
+        num_warps=8, num_stages=2, maxnreg=registers(8) if half else None, **tokens.arguments(),
     )  # fmt: skip
     return dweight.sum(0), dbias.sum(0)

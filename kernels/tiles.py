@@ -83,6 +83,13 @@ def power_of_two(n):
     return 1 << max(n - 1, 0).bit_length()
 
 
+def registers(warps):
+    """Registers that a thread of such a program can have; with no bound, ptxas may spill a few to
+    fit more threads.
+    """
+    return min(65536 // (32 * warps), 255)
+
+
 def per_sample(x):
     """(pointer, stride) of an (N,) tensor."""
     return (x, x.stride(0))
