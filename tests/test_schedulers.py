@@ -85,6 +85,9 @@ def test_every_other_class_is_refused():
         ({"variance_type": "learned_range"}, "variance_type must be one of .* a fraction there"),
         ({"prediction_type": "v_prediction"}, "models that predict v are not run here"),
         ({"prediction_type": ["epsilon"]}, "prediction_type must be one of"),
+        ({"predict_epsilon": "false"}, "predict_epsilon must be true or false; got 'false'"),
+        ({"predict_epsilon": 0}, "predict_epsilon must be true or false; got 0"),
+        ({"predict_epsilon": False, "prediction_type": "epsilon"}, "must be true, as prediction_"),
         ({"beta_schedule": "laplace"}, "beta_schedule must be one of"),
         ({"beta_schedule": 3}, "beta_schedule must be one of"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr must be false; got True"),
@@ -98,6 +101,7 @@ def test_every_other_class_is_refused():
         ({"timestep_spacing": "karras"}, "timestep_spacing must be one of 'leading', 'linspace'"),
         ({"timestep_values": [1, 2]}, "timestep_values must be none"),
         ({"snr_shift_scale": 3.0}, "the option snr_shift_scale is not known here; got 3.0"),
+        ({"snr_shift_scale": 0}, "the option snr_shift_scale is not known here; got 0"),
         ({"num_train_timesteps": 1.5}, "num_train_timesteps must be an integer"),
         ({"num_train_timesteps": 10**12}, "must be at most"),
         ({"beta_start": "0.1"}, "beta_start must be a number"),
@@ -138,6 +142,8 @@ def test_what_changes_no_full_chain_is_read(options):
 
 def test_the_oldest_files_say_predict_epsilon():
     assert process({"predict_epsilon": False}, "").prediction == "x0"
+    both = {"predict_epsilon": False, "prediction_type": "sample"}
+    assert process(both, "").prediction == "x0"
 
 
 @pytest.mark.parametrize(

@@ -107,14 +107,20 @@ def process(config: dict[str, Any], source: object) -> Diffusion:
             same = value == expected and isinstance(value, bool) == isinstance(expected, bool)
             if not free and value is not None and not same:
                 raise refuse(name, repr(expected).lower(), name)
-        elif name not in (*FREE, *READ) and not name.startswith("_") and value not in (None, False):
+        elif not (name in (*FREE, *READ) or name[:1] == "_" or value is None or value is False):
             raise ValueError(
                 f"{source}: the option {name} is not known here; got {value!r:.80}. To load the "
                 "model with a process of your own, pass diffusion=..."
             )
     choice("timestep_spacing", "leading", dict.fromkeys(("leading", "linspace", "trailing"), ""))
-    default = "sample" if config.get("predict_epsilon") is False else "epsilon"
-    prediction = choice("prediction_type", default, PREDICTIONS)
+    prediction = choice("prediction_type", "epsilon", PREDICTIONS)
+    if (old := config.get("predict_epsilon")) is not None:  # what the oldest files say in its place
+        if not isinstance(old, bool):
+            raise refuse("predict_epsilon", "true or false", "predict_epsilon")
+        if config.get("prediction_type") is not None and old != (prediction == "eps"):
+            said = f"{str(prediction == 'eps').lower()}, as prediction_type says"
+            raise refuse("predict_epsilon", said, "predict_epsilon")
+        prediction = "eps" if old else "x0"
     variance = choice("variance_type", "fixed_small", VARIANCES)
     choice("beta_schedule", "linear", BETAS)
     loss = choice(LOSS, "simple", {"simple": "simple", "vlb": "vlb"})
