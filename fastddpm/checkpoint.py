@@ -136,16 +136,20 @@ def write_tensors(
         file.write(safetensors_bytes(contiguous, metadata))
 
 
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(
+    path: str | os.PathLike, *, ours: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; ValueError names a file that is missing, cut, not
     one, or not what was written: a file that names a digest, as all of `write_tensors` do, is
     checked against it. One that is replaced while it is read is read again: safetensors opens it
     twice, and a running training writes a new one every so often.
+
+    ours: of `write_tensors`, so that one without a digest was changed since
     """
     while True:
         before = _stamp(path)
         try:
-            return _read_tensors(path)
+            return _read_tensors(path, ours)
         except ValueError:
             if _stamp(path) == before:
                 raise
@@ -158,11 +162,15 @@ def _stamp(path: str | os.PathLike) -> tuple[int, ...] | None:
     return None
 
 
-def _read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read_tensors(
+    path: str | os.PathLike, ours: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
     said = metadata.pop(digest.KEY, None)
+    if ours and said is None:
+        raise ValueError(f"{path} is not as it was written: the digest in its header is missing")
     if said is not None and said != digest.of_tensors(tensors, metadata):
         raise ValueError(
             f"{path} is damaged: its tensors and metadata are not those that were written "

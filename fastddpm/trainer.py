@@ -40,7 +40,8 @@ class Trainer:
     model:     any module (x_t, t) -> output; trained in place, through its wrappers if it has some
                (DistributedDataParallel, torch.compile, ...); what is averaged and saved is the
                network inside. Parameters in half precision keep float32 masters and averages
-    diffusion: None: the model's own, or the paper's
+    diffusion: None: the model's own, or the paper's; another becomes the own one of a UNet, whose
+               weights it is trained for from here on
     precision: "fp32", "bf16" (autocast, float32 weights) or "auto" (bf16 where the hardware
                multiplies it)
     lr, warmup: Adam's rate, reached linearly over the first `warmup` steps; betas (0.9, 0.999), eps
@@ -52,8 +53,8 @@ class Trainer:
     flip:      mirror half of the images
 
     Numbers may be NumPy's. Raises ValueError for an option out of range and for a model that is
-    changed (layers, device, dtype) after the trainer was made, FloatingPointError when the loss or
-    gradient is not finite."""
+    changed (layers, device, dtype) after the trainer was made or has nothing to train,
+    FloatingPointError when the loss or gradient is not finite."""
 
     @own_state()
     def __init__(
@@ -93,6 +94,8 @@ class Trainer:
         self.example_count = 0
         self._told_of_range = False
         self.optimizer = torch.optim.Adam(self._masters, lr=self.lr, fused=True)
+        if isinstance(self.network, UNet):
+            self.network.diffusion = self.diffusion  # what its weights are for, in all its copies
 
     @property
     def _masters(self) -> list[torch.Tensor]:
@@ -123,6 +126,11 @@ class Trainer:
                 loss = self.diffusion.loss(
                     self.model, x0, t=t, flip=flip, seed=self.seed, sample_index=index
                 ).mean()
+            if not loss.requires_grad:
+                raise ValueError(
+                    "the loss depends on no weight that may be trained: every parameter is frozen "
+                    "(requires_grad=False), or the model computes without gradients"
+                )
             (loss * self.weights.loss_scale).backward()
         self.weights.take_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self._masters, self.grad_clip)
@@ -241,7 +249,7 @@ class Trainer:
         """
         self.weights.check()
         path = Path(folder) / STATE
-        tensors, metadata = read_tensors(path)
+        tensors, metadata = read_tensors(path, ours=True)
         settings = read_settings(path, metadata)
         counts = {name: settings.pop(name, None) for name in ("step_count", "example_count")}
         for name, count in counts.items():

@@ -222,6 +222,22 @@ def test_what_can_not_be_trained_is_named():
         trainer(lambda x, t: x)
 
 
+def test_a_loss_that_depends_on_no_weight_is_named():
+    """torch says that element 0 of tensors does not require grad."""
+
+    class Detached(Small):
+        @torch.no_grad()
+        def forward(self, x, t):
+            return super().forward(x, t)
+
+    for model in (Small(), Halved().bfloat16(), Detached()):
+        model.requires_grad_(isinstance(model, Detached))
+        run = trainer(model)
+        with pytest.raises(ValueError, match=r"every parameter is frozen .*or the model comp"):
+            run.step(batches(1)[0])
+        assert run.step_count == 0
+
+
 # ---- options and batches -------------------------------------------------------------------------
 
 

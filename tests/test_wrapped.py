@@ -110,6 +110,20 @@ def test_a_wrapped_unet_is_sampled_trained_saved_and_resumed_as_itself(wrap, tmp
         assert torch.equal(p, value)
 
 
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, compiled])
+def test_the_process_that_a_trainer_is_given_is_the_models_from_then_on(tmp_path, wrap):
+    """Its files said the process that the model was made with, and were sampled by that."""
+    model = tiny_unet()
+    run = Trainer(wrap(model), diffusion=PROCESS, precision="fp32", warmup=0)
+    run.step(images(2, 1, 8, 8))
+    run.save(tmp_path)
+    for trained in (model, run.ema_model(), UNet.from_pretrained(tmp_path)):
+        assert trained.diffusion.to_config() == PROCESS.to_config()
+    with pytest.raises(ValueError, match="lr must be above 0"):
+        Trainer(wrap(other := tiny_unet()), diffusion=PROCESS, lr=0)
+    assert other.diffusion.schedule is SCHEDULE, "one that was not made changes nothing"
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
