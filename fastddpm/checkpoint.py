@@ -221,9 +221,20 @@ def _header(path: str | os.PathLike) -> dict[str, Any]:
             raise ValueError(f"its header is no JSON object but a {type(header).__name__}")
         if len(header) > MOST_TENSORS:
             raise ValueError(f"it holds {len(header)} tensors; {MOST_TENSORS} are the most")
+        ends = [_end(each) for name, each in header.items() if name != "__metadata__"]
+        if (whole := 8 + length + max(ends, default=0)) != size:
+            raise ValueError(f"it has {size} bytes, of the {whole} that its header speaks of")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     return header
+
+
+def _end(entry: Any) -> int:
+    """Of a tensor in the bytes that follow the header."""
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not isinstance(offsets, list) or [type(at) for at in offsets] != [int, int]:
+        raise ValueError("a tensor in it has no place")
+    return offsets[1]
 
 
 def read_weights(
