@@ -8,6 +8,8 @@ changes every sample, is done or refused by its name. What only picks the steps 
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ import numpy as np
 
 from fastddpm.checkpoint import read_json
 from fastddpm.diffusion import Diffusion
+from fastddpm.host import callers_level
 from fastddpm.schedule import Schedule, check_count, check_number
 
 SCHEDULER = "scheduler_config.json"
+INDEX = "model_index.json"  # of a pipeline
 LOSS = (
     "_fastddpm_loss"  # the objective has no name there; what begins with _ diffusers leaves alone
 )
@@ -72,11 +76,36 @@ READ = (
 
 def load_process(folder: Path) -> Diffusion:
     """The process of the scheduler_config.json in `folder` or in ../scheduler; the paper's where
-    there is none.
+    there is none, with a warning where a pipeline names one. ValueError where it has two that
+    differ.
     """
     places = (folder / SCHEDULER, folder.parent / "scheduler" / SCHEDULER)
-    path = next((place for place in places if place.is_file()), None)
-    return Diffusion() if path is None else process(read_json(path), path)
+    there = [place for place in places if os.path.lexists(place)]  # links of a cleared cache too
+    if not there:
+        _warn_of_one_that_is_named(folder)
+        return Diffusion()
+    first = process(read_json(there[0]), there[0])
+    if len(there) > 1 and folder.name == "unet":
+        second = process(read_json(there[1]), there[1])
+        same = np.array_equal(first.schedule.betas, second.schedule.betas)
+        if not same or first.prediction != second.prediction:
+            raise ValueError(
+                f"{there[0]} and {there[1]} are of different processes: remove the one that the "
+                "network was not trained for, or pass diffusion=..."
+            )
+    return first
+
+
+def _warn_of_one_that_is_named(folder: Path) -> None:
+    indices = [folder / INDEX, folder.parent / INDEX] if folder.name == "unet" else [folder / INDEX]
+    for index in filter(Path.is_file, indices):
+        part = read_json(index).get("scheduler")
+        if isinstance(part, list) and any(part):  # [null, null] is a part that was left out
+            warnings.warn(
+                f"{index} names a scheduler, but there is no {SCHEDULER}: the paper's process is "
+                "taken; to say another, bring the file along or pass diffusion=...",
+                stacklevel=callers_level(),
+            )
 
 
 def process(config: dict[str, Any], source: object) -> Diffusion:
