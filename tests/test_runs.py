@@ -507,6 +507,15 @@ def test_a_state_that_was_saved_by_hand_has_no_data_to_compare(tmp_path, dataset
     trainer(tiny_unet()).load(tmp_path / "run")  # a run's state by hand
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 9, 8)])
+def test_data_that_does_not_fit_the_model_is_an_error_before_the_folder_is_made(tmp_path, shape):
+    np.savez(tmp_path / "data.npz", images=images(4, *shape).numpy())
+    run = trainer(tiny_unet())
+    with pytest.raises(ValueError, match=r"data\.npz does not fit the model: "):
+        fit(run, open_dataset(tmp_path / "data.npz"), tmp_path / "x", steps=1, **SHORT)
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_process_that_can_not_be_saved_is_an_error_before_the_first_step(tmp_path, dataset):
     respaced = trainer(tiny_unet(), diffusion=Diffusion(SCHEDULE.respace(4)))
     with pytest.raises(ValueError, match="respaced schedule is not saved"):
