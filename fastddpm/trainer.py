@@ -19,7 +19,7 @@ from fastddpm import _native, reference
 from fastddpm.checkpoint import named, read_tensors, write_tensors
 from fastddpm.diffusion import Diffusion
 from fastddpm.host import callers_level, own_state, plain, seeded, training
-from fastddpm.master_weights import MasterWeights
+from fastddpm.master_weights import DTYPES, MasterWeights
 from fastddpm.ops import dispatch
 from fastddpm.options import check_flag, check_integer, check_number
 from fastddpm.precision import Precision, autocast, resolve_precision
@@ -53,7 +53,7 @@ class Trainer:
     flip:      mirror half of the images
 
     Numbers may be NumPy's. Raises ValueError for an option out of range and for a model that is
-    changed (layers, device, dtype) after the trainer was made or has nothing to train,
+    changed (layers, device, dtype, process) after the trainer was made or has nothing to train,
     FloatingPointError when the loss or gradient is not finite."""
 
     @own_state()
@@ -95,7 +95,26 @@ class Trainer:
         self._told_of_range = False
         self.optimizer = torch.optim.Adam(self._masters, lr=self.lr, fused=True)
         if isinstance(self.network, UNet):
+            self._check_outputs(self.network)
             self.network.diffusion = self.diffusion  # what its weights are for, in all its copies
+
+    def _check_outputs(self, network: UNet) -> None:
+        has, learned = network.config["out_channels"], self.diffusion.variance == "learned"
+        if has != (needed := network.in_channels * (2 if learned else 1)):
+            raise ValueError(
+                f"the model has {has} output channels; of {network.in_channels} channels and "
+                f"variance {self.diffusion.variance!r} it needs {needed}"
+            )
+
+    def _check(self) -> None:
+        """ValueError if the model was changed since: its parameters, or a UNet's process."""
+        self.weights.check()
+        process = self.network.diffusion if isinstance(self.network, UNet) else self.diffusion
+        if process is not self.diffusion and not self.diffusion._is_like(process):
+            raise ValueError(
+                "the model's diffusion is not the one that it had when the Trainer was made: "
+                "change it first and make the Trainer then"
+            )
 
     @property
     def _masters(self) -> list[torch.Tensor]:
@@ -106,7 +125,7 @@ class Trainer:
         """One optimiser step on x0, (N, C, H, W) uint8 or float in [-1, 1]; returns the mean loss,
         detached.
         """
-        self.weights.check()
+        self._check()
         x0 = plain(self._checked(x0).to(self.device))
         n, T = x0.shape[0], self.diffusion.T
         index = torch.arange(self.example_count, self.example_count + n, device=self.device)
@@ -155,9 +174,11 @@ class Trainer:
             raise ValueError(f"a batch must be a tensor of (N, C, H, W) images; got {got}")
         if 0 in x0.shape:
             raise ValueError(f"a batch needs at least one image; got shape {tuple(x0.shape)}")
+        if x0.layout != torch.strided or x0.is_meta:
+            raise ValueError(f"a batch must be dense, with values; got {x0.layout} on {x0.device}")
         if x0.dtype == torch.uint8:
             return x0
-        if not x0.is_floating_point():
+        if x0.dtype not in DTYPES:
             raise ValueError(
                 f"images must be uint8, or float in [-1, 1]; got {x0.dtype}: of 0 .. 255, give "
                 ".to(torch.uint8)"
@@ -181,13 +202,13 @@ class Trainer:
         """The averaged weights, float32 of half-precision ones, and the buffers as they are now,
         under the network's state_dict names: `load_state_dict` takes them.
         """
-        self.weights.check()
+        self._check()
         return self.weights.averaged_state()
 
     @own_state()
     def ema_model(self) -> torch.nn.Module:
         """A copy of the network with the averaged weights, in eval mode."""
-        self.weights.check()
+        self._check()
         model = copy.deepcopy(self.network).eval().requires_grad_(False)
         for p, average in zip(model.parameters(), self.weights.average.values(), strict=True):
             p.copy_(average)
@@ -203,7 +224,7 @@ class Trainer:
 
         run: what else must be the same when the run goes on (`fit`'s data), JSON-ready; see `load`
         """
-        self.weights.check()
+        self._check()
         folder = named(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if first := not (folder / STATE).exists():
@@ -247,7 +268,7 @@ class Trainer:
 
         A warning names what the machine differs in where the steps go on but not bit for bit.
         """
-        self.weights.check()
+        self._check()
         path = Path(folder) / STATE
         tensors, metadata = read_tensors(path, ours=True)
         settings = read_settings(path, metadata)
