@@ -136,16 +136,20 @@ def write_tensors(
         file.write(safetensors_bytes(contiguous, metadata))
 
 
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(
+    path: str | os.PathLike, *, ours: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; ValueError names a file that is missing, cut, not
     one, or not what was written: a file that names a digest, as all of `write_tensors` do, is
     checked against it. One that is replaced while it is read is read again: safetensors opens it
     twice, and a running training writes a new one every so often.
+
+    ours: of `write_tensors`, so that one without a digest was changed since
     """
     while True:
         before = _stamp(path)
         try:
-            return _read_tensors(path)
+            return _read_tensors(path, ours)
         except ValueError:
             if _stamp(path) == before:
                 raise
@@ -158,11 +162,15 @@ def _stamp(path: str | os.PathLike) -> tuple[int, ...] | None:
     return None
 
 
-def _read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read_tensors(
+    path: str | os.PathLike, ours: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
     said = metadata.pop(digest.KEY, None)
+    if ours and said is None:
+        raise ValueError(f"{path} is not as it was written: the digest in its header is missing")
     if said is not None and said != digest.of_tensors(tensors, metadata):
         raise ValueError(
             f"{path} is damaged: its tensors and metadata are not those that were written "
@@ -213,9 +221,20 @@ def _header(path: str | os.PathLike) -> dict[str, Any]:
             raise ValueError(f"its header is no JSON object but a {type(header).__name__}")
         if len(header) > MOST_TENSORS:
             raise ValueError(f"it holds {len(header)} tensors; {MOST_TENSORS} are the most")
+        ends = [_end(each) for name, each in header.items() if name != "__metadata__"]
+        if (whole := 8 + length + max(ends, default=0)) != size:
+            raise ValueError(f"it has {size} bytes, of the {whole} that its header speaks of")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     return header
+
+
+def _end(entry: Any) -> int:
+    """Of a tensor in the bytes that follow the header."""
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not isinstance(offsets, list) or [type(at) for at in offsets] != [int, int]:
+        raise ValueError("a tensor in it has no place")
+    return offsets[1]
 
 
 def read_weights(

@@ -35,6 +35,7 @@ MISTAKES = (
     ValueError, OSError, ImportError, FloatingPointError, ranks.RankError, BackendError,
 )  # fmt: skip
 SCHEDULES = ("linear", "quadratic", "constant", "cosine")
+DEFAULT_PRESET = "cifar10"
 OF_THE_DATA = ("image_size", "in_channels")  # of a preset's model, which follow the images
 
 
@@ -155,7 +156,7 @@ def _interpolate(a: argparse.Namespace) -> None:
 
 def _train(a: argparse.Namespace) -> None:
     _alone("a training run")
-    out, recipe = Path(a.out), preset(a.preset or "cifar10")
+    out, recipe = Path(a.out), preset(a.preset or DEFAULT_PRESET)
     if a.resume and not (out / STATE).is_file():
         raise FileNotFoundError(f"nothing to resume: {out / STATE} does not exist")
     if not a.resume:
@@ -195,11 +196,9 @@ def _train(a: argparse.Namespace) -> None:
         flip=recipe.flip,
         seed=a.seed,
     )
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, name = sum(p.numel() for p in model.parameters()), a.preset or DEFAULT_PRESET
     console.say(f"data   {dataset.describe()}")
-    console.say(
-        f"model  {parameters:,} parameters, preset {a.preset or 'cifar10'}, {trainer.precision}"
-    )
+    console.say(f"model  {parameters:,} parameters, preset {name}, {trainer.precision}")
     started = time.perf_counter()
     fit(
         trainer,
@@ -240,10 +239,22 @@ def _resumed(a: argparse.Namespace, out: Path) -> UNet:
         of_preset = {k: v for k, v in preset(a.preset).model.items() if k not in OF_THE_DATA}
         there |= {f"--preset {a.preset}: {k}": model.config[k] for k in of_preset}
         asked |= {f"--preset {a.preset}: {k}": _listed(v) for k, v in of_preset.items()}
+    else:
+        fitting = [name for name in PRESETS if _is_of(model, name)]
+        if fitting and DEFAULT_PRESET not in fitting:
+            raise ValueError(
+                f"{out / CONFIG}: the run's model is not that of {DEFAULT_PRESET}, the preset "
+                f"where none is given: add --preset {' or '.join(fitting)}, as it was begun with"
+            )
     for name, value in asked.items():
         if value is not None and value != there[name]:
             raise ValueError(f"{out / CONFIG}: {name} is {there[name]!r} there and {value!r} here")
     return model
+
+
+def _is_of(model: UNet, name: str) -> bool:
+    options = preset(name).model.items()
+    return all(model.config[k] == _listed(v) for k, v in options if k not in OF_THE_DATA)
 
 
 def _listed(value):
@@ -375,7 +386,7 @@ def _parser() -> argparse.ArgumentParser:
         "--preset",
         type=_preset,
         metavar="NAME",
-        help=f"model and recipe: {', '.join(sorted(PRESETS))} (default: cifar10)",
+        help=f"model and recipe: {', '.join(sorted(PRESETS))} (default: {DEFAULT_PRESET})",
     )
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, exactly")
     add("--steps", type=int, help="optimiser steps in all (default: the preset's)")

@@ -113,9 +113,10 @@ def _find(source: str | os.PathLike) -> Path:
     """The path of a model: one that is there, or a bundled one's."""
     path = Path(source)
     bundled = BUNDLED / path
-    if str(source) not in bundled_models() or not os.path.exists(path):
+    if str(source) not in bundled_models() or not os.path.lexists(path):
         return bundled if str(source) in bundled_models() else path
-    if isinstance(source, str) and not bundled.samefile(path):
+    # A link that leads nowhere, to a disk that is not mounted maybe, is the user's own too.
+    if isinstance(source, str) and path.exists() and not bundled.samefile(path):
         warnings.warn(
             f"{source!r} is {path.resolve()} here; the bundled model of that name is {bundled}",
             stacklevel=4,

@@ -39,7 +39,7 @@ BELOW_ONE = float(np.nextafter(1.0, 0.0))  # the largest beta
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise the ValueError that lists what `name` may be."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:  # an array may be equal to one
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 

@@ -25,6 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from fastddpm import arguments, ranks
 from fastddpm.checkpoint import atomic_write, remove_abandoned
+from fastddpm.diffusion import Diffusion
 from fastddpm.figures import check_channels, check_output, to_pil, to_uint8
 from fastddpm.host import own_state
 from fastddpm.sampling import Chain, bar, finite
@@ -78,7 +79,8 @@ def sample_to_folder(
         if shard_size == 0:
             check_channels(chain.shape[0])
         batches = chain.batches(batch_size)
-        about = {"model": fingerprint(model), "seed": seed, **chain.facts}
+        process = Diffusion.of(model, options.get("diffusion"))
+        about = {"model": fingerprint(model, process), "seed": seed, **chain.facts}
         about |= {"precision": chain.engine.precision}
     ranks.agree(n=n, first_index=first_index, shard_size=shard_size, **about)
     pieces: list[Range] = []
@@ -100,14 +102,30 @@ def sample_to_folder(
     return sum(stop - start for start, stop in pieces)
 
 
-def fingerprint(model: UNet) -> str:
-    """Of configuration and weights: 16 hexadecimal digits of their SHA-256."""
-    digest = hashlib.sha256(json.dumps([model.config, model.diffusion.to_config()]).encode())
+def fingerprint(model: UNet, diffusion: Diffusion | None = None) -> str:
+    """Of configuration, process (None: the model's own) and weights: 16 hexadecimal digits of their
+    SHA-256.
+    """
+    process = _of_process(model.diffusion if diffusion is None else diffusion)
+    digest = hashlib.sha256(json.dumps([model.config, process]).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         values = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _of_process(diffusion: Diffusion) -> dict[str, Any]:
+    """What tells a process from others, JSON-ready; of a shorter chain, which has no file, both its
+    own steps and those that its model speaks of."""
+    if (chain := diffusion.schedule).is_full:
+        return diffusion.to_config()
+    trained = [] if chain.full is None else chain.full.betas.tolist()
+    return {
+        "betas": [chain.betas.tolist(), trained],
+        "timesteps": [chain.timesteps.tolist(), chain.full_steps],
+        "outputs": [diffusion.prediction, diffusion.variance],
+    }
 
 
 # ---- ranges of sample indices --------------------------------------------------------------------

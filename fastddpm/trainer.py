@@ -19,7 +19,7 @@ from fastddpm import _native, reference
 from fastddpm.checkpoint import named, read_tensors, write_tensors
 from fastddpm.diffusion import Diffusion
 from fastddpm.host import callers_level, own_state, plain, seeded, training
-from fastddpm.master_weights import MasterWeights
+from fastddpm.master_weights import DTYPES, MasterWeights
 from fastddpm.ops import dispatch
 from fastddpm.options import check_flag, check_integer, check_number
 from fastddpm.precision import Precision, autocast, resolve_precision
@@ -40,7 +40,8 @@ class Trainer:
     model:     any module (x_t, t) -> output; trained in place, through its wrappers if it has some
                (DistributedDataParallel, torch.compile, ...); what is averaged and saved is the
                network inside. Parameters in half precision keep float32 masters and averages
-    diffusion: None: the model's own, or the paper's
+    diffusion: None: the model's own, or the paper's; another becomes the own one of a UNet, whose
+               weights it is trained for from here on
     precision: "fp32", "bf16" (autocast, float32 weights) or "auto" (bf16 where the hardware
                multiplies it)
     lr, warmup: Adam's rate, reached linearly over the first `warmup` steps; betas (0.9, 0.999), eps
@@ -52,8 +53,8 @@ class Trainer:
     flip:      mirror half of the images
 
     Numbers may be NumPy's. Raises ValueError for an option out of range and for a model that is
-    changed (layers, device, dtype) after the trainer was made, FloatingPointError when the loss or
-    gradient is not finite."""
+    changed (layers, device, dtype, process) after the trainer was made or has nothing to train,
+    FloatingPointError when the loss or gradient is not finite."""
 
     @own_state()
     def __init__(
@@ -93,6 +94,27 @@ class Trainer:
         self.example_count = 0
         self._told_of_range = False
         self.optimizer = torch.optim.Adam(self._masters, lr=self.lr, fused=True)
+        if isinstance(self.network, UNet):
+            self._check_outputs(self.network)
+            self.network.diffusion = self.diffusion  # what its weights are for, in all its copies
+
+    def _check_outputs(self, network: UNet) -> None:
+        has, learned = network.config["out_channels"], self.diffusion.variance == "learned"
+        if has != (needed := network.in_channels * (2 if learned else 1)):
+            raise ValueError(
+                f"the model has {has} output channels; of {network.in_channels} channels and "
+                f"variance {self.diffusion.variance!r} it needs {needed}"
+            )
+
+    def _check(self) -> None:
+        """ValueError if the model was changed since: its parameters, or a UNet's process."""
+        self.weights.check()
+        process = self.network.diffusion if isinstance(self.network, UNet) else self.diffusion
+        if process is not self.diffusion and not self.diffusion._is_like(process):
+            raise ValueError(
+                "the model's diffusion is not the one that it had when the Trainer was made: "
+                "change it first and make the Trainer then"
+            )
 
     @property
     def _masters(self) -> list[torch.Tensor]:
@@ -103,7 +125,7 @@ class Trainer:
         """One optimiser step on x0, (N, C, H, W) uint8 or float in [-1, 1]; returns the mean loss,
         detached.
         """
-        self.weights.check()
+        self._check()
         x0 = plain(self._checked(x0).to(self.device))
         n, T = x0.shape[0], self.diffusion.T
         index = torch.arange(self.example_count, self.example_count + n, device=self.device)
@@ -123,6 +145,11 @@ class Trainer:
                 loss = self.diffusion.loss(
                     self.model, x0, t=t, flip=flip, seed=self.seed, sample_index=index
                 ).mean()
+            if not loss.requires_grad:
+                raise ValueError(
+                    "the loss depends on no weight that may be trained: every parameter is frozen "
+                    "(requires_grad=False), or the model computes without gradients"
+                )
             (loss * self.weights.loss_scale).backward()
         self.weights.take_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self._masters, self.grad_clip)
@@ -147,9 +174,11 @@ class Trainer:
             raise ValueError(f"a batch must be a tensor of (N, C, H, W) images; got {got}")
         if 0 in x0.shape:
             raise ValueError(f"a batch needs at least one image; got shape {tuple(x0.shape)}")
+        if x0.layout != torch.strided or x0.is_meta:
+            raise ValueError(f"a batch must be dense, with values; got {x0.layout} on {x0.device}")
         if x0.dtype == torch.uint8:
             return x0
-        if not x0.is_floating_point():
+        if x0.dtype not in DTYPES:
             raise ValueError(
                 f"images must be uint8, or float in [-1, 1]; got {x0.dtype}: of 0 .. 255, give "
                 ".to(torch.uint8)"
@@ -173,13 +202,13 @@ class Trainer:
         """The averaged weights, float32 of half-precision ones, and the buffers as they are now,
         under the network's state_dict names: `load_state_dict` takes them.
         """
-        self.weights.check()
+        self._check()
         return self.weights.averaged_state()
 
     @own_state()
     def ema_model(self) -> torch.nn.Module:
         """A copy of the network with the averaged weights, in eval mode."""
-        self.weights.check()
+        self._check()
         model = copy.deepcopy(self.network).eval().requires_grad_(False)
         for p, average in zip(model.parameters(), self.weights.average.values(), strict=True):
             p.copy_(average)
@@ -195,7 +224,7 @@ class Trainer:
 
         run: what else must be the same when the run goes on (`fit`'s data), JSON-ready; see `load`
         """
-        self.weights.check()
+        self._check()
         folder = named(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if first := not (folder / STATE).exists():
@@ -239,9 +268,9 @@ class Trainer:
 
         A warning names what the machine differs in where the steps go on but not bit for bit.
         """
-        self.weights.check()
+        self._check()
         path = Path(folder) / STATE
-        tensors, metadata = read_tensors(path)
+        tensors, metadata = read_tensors(path, ours=True)
         settings = read_settings(path, metadata)
         counts = {name: settings.pop(name, None) for name in ("step_count", "example_count")}
         for name, count in counts.items():

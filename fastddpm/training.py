@@ -68,8 +68,10 @@ def fit(
             f"a training run is one process; this is one of {ranks.place()[1]} ranks: start one, "
             "or make the steps of a Trainer on your own"
         )
-    if sample_every and isinstance(trainer.network, UNet):
-        check_channels(trainer.network.in_channels)
+    if isinstance(trainer.network, UNet):
+        if sample_every:
+            check_channels(trainer.network.in_channels)
+        _check_fits(dataset, trainer.network)
     out = named(out)
     check_apart(dataset.path, out)
     if not resume:
@@ -87,6 +89,14 @@ def fit(
             log = Log(out, trainer.step_count, trainer.diffusion.objective)
         (out / SAMPLES).mkdir(exist_ok=True)
         _run(trainer, dataset, out, run, log, steps, batch_size, save_every, sample_every, progress)
+
+
+def _check_fits(dataset: Dataset, network: UNet) -> None:
+    one = torch.empty(1, *dataset.shape, dtype=torch.float32, device="meta")
+    try:
+        network.check_input(one, torch.empty(1, dtype=torch.int64, device="meta"))
+    except ValueError as error:
+        raise ValueError(f"{dataset.path} does not fit the model: {error}") from None
 
 
 def identity(dataset: Dataset, progress: bool = False) -> dict[str, Any]:

@@ -403,4 +403,5 @@ class UNet(nn.Module):
 
 def _with_variance(variance: Variance, options: dict[str, Any]) -> dict[str, Any]:
     """The options with the paper's process of this variance, unless they name one."""
-    return {**options, "diffusion": options.get("diffusion") or Diffusion(variance=variance)}
+    given = options.get("diffusion")
+    return {**options, "diffusion": Diffusion(variance=variance) if given is None else given}

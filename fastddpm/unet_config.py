@@ -140,7 +140,8 @@ def _positive(name: str, value: Any, *, several: bool = False) -> int:
 
 
 def _sequence(name: str, values: Any) -> list[Any]:
-    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
+    several = isinstance(values, Iterable) and getattr(values, "ndim", 1) > 0
+    if isinstance(values, (str, bytes, dict)) or not several:
         raise ValueError(f"{name} must be a sequence of integers; got {values!r}")
     values = list(values)
     if len(values) > MAX_VALUES:

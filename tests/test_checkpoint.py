@@ -188,6 +188,13 @@ def test_a_folder_named_like_a_bundled_model_is_itself(tmp_path, monkeypatch):
         UNet.from_pretrained("fashion-mnist")
 
 
+def test_a_link_to_nowhere_named_like_a_bundled_model_is_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fashion-mnist").symlink_to(tmp_path / "a disk that is not mounted")
+    with pytest.raises(FileNotFoundError, match=r"model 'fashion-mnist': no such file or folder"):
+        UNet.from_pretrained("fashion-mnist")
+
+
 @pytest.mark.parametrize("name", ["norm_eps", "dropout", "head_dim", "num_groups", "freq_shift"])
 def test_a_config_that_was_edited_is_refused_unless_it_says_so(folder, name):
     path = folder / "config.json"

@@ -175,6 +175,8 @@ def test_differing_sizes(write_images):
         (True, None, "train", "size must be"),
         (4, 0, "train", "channels must be"),
         (4, 5, "train", "channels must be"),
+        (4, True, "train", "channels must be an integer; got True"),
+        (4, 1.0, "train", "channels must be an integer"),
         (4, 2, "train", "channels must be None, 1 or 3 for encoded images"),
         (4, None, "valid", "split must be one of train, test"),
         (4, None, "test", "has no splits"),
@@ -183,6 +185,7 @@ def test_differing_sizes(write_images):
 def test_options(tmp_path, size, channels, split, match):
     write(tmp_path, {"a.png": encoded(pixels(4, 4))})
     fails(tmp_path, match, size=size, channels=channels, split=split)
+    fails(tmp_path, "memory_limit must be at least 0 bytes; got", memory_limit="1 GB")
 
 
 def test_channels_of_grey_and_colour(tmp_path):

@@ -79,6 +79,7 @@ def test_every_row_of_table_2_trains(prediction, variance, loss):
     ("option", "choices"),
     [
         ({"prediction": "v"}, "'eps', 'x0', 'mean'; got 'v'"),
+        ({"prediction": np.array(["eps"])}, "'eps', 'x0', 'mean'; got array"),
         ({"variance": "large"}, "'fixed_large', 'fixed_small', 'learned'; got 'large'"),
         ({"loss": "l1"}, "'simple', 'vlb'; got 'l1'"),
     ],

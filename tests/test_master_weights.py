@@ -222,6 +222,22 @@ def test_what_can_not_be_trained_is_named():
         trainer(lambda x, t: x)
 
 
+def test_a_loss_that_depends_on_no_weight_is_named():
+    """torch says that element 0 of tensors does not require grad."""
+
+    class Detached(Small):
+        @torch.no_grad()
+        def forward(self, x, t):
+            return super().forward(x, t)
+
+    for model in (Small(), Halved().bfloat16(), Detached()):
+        model.requires_grad_(isinstance(model, Detached))
+        run = trainer(model)
+        with pytest.raises(ValueError, match=r"every parameter is frozen .*or the model comp"):
+            run.step(batches(1)[0])
+        assert run.step_count == 0
+
+
 # ---- options and batches -------------------------------------------------------------------------
 
 
@@ -271,6 +287,9 @@ def test_more_nonsense(name, value):
         (torch.zeros(1, 6, 5), r"must be a tensor of \(N, C, H, W\) images; got \(1, 6, 5\)"),
         (np.zeros((2, 1, 6, 5), np.uint8), "got ndarray"),
         (torch.zeros(2, 0, 6, 5), "at least one image"),
+        (torch.zeros(2, 1, 6, 5, device="meta"), "must be dense, with values; got .* on meta"),
+        (torch.zeros(2, 1, 6, 5).to_sparse(), "must be dense, with values; got torch.sparse_coo"),
+        (torch.zeros(2, 1, 6, 5, dtype=torch.float8_e4m3fn), "got torch.float8_e4m3fn"),
     ],
 )
 def test_a_batch_that_is_not_of_images_changes_nothing(batch, message):

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_cli import call, model, refused, row  # noqa: F401
 from test_training import SHORT, assert_same, log, quick, state, steps_done, trainer  # noqa: F401
 from test_training import command as resume_command
@@ -208,6 +209,16 @@ def test_resume_takes_what_is_not_asked_for_from_the_run_and_what_is_the_same(ru
     assert row(call(*again, "--steps=4"), "steps") == "4, 8 images"
 
 
+def test_resume_without_the_preset_names_it(run, refused):  # noqa: F811
+    """Its default is not what the run was begun with: "ema_warmup is True there and False here"."""
+    out, again = run
+    before = snapshot(out)
+    line = refused(*(word for word in again if not word.startswith("--preset")))
+    assert "the run's model is not that of cifar10" in line
+    assert "add --preset fashion-mnist, as it was begun with" in line
+    assert snapshot(out) == before
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -286,6 +297,20 @@ def test_counts_that_are_none_are_refused(tmp_path, name, count):
     write_tensors(tmp_path / STATE, tensors, {"trainer": json.dumps(settings)})
     with pytest.raises(ValueError, match=f"{STATE}: {name} must be"):
         run.load(tmp_path)
+
+
+def test_a_state_without_its_digest_was_edited(tmp_path):
+    """Its counts, moments and averages could be anything: 2^61 steps ended the run at once."""
+    run = trainer(tiny_unet())
+    run.step(images(2, 1, 8, 8))
+    run.save(tmp_path)
+    tensors, metadata = read_tensors(tmp_path / STATE)
+    settings = {**json.loads(metadata["trainer"]), "step_count": 2**61}
+    save_file(tensors, tmp_path / STATE, {"trainer": json.dumps(settings)})
+    before = state(run)
+    with pytest.raises(ValueError, match=r"is not as it was written: the digest .* is missing"):
+        run.load(tmp_path)
+    assert_same(state(run), before)
 
 
 def test_a_state_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
@@ -480,6 +505,15 @@ def test_a_state_that_was_saved_by_hand_has_no_data_to_compare(tmp_path, dataset
     with pytest.warns(UserWarning, match="was not saved by a run: its data can't be compared"):
         fit(trainer(tiny_unet()), dataset, tmp_path / "run", **SHORT, steps=2, resume=True)
     trainer(tiny_unet()).load(tmp_path / "run")  # a run's state by hand
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 9, 8)])
+def test_data_that_does_not_fit_the_model_is_an_error_before_the_folder_is_made(tmp_path, shape):
+    np.savez(tmp_path / "data.npz", images=images(4, *shape).numpy())
+    run = trainer(tiny_unet())
+    with pytest.raises(ValueError, match=r"data\.npz does not fit the model: "):
+        fit(run, open_dataset(tmp_path / "data.npz"), tmp_path / "x", steps=1, **SHORT)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_process_that_can_not_be_saved_is_an_error_before_the_first_step(tmp_path, dataset):

@@ -85,6 +85,9 @@ def test_every_other_class_is_refused():
         ({"variance_type": "learned_range"}, "variance_type must be one of .* a fraction there"),
         ({"prediction_type": "v_prediction"}, "models that predict v are not run here"),
         ({"prediction_type": ["epsilon"]}, "prediction_type must be one of"),
+        ({"predict_epsilon": "false"}, "predict_epsilon must be true or false; got 'false'"),
+        ({"predict_epsilon": 0}, "predict_epsilon must be true or false; got 0"),
+        ({"predict_epsilon": False, "prediction_type": "epsilon"}, "must be true, as prediction_"),
         ({"beta_schedule": "laplace"}, "beta_schedule must be one of"),
         ({"beta_schedule": 3}, "beta_schedule must be one of"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr must be false; got True"),
@@ -98,6 +101,7 @@ def test_every_other_class_is_refused():
         ({"timestep_spacing": "karras"}, "timestep_spacing must be one of 'leading', 'linspace'"),
         ({"timestep_values": [1, 2]}, "timestep_values must be none"),
         ({"snr_shift_scale": 3.0}, "the option snr_shift_scale is not known here; got 3.0"),
+        ({"snr_shift_scale": 0}, "the option snr_shift_scale is not known here; got 0"),
         ({"num_train_timesteps": 1.5}, "num_train_timesteps must be an integer"),
         ({"num_train_timesteps": 10**12}, "must be at most"),
         ({"beta_start": "0.1"}, "beta_start must be a number"),
@@ -136,8 +140,34 @@ def test_what_changes_no_full_chain_is_read(options):
     assert process(options, "").to_config() == Diffusion(variance="fixed_small").to_config()
 
 
+def test_a_scheduler_that_is_elsewhere_or_twice_is_not_guessed(tmp_path):
+    """A stale one beside the network won; a broken link or a missing file meant the paper's."""
+    cosine = Diffusion(Schedule.cosine(30), "x0")
+    net = to_diffusers(tiny_unet(diffusion=cosine))
+    theirs = {"num_train_timesteps": 30, "prediction_type": "sample"}
+    scheduler = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2", **theirs)
+    diffusers.DDPMPipeline(unet=net, scheduler=scheduler).save_pretrained(tmp_path)
+    assert UNet.from_pretrained(tmp_path).diffusion.to_config() == cosine.to_config()
+    diffusers.DDIMScheduler(**theirs).save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(ValueError, match=r"unet/scheduler_config.json and .* different processes"):
+        UNet.from_pretrained(tmp_path)
+    (tmp_path / "unet" / "scheduler_config.json").unlink()
+    own = UNet.from_pretrained(tmp_path).diffusion.schedule
+    assert (own.betas == Schedule.linear(30).betas).all()
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.unlink()
+    with pytest.warns(UserWarning, match=r"model_index.json names a scheduler, but there is no"):
+        UNet.from_pretrained(tmp_path)
+    path.symlink_to("what was in a cache")
+    with pytest.raises(ValueError, match=r"scheduler_config.json is not .*: no such file"):
+        UNet.from_pretrained(tmp_path)
+    assert UNet.from_pretrained(tmp_path, diffusion=cosine).diffusion is cosine
+
+
 def test_the_oldest_files_say_predict_epsilon():
     assert process({"predict_epsilon": False}, "").prediction == "x0"
+    both = {"predict_epsilon": False, "prediction_type": "sample"}
+    assert process(both, "").prediction == "x0"
 
 
 @pytest.mark.parametrize(

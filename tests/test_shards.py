@@ -20,7 +20,7 @@ from PIL import Image
 from toy import tiny_unet, wave
 
 import fastddpm
-from fastddpm import cli, shards
+from fastddpm import Diffusion, Schedule, cli, shards
 from fastddpm.checkpoint import atomic_write
 from fastddpm.data import open_dataset
 from fastddpm.figures import to_uint8
@@ -237,6 +237,24 @@ def test_mistakes_are_named_before_the_folder_is_made(model, tmp_path, options, 
     with pytest.raises(ValueError, match=message):
         sample_to_folder(model, tmp_path / "x", **{"n": 2, **OPTIONS, **options})
     assert not (tmp_path / "x").exists()
+
+
+def test_a_set_is_of_one_process(model, tmp_path):
+    """Samples of another schedule, prediction or shorter chain were put beside the first ones."""
+    folder, own = tmp_path / "x", model.diffusion
+    sample_to_folder(model, folder, 2, steps=5, **OPTIONS)
+    assert sample_to_folder(model, folder, 3, steps=5, diffusion=own, **OPTIONS) == 1
+    for other in (Diffusion(Schedule.cosine(12)), Diffusion(own.schedule, "x0")):
+        with pytest.raises(ValueError, match="is a sample of another set: its model is"):
+            sample_to_folder(model, folder, 4, steps=5, diffusion=other, **OPTIONS)
+    # 5 of 12 steps by way of 7: others than those that are taken of 12 at once.
+    shorter = own.respace(7).respace(5)
+    with pytest.raises(ValueError, match="is a sample of another set: its model is"):
+        sample_to_folder(model, folder, 4, diffusion=shorter, **OPTIONS)
+    assert sample_to_folder(model, tmp_path / "y", 2, diffusion=shorter, **OPTIONS) == 2
+    assert_set(tmp_path / "y", model, 2, diffusion=shorter)
+    respaced = tiny_unet(in_channels=3, diffusion=shorter)
+    assert sample_to_folder(respaced, tmp_path / "y", 3, **OPTIONS) == 1
 
 
 def test_only_a_unet_has_a_fingerprint(tmp_path):

@@ -51,6 +51,9 @@ def test_sequences_of_any_kind_are_read_once():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"image_size": torch.tensor(8)}, r"image_size must be a sequence .*; got tensor\(8\)"),
+        ({"channel_mult": np.array(2)}, r"channel_mult must be a sequence .*; got array\(2\)"),
+        ({"attention_levels": torch.tensor(0)}, "attention_levels must be a sequence of integers"),
         ({"channels": 2, "num_groups": 1}, "freq_shift must be below 1, half of 2 channels; got 1"),
         ({"channels": 3, "num_groups": 1}, r"channels must be at least 4 for it"),
         ({"freq_shift": 4}, "freq_shift must be below 4, half of 8 channels; got 4"),

@@ -110,6 +110,26 @@ def test_a_wrapped_unet_is_sampled_trained_saved_and_resumed_as_itself(wrap, tmp
         assert torch.equal(p, value)
 
 
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, compiled])
+def test_the_process_that_a_trainer_is_given_is_the_models_from_then_on(tmp_path, wrap):
+    """Its files said the process that the model was made with, and were sampled by that."""
+    model = tiny_unet()
+    run = Trainer(wrap(model), diffusion=PROCESS, precision="fp32", warmup=0)
+    run.step(images(2, 1, 8, 8))
+    run.save(tmp_path)
+    for trained in (model, run.ema_model(), UNet.from_pretrained(tmp_path)):
+        assert trained.diffusion.to_config() == PROCESS.to_config()
+    learned = Diffusion(SCHEDULE, variance="learned", loss="vlb")
+    for options, message in (({"lr": 0}, "lr must"), ({"diffusion": learned}, "it needs 2")):
+        with pytest.raises(ValueError, match=message):
+            Trainer(wrap(other := tiny_unet()), **{"diffusion": PROCESS, **options})
+        assert other.diffusion.schedule is SCHEDULE, "one that was not made changes nothing"
+    model.diffusion = other.diffusion
+    for use in (lambda: run.step(images(2, 1, 8, 8)), lambda: run.save(tmp_path), run.ema_model):
+        with pytest.raises(ValueError, match="diffusion is not the one that it had when"):
+            use()
+
+
 @pytest.mark.parametrize(
     "wrap",
     [

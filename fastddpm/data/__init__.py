@@ -16,6 +16,7 @@ from fastddpm.data.decode import check_size, decode_image
 from fastddpm.data.lmdb_source import LmdbSource
 from fastddpm.data.scan import open_images
 from fastddpm.data.sources import FolderSource, Source, ZipSource
+from fastddpm.options import check_integer, check_number
 
 __all__ = ["Dataset", "batch_indices", "decode_image", "open_dataset"]
 
@@ -74,10 +75,9 @@ def open_dataset(
     wanted = check_size(size)
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
-    if channels not in (None, 1, 2, 3, 4):
+    if channels is not None and check_integer("channels", channels, 1) > 4:
         raise ValueError(f"channels must be None or 1 to 4; got {channels!r}")
-    if memory_limit < 0:
-        raise ValueError(f"memory_limit must be at least 0 bytes; got {memory_limit}")
+    check_number("memory_limit", memory_limit, lambda x: x >= 0, "at least 0 bytes")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     if not (path.is_dir() or path.is_file()):

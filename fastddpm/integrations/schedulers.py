@@ -8,6 +8,8 @@ changes every sample, is done or refused by its name. What only picks the steps 
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ import numpy as np
 
 from fastddpm.checkpoint import read_json
 from fastddpm.diffusion import Diffusion
+from fastddpm.host import callers_level
 from fastddpm.schedule import Schedule, check_count, check_number
 
 SCHEDULER = "scheduler_config.json"
+INDEX = "model_index.json"  # of a pipeline
 LOSS = (
     "_fastddpm_loss"  # the objective has no name there; what begins with _ diffusers leaves alone
 )
@@ -72,11 +76,36 @@ READ = (
 
 def load_process(folder: Path) -> Diffusion:
     """The process of the scheduler_config.json in `folder` or in ../scheduler; the paper's where
-    there is none.
+    there is none, with a warning where a pipeline names one. ValueError where it has two that
+    differ.
     """
     places = (folder / SCHEDULER, folder.parent / "scheduler" / SCHEDULER)
-    path = next((place for place in places if place.is_file()), None)
-    return Diffusion() if path is None else process(read_json(path), path)
+    there = [place for place in places if os.path.lexists(place)]  # links of a cleared cache too
+    if not there:
+        _warn_of_one_that_is_named(folder)
+        return Diffusion()
+    first = process(read_json(there[0]), there[0])
+    if len(there) > 1 and folder.name == "unet":
+        second = process(read_json(there[1]), there[1])
+        same = np.array_equal(first.schedule.betas, second.schedule.betas)
+        if not same or first.prediction != second.prediction:
+            raise ValueError(
+                f"{there[0]} and {there[1]} are of different processes: remove the one that the "
+                "network was not trained for, or pass diffusion=..."
+            )
+    return first
+
+
+def _warn_of_one_that_is_named(folder: Path) -> None:
+    indices = [folder / INDEX, folder.parent / INDEX] if folder.name == "unet" else [folder / INDEX]
+    for index in filter(Path.is_file, indices):
+        part = read_json(index).get("scheduler")
+        if isinstance(part, list) and any(part):  # [null, null] is a part that was left out
+            warnings.warn(
+                f"{index} names a scheduler, but there is no {SCHEDULER}: the paper's process is "
+                "taken; to say another, bring the file along or pass diffusion=...",
+                stacklevel=callers_level(),
+            )
 
 
 def process(config: dict[str, Any], source: object) -> Diffusion:
@@ -107,14 +136,20 @@ def process(config: dict[str, Any], source: object) -> Diffusion:
             same = value == expected and isinstance(value, bool) == isinstance(expected, bool)
             if not free and value is not None and not same:
                 raise refuse(name, repr(expected).lower(), name)
-        elif name not in (*FREE, *READ) and not name.startswith("_") and value not in (None, False):
+        elif not (name in (*FREE, *READ) or name[:1] == "_" or value is None or value is False):
             raise ValueError(
                 f"{source}: the option {name} is not known here; got {value!r:.80}. To load the "
                 "model with a process of your own, pass diffusion=..."
             )
     choice("timestep_spacing", "leading", dict.fromkeys(("leading", "linspace", "trailing"), ""))
-    default = "sample" if config.get("predict_epsilon") is False else "epsilon"
-    prediction = choice("prediction_type", default, PREDICTIONS)
+    prediction = choice("prediction_type", "epsilon", PREDICTIONS)
+    if (old := config.get("predict_epsilon")) is not None:  # what the oldest files say in its place
+        if not isinstance(old, bool):
+            raise refuse("predict_epsilon", "true or false", "predict_epsilon")
+        if config.get("prediction_type") is not None and old != (prediction == "eps"):
+            said = f"{str(prediction == 'eps').lower()}, as prediction_type says"
+            raise refuse("predict_epsilon", said, "predict_epsilon")
+        prediction = "eps" if old else "x0"
     variance = choice("variance_type", "fixed_small", VARIANCES)
     choice("beta_schedule", "linear", BETAS)
     loss = choice(LOSS, "simple", {"simple": "simple", "vlb": "vlb"})
