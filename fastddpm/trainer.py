@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastddpm import _native, reference
+from fastddpm.arguments import check_pixels
 from fastddpm.checkpoint import named, read_tensors, write_tensors
 from fastddpm.diffusion import Diffusion
 from fastddpm.host import callers_level, own_state, plain, seeded, training
@@ -147,6 +148,7 @@ class Trainer:
             raise ValueError(f"a batch must be a tensor of (N, C, H, W) images; got {got}")
         if 0 in x0.shape:
             raise ValueError(f"a batch needs at least one image; got shape {tuple(x0.shape)}")
+        check_pixels("a batch", x0)
         if x0.dtype == torch.uint8:
             return x0
         if not x0.is_floating_point():
