@@ -306,6 +306,8 @@ def test_options_are_numpys_numbers_too_and_nothing_else():
     assert ops.randn((np.int64(2), 3), seed=1, step=0).shape == (2, 3)
     for call, message in (
         (lambda: ops.group_norm_silu(x, 4.0, weight, weight), "num_groups must divide the 8"),
+        (lambda: ops.group_norm_silu(x, torch.tensor(4.5), weight, weight), "num_groups must"),
+        (lambda: ops.randn((torch.tensor(2.5), 3), seed=1, step=0), "shape must be"),
         (lambda: ops.group_norm_silu(x, 4, weight, weight, "1"), "eps must be a number"),
         (lambda: ops.group_norm_silu(x, 4, weight, weight, silu="no"), "silu must be True or"),
         (lambda: step("cpu", clip="no"), "clip must be True or False; got 'no'"),

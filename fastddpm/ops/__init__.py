@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ def randn(
     Philox4x32-10 and Box-Muller. The integers are the same on every backend and device; the
     normals agree to a few float32 ulp, and to the bit for any batch size and thread count.
     """
-    shape = tuple(s if isinstance(s, (int, torch.SymInt)) else _index(s) for s in shape)
+    shape = tuple(map(checks.whole, shape))
     if not shape or any(not isinstance(s, (int, torch.SymInt)) or s < 0 for s in shape):
         raise ValueError(f"shape must be (N, ...), integers of at least 0; got {shape}")
     if all(type(s) is int for s in shape) and math.prod(shape) >= checks.ELEMENTS_END:
@@ -76,11 +76,6 @@ def randn(
     checks.per_sample("sample_index", sample_index, n, sample_index.device)
     step = checks.step_word(step, n, sample_index.device)
     return library.randn(shape, checks.seed_word(seed), step, sample_index, dtype)
-
-
-def _index(size: Any) -> Any:
-    """NumPy's integers as Python's; all else as it is."""
-    return int(size) if hasattr(size, "__index__") else size
 
 
 def noise(

@@ -176,9 +176,19 @@ def broadcastable(**tensors: Tensor) -> None:
         ) from None
 
 
+def whole(value: Any) -> Any:
+    """An integer, NumPy's or a tensor's, as Python's; all else as it is."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
 def divisor(name: str, value: Any, channels: int) -> int:
     """An integer, of NumPy's too, that divides the channels."""
-    number = value if isinstance(value, int) or not hasattr(value, "__index__") else int(value)
+    number = whole(value)
     if not isinstance(number, int) or number < 1 or channels % number:
         raise ValueError(f"{name} must divide the {channels} channels; got {value!r}")
     return number
