@@ -268,3 +268,18 @@ def test_a_plan_that_was_never_initialised():
     ):
         with pytest.raises(ValueError, match="the plan was never initialised"):
             call()
+
+
+def test_wrong_arguments_are_refused_without_a_look_at_the_others():
+    """A tensor without memory ends the process that prints it."""
+    gone = resized(0)
+    plan = _native.C.cpu.Plan(6, 6, 4)
+    for call in (
+        lambda: group_norm(gone, threads=-1e300),
+        lambda: _native.C.cpu.randn(gone),
+        lambda: plan.forward(gone, gone, gone, "one"),
+        lambda: plan.finish(gone),
+        lambda: _native.C.use_isa(gone),
+    ):
+        with pytest.raises(TypeError, match=r"^\w+\(\): arguments of another type or number than"):
+            call()
