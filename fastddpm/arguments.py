@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastddpm.ops import checks
 from fastddpm.schedule import check_count
 
 SEEDS = 2**64
@@ -119,11 +120,23 @@ def device_of(model: Any, device: Any) -> torch.device:
     return wanted
 
 
+def check_pixels(name: str, x: torch.Tensor) -> None:
+    """ValueError unless x is a dense tensor with values, of uint8 or of a float type that computes
+    (not one of 8 bits)."""
+    if x.layout is not torch.strided or x.is_quantized or x.is_meta:
+        kind = "on the device 'meta'" if x.is_meta else x.layout
+        raise ValueError(f"{name} must be a dense tensor with values; got one {kind}")
+    if x.is_floating_point() and x.dtype not in checks.FLOATS:
+        allowed = ", ".join(map(str, (torch.uint8, *checks.FLOATS)))
+        raise ValueError(f"{name} must be one of {allowed}; got {x.dtype}")
+
+
 def image_pair(a: Any, b: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Two images (C, H, W), uint8 or float in [-1, 1], of one shape and dtype."""
     for name, image in (("a", a), ("b", b)):
         if not isinstance(image, torch.Tensor):
             raise ValueError(f"{name} must be a tensor (C, H, W); got {type(image).__name__}")
+        check_pixels(name, image)
     if a.shape != b.shape or a.dim() != 3:
         raise ValueError(
             f"a and b must be (C, H, W) alike; got {tuple(a.shape)} and {tuple(b.shape)}"

@@ -50,7 +50,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Any]:
     Whatever happens before that, a file that was there stays as it was.
     """
     path = Path(path)
-    handle, temporary = _locked_temporary(path)
+    handle, temporary = locked_temporary(path)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -64,7 +64,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Any]:
     _fsync_folder(path.parent)
 
 
-def _locked_temporary(path: Path) -> tuple[int, Path]:
+def locked_temporary(path: Path) -> tuple[int, Path]:
     """A new file beside `path`, open and locked for as long as this process has it open."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -198,6 +198,13 @@ def _opened(path: str | os.PathLike) -> Iterator[Any]:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
+def check_not_empty(path: str | os.PathLike) -> None:
+    """ValueError for a file of 0 bytes, as those of the system say to have that are made up while
+    they are read, and may be waited for (/proc/kmsg)."""
+    if os.path.getsize(path) == 0:
+        raise ValueError("it is empty")
+
+
 def _header(path: str | os.PathLike) -> dict[str, Any]:
     """The JSON header of a safetensors file, nothing else of which is read or mapped."""
     if not os.path.isfile(path):
@@ -205,6 +212,7 @@ def _header(path: str | os.PathLike) -> dict[str, Any]:
     size = os.path.getsize(path)
     check_fits(f"{path}", size)
     try:
+        check_not_empty(path)
         with open(path, "rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
@@ -259,6 +267,7 @@ def read_weights(
         )
     check_fits(f"{path}", os.path.getsize(path))
     try:
+        check_not_empty(path)
         if not shapes_only and zipfile.is_zipfile(path):
             _check_zip(path)
         device = "meta" if shapes_only else "cpu"
@@ -331,6 +340,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise FileNotFoundError("no such file")
+        check_not_empty(path)
         with open(path, "rb") as file:
             text = file.read(LONGEST_JSON + 1)
         if len(text) > LONGEST_JSON:

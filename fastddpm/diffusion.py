@@ -171,6 +171,8 @@ class Diffusion:
         if not isinstance(output, torch.Tensor) or output.shape != expected:
             got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
             raise ValueError(f"the model must return a tensor of shape {expected} here; got {got}")
+        if output.is_complex():
+            raise ValueError(f"the model must return real numbers; got {output.dtype}")
         return output.float()
 
     # ---- q: the forward process -----------------------------------------------------------------

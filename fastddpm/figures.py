@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastddpm.checkpoint import atomic_write, named
+from fastddpm.checkpoint import atomic_write, locked_temporary, named
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of pictures, by their channels
 FORMATS = (
@@ -102,6 +102,15 @@ def check_output(
         raise NotADirectoryError(f"output {str(path)!r}: {folder} is not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"output {str(path)!r}: {folder} can't be written to")
+    if suffix:  # the name may be too long, the folder one where none may make a file (/proc)
+        try:
+            handle, temporary = locked_temporary(folder / path.name)
+            os.close(handle)
+            os.unlink(temporary)
+        except OSError as error:
+            raise type(error)(
+                f"output {str(path)!r}: {folder} can't be written to ({error.strerror})"
+            ) from None
     return path
 
 

@@ -28,8 +28,14 @@ def own_state(*, grad: bool = False) -> Iterator[None]:
     """A block, or as a decorator a function, that runs in a state of our own, whatever its caller's
     is: gradients on or off, neither inference mode nor autocast. Only the calling thread sees it.
 
-    Raises ValueError where tensors have no values (a FakeTensorMode) or threads are too many."""
+    Raises ValueError where tensors have no values (a FakeTensorMode), inside a transform of
+    torch.func, or where threads are too many."""
     check_threads("torch.set_num_threads", torch.get_num_threads())
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            "a transform of torch.func (vmap, grad, ...) is active, which this can't pass: call it "
+            "outside; the ops and the model alone may be transformed"
+        )
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(grad))

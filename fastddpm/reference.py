@@ -9,12 +9,15 @@ The gradients stand here too, as formulas: the one derivative of each op for all
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ---- random numbers --------------------------------------------------------------------------
 
@@ -266,7 +269,10 @@ def attention_block(
     y = group_norm_silu(x, num_groups, norm_weight, norm_bias, eps, silu=False)
     tokens = _tokens(y).to(_product_dtype(x, qkv_weight))
     q, k, v = _heads(_linear(tokens, qkv_weight, qkv_bias).chunk(3, -1), num_heads)
-    mixed = _merge(F.scaled_dot_product_attention(q, k, v))
+    # torch's fused kernels have no forward-mode derivative.
+    differentiable = forward_ad._current_level >= 0
+    with sdpa_kernel(SDPBackend.MATH) if differentiable else contextlib.nullcontext():
+        mixed = _merge(F.scaled_dot_product_attention(q, k, v))
     return _as(x, x + _image(_linear(mixed, proj_weight, proj_bias), x))
 
 

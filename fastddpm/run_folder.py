@@ -42,6 +42,18 @@ def _is_ours(config: Path) -> bool:
         return False
 
 
+def check_kinds(out: Path) -> None:
+    """ValueError if one of a run's names in `out` is taken by what is no file, or no folder: it
+    could not be written, or reading it would wait for ever.
+    """
+    for name in (CONFIG, WEIGHTS, STATE, LOG, PLOT, LOCK):
+        if os.path.lexists(out / name) and not (out / name).is_file():
+            raise ValueError(f"{out / name} is no regular file, and a run keeps one there")
+    for folder in (out, out / SAMPLES):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise ValueError(f"{folder} is no folder, and a run keeps its files there")
+
+
 def check_apart(data: str | os.PathLike, out: str | os.PathLike) -> None:
     """ValueError if the pictures of the run in `out` would be among its data."""
     source, run = Path(data).resolve(), Path(out).resolve()

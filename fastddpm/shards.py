@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -189,20 +189,32 @@ def _overlaps(indices: Range | None, ranges: Iterable[Range]) -> bool:
 
 
 def _about(path: Path, count: int) -> dict[str, Any] | None:
-    """What a whole file says of its set, {} if it says nothing; None if it is damaged."""
+    """What a whole file says of its set, {} if it says nothing; None if it is damaged.
+
+    Raises ValueError for what is no file: it could not be replaced, or would be waited for."""
+    if os.path.lexists(path) and not path.is_file():
+        raise ValueError(f"{path} is no regular file: give another folder")
     try:
-        if path.suffix == ".png":
-            with Image.open(path) as image:
-                text = image.info.get("fastddpm", "{}")
-                image.verify()
-        else:
-            with np.load(path, allow_pickle=False) as file:
-                text = str(file["about"]) if "about" in file else "{}"
-                if len(file["images"]) != count:
-                    return None
-        return json.loads(text)
-    except (OSError, SyntaxError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        said = json.loads(_text(path, count))
+    except MemoryError:  # no fault of the file
+        raise
+    except Exception:  # on hostile bytes decoders raise nearly anything
         return None
+    return said if isinstance(said, dict) else {}
+
+
+def _text(path: Path, count: int) -> str:
+    """The JSON in a file whose images were read whole."""
+    if path.suffix == ".png":
+        with Image.open(path, formats=("PNG",)) as image:
+            text = image.info.get("fastddpm", "{}")
+            image.verify()
+        return text
+    with np.load(path, allow_pickle=False) as file:
+        text = str(file["about"]) if "about" in file else "{}"
+        if len(file["images"]) != count:
+            raise ValueError(f"{len(file['images'])} images")
+    return text
 
 
 def _check_same_set(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastddpm import _native, reference
+from fastddpm.arguments import check_pixels
 from fastddpm.checkpoint import named, read_tensors, write_tensors
 from fastddpm.diffusion import Diffusion
 from fastddpm.host import callers_level, own_state, plain, seeded, training
@@ -174,8 +175,7 @@ class Trainer:
             raise ValueError(f"a batch must be a tensor of (N, C, H, W) images; got {got}")
         if 0 in x0.shape:
             raise ValueError(f"a batch needs at least one image; got shape {tuple(x0.shape)}")
-        if x0.layout != torch.strided or x0.is_meta:
-            raise ValueError(f"a batch must be dense, with values; got {x0.layout} on {x0.device}")
+        check_pixels("a batch", x0)
         if x0.dtype == torch.uint8:
             return x0
         if x0.dtype not in DTYPES:

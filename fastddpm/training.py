@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +17,24 @@ import torch
 from fastddpm import ranks
 from fastddpm.checkpoint import atomic_write, named
 from fastddpm.data import Dataset, batch_indices
+from fastddpm.data.files import RegularFile
+from fastddpm.data.limits import check_memory
 from fastddpm.figures import check_channels, loss_plot, save_samples
 from fastddpm.host import own_state
 from fastddpm.options import check_integer
 from fastddpm.presets import PRESETS, Preset, preset
 from fastddpm.pretrained import WEIGHTS
 from fastddpm.progress import tqdm
-from fastddpm.run_folder import LOG, PLOT, SAMPLES, STATE, check_apart, check_new, locked
+from fastddpm.run_folder import (
+    LOG,
+    PLOT,
+    SAMPLES,
+    STATE,
+    check_apart,
+    check_kinds,
+    check_new,
+    locked,
+)  # fmt: skip
 from fastddpm.sampling import sample
 from fastddpm.trainer import CHOICES_STEP, Trainer
 from fastddpm.unet import UNet
@@ -30,6 +42,8 @@ from fastddpm.unet import UNet
 __all__ = ["CHOICES_STEP", "PRESETS", "STATE", "Log", "Preset", "Trainer", "fit", "preset"]
 
 LOG_EVERY = 50  # steps that a row of log.csv averages over
+BYTES_A_VALUE = 5  # of a batch, at the least: as bytes and as float32
+LONGEST_LOG = 2**26  # bytes: some two million rows
 COLUMNS = ["step", "loss", "images_per_second"]
 
 
@@ -74,11 +88,13 @@ def fit(
         _check_fits(dataset, trainer.network)
     out = named(out)
     check_apart(dataset.path, out)
+    check_kinds(out)
     if not resume:
         check_new(out)
     elif not (out / STATE).is_file():
         raise FileNotFoundError(f"no such file: {out / STATE}")
     trainer.recipe()  # what can't be saved is an error now, not at the first checkpoint
+    check_memory(batch_size * math.prod(dataset.shape) * BYTES_A_VALUE)
     run = identity(dataset, progress)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
@@ -211,15 +227,18 @@ def read_log(path: Path) -> list[tuple[int, float, float]]:
     """The rows of a log.csv; ValueError names the file and the line that is none."""
     line = 1
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = csv.reader(file)
-            if next(rows, None) != COLUMNS:
-                raise ValueError(f"it must be {','.join(COLUMNS)}")
-            read = []
-            for step, loss, rate in rows:
-                line = rows.line_num
-                read.append((int(step), float(loss), float(rate)))
-            return read
+        with RegularFile(path) as file:
+            if file.length > LONGEST_LOG:
+                raise ValueError(f"it is longer than {LONGEST_LOG} bytes")
+            text = file.read(file.length, 0).decode("utf-8")
+        rows = csv.reader(io.StringIO(text, newline=""))
+        if next(rows, None) != COLUMNS:
+            raise ValueError(f"it must be {','.join(COLUMNS)}")
+        read = []
+        for step, loss, rate in rows:
+            line = rows.line_num
+            read.append((int(step), float(loss), float(rate)))
+        return read
     except (ValueError, OSError, csv.Error) as error:
         raise ValueError(
             f"{path} can't be read near line {line}: {error}; mend the file, or remove it and the "

@@ -245,3 +245,41 @@ def test_a_name_that_is_none():
 def test_public_ops_of_a_leaked_wrapper():
     with pytest.raises((ValueError, RuntimeError)):
         ops.noise(border_calls.leaked()[0], T, table(), eps=X)
+
+
+def test_a_plan_that_was_never_initialised():
+    kind = _native.C.cpu.Plan
+    plan, x = kind.__new__(kind), torch.zeros(1, 1, 1, 1)
+    run = (x, torch.zeros(0), x, 1)
+    for call in (
+        lambda: plan.convolution("a", [0], torch.zeros(4, 36), [0.0] * 4, 3),
+        lambda: plan.attention("a", 0, 1),
+        lambda: plan.channels(0),
+        lambda: plan.finish(0),
+        lambda: plan.forward(*run),
+        lambda: plan.profile(*run),
+        lambda: plan.not_finite(x, torch.zeros(0), 1),
+        plan.layers,
+        plan.segments,
+        lambda: plan.weight_bytes,
+        lambda: plan.image_bytes,
+        lambda: plan.peak_bytes,
+        lambda: plan.isa,
+    ):
+        with pytest.raises(ValueError, match="the plan was never initialised"):
+            call()
+
+
+def test_wrong_arguments_are_refused_without_a_look_at_the_others():
+    """A tensor without memory ends the process that prints it."""
+    gone = resized(0)
+    plan = _native.C.cpu.Plan(6, 6, 4)
+    for call in (
+        lambda: group_norm(gone, threads=-1e300),
+        lambda: _native.C.cpu.randn(gone),
+        lambda: plan.forward(gone, gone, gone, "one"),
+        lambda: plan.finish(gone),
+        lambda: _native.C.use_isa(gone),
+    ):
+        with pytest.raises(TypeError, match=r"^\w+\(\): arguments of another type or number than"):
+            call()

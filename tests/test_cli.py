@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_files import five_seconds
 from PIL import Image
 from toy import SCHEDULE, images, tiny_unet
 
@@ -365,6 +366,16 @@ def test_damaged_models(refused, tmp_path, damage, message):
     assert (tmp_path / "x.png").read_bytes() == b"old"
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/kmsg"), reason="no /proc/kmsg here")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_of_the_systems_is_not_waited_for(refused, tmp_path, name):
+    save_model(tiny_unet(), tmp_path / "model")
+    (tmp_path / "model" / name).unlink()
+    (tmp_path / "model" / name).symlink_to("/proc/kmsg")
+    with five_seconds():
+        assert f"{name} is not a" in refused("sample", "--model=model")
+
+
 def test_a_model_of_nan_leaves_the_old_samples(refused, tmp_path):
     broken = tiny_unet()
     with torch.no_grad():
@@ -415,6 +426,19 @@ def test_an_unwritable_output_is_found_before_anything_is_loaded(refused, tmp_pa
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("name", ["x" * 250 + ".png", "/proc/x.png"])
+def test_a_name_that_can_not_be_written_is_found_before_too(refused, tmp_path, monkeypatch, name):
+    if not Path(name).parent.exists():
+        pytest.skip("no /proc here")
+
+    def loaded(*_, **__):
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(fastddpm.UNet, "from_pretrained", loaded)
+    assert "can't be written to" in refused("sample", "--out", name)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -446,6 +470,8 @@ def test_interpolate_names_a_picture_that_is_none(refused, model, tmp_path):
         (["--data=data.npz", "--resume"], "nothing to resume"),
         (["--data=data.npz", "--steps=0"], "steps must be at least 1; got 0"),
         (["--data=data.npz", "--batch-size=0"], "batch_size must be at least 1; got 0"),
+        (["--data=data.npz", f"--batch-size={10**12}"], "out of memory (it takes 320,000,"),
+        (["--data=data.npz", f"--batch-size={2**62}"], "give a smaller --batch-size"),
         (["--data=data.npz", "--save-every=0"], "save_every must be at least 1; got 0"),
         (["--data=data.npz", "--sample-every=-1"], "sample_every must be at least 0; got -1"),
         (["--data=data.npz", "--lr=0"], "lr must be above 0; got 0"),

@@ -172,6 +172,8 @@ def test_differing_sizes(write_images):
         ((4, 4, 4), None, "train", "size must be"),
         (4.0, None, "train", "size must be"),
         ("44", None, "train", "size must be"),
+        (10**11, None, "train", r"size must be of at most [\d,]+ pixels"),
+        ((1, 10**9), None, "train", r"size must be of at most [\d,]+ pixels"),
         (True, None, "train", "size must be"),
         (4, 0, "train", "channels must be"),
         (4, 5, "train", "channels must be"),

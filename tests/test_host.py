@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import SCHEDULE, images, tiny_unet, wave
@@ -59,6 +60,7 @@ STATES = {
     "matmul": lambda: setting(torch.set_float32_matmul_precision, "medium", "highest"),
     "functions": PassingFunctions,
     "dispatch": PassingDispatch,
+    "forward mode": forward_ad.dual_level,
 }
 
 
@@ -185,6 +187,37 @@ def test_a_mode_without_values_is_named():
     for mode in (FakeTensorMode(), FakeTensorMode(allow_non_fake_inputs=True)):
         with mode, pytest.raises(ValueError, match="type FakeTensor, which has no values"):
             fastddpm.sample(wave, 1, shape=(1, 8, 8), **QUIET)
+
+
+def test_transforms_are_left_first():
+    """Of a transform's tensors there are no values either."""
+    with pytest.raises(ValueError, match=r"a transform of torch.func \(vmap, grad"):
+        torch.func.vmap(lambda x: fastddpm.interpolate(MODEL, x, x, n=2, t=3, **QUIET))(UNIT)
+    with pytest.raises(ValueError, match=r"a transform of torch.func \(vmap, grad"):
+        torch.func.grad(lambda a: (a * fastddpm.sample(MODEL, 1, steps=2, **QUIET)).sum())(
+            torch.tensor(2.0)
+        )
+
+
+def test_pixels_without_values_are_named():
+    x = UNIT[:, :1]
+    for strange, message in (
+        (x.to("meta"), "must be a dense tensor with values; got one on the device 'meta'"),
+        (x.to_sparse(), "must be a dense tensor with values; got one torch.sparse_coo"),
+        (x.to(torch.float8_e4m3fn), "must be one of .*; got torch.float8_e4m3fn"),
+    ):
+        with pytest.raises(ValueError, match=f"a {message}"):
+            fastddpm.interpolate(MODEL, strange[0], strange[0], n=2, t=3, **QUIET)
+        with pytest.raises(ValueError, match=f"a batch {message}"):
+            Trainer(tiny_unet()).step(strange)
+    with pytest.raises(ValueError, match="x0 must be a dense tensor with values"):
+        fastddpm.bits_per_dim(MODEL, PAIR.to("meta"), steps=2, **QUIET)
+
+
+def test_imaginary_parts_are_not_dropped():
+    process = {"diffusion": Diffusion(SCHEDULE), "shape": (1, 8, 8), **QUIET}
+    with pytest.raises(ValueError, match=r"must return real numbers; got torch\.complex64"):
+        fastddpm.sample(lambda x, t: x.to(torch.complex64), 1, **process)
 
 
 def test_models_on_meta_are_named():

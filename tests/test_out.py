@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 from compare import table, timesteps
@@ -244,6 +245,78 @@ def test_tensors_without_strides():
         step("cpu", z=x.to_mkldnn())
     with pytest.raises(TypeError, match="weight must be a dense tensor; got sparse_coo"):
         ops.group_norm_silu(x, 1, torch.ones(2).to_sparse(), None)
+
+
+# ---- transforms ----------------------------------------------------------------------------------
+
+
+def test_integers_of_each_sample_of_a_vmap():
+    """Steps and sample indices may be mapped over; a wrong one is found in any of the samples."""
+    t = torch.tensor([[0, 7, 999], [5, 1, 2]])
+    x = torch.randn(SHAPE)
+
+    def mapped(row):
+        return ops.posterior_step(x, x, row, table(), z=x)
+
+    expected = torch.stack([mapped(row) for row in t])
+    assert torch.allclose(torch.func.vmap(mapped)(t), expected, atol=1e-6)
+    index = torch.arange(6).view(2, 3)
+    drawn = torch.func.vmap(lambda i: ops.randn((3, 4), seed=1, step=2, sample_index=i))(index)
+    expected = ops.randn((6, 4), seed=1, step=2).view(2, 3, 4)
+    assert torch.allclose(drawn, expected, atol=1e-6)
+    t[1, 2] = 1000
+    with pytest.raises(ValueError, match=r"t must be in 0 \.\. 999; got 1000"):
+        torch.func.vmap(mapped)(t)
+
+
+def test_forward_mode_through_attention():
+    torch.manual_seed(5)
+    x, dx = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)
+    qkv, proj = torch.randn(6, 2), torch.randn(2, 2)
+
+    def block(x):
+        return ops.attention_block(x, 1, None, None, qkv.to(x), None, proj.to(x), None)
+
+    _, tangent = torch.func.jvp(block, (x,), (dx,))
+    a, b = (block(x.double() + sign * 1e-6 * dx.double()) for sign in (1, -1))
+    assert torch.allclose(tangent, ((a - b) / 2e-6).float(), atol=1e-4)
+
+
+def test_forward_mode_without_a_tangent_changes_nothing(device):
+    expected = step(device)
+    drawn = ops.randn((3, 4), seed=1, step=2, device=device)
+    with forward_ad.dual_level():
+        assert torch.equal(step(device), expected)
+        assert torch.equal(ops.randn((3, 4), seed=1, step=2, device=device), drawn)
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+
+def test_options_are_numpys_numbers_too_and_nothing_else():
+    x, weight = torch.randn(2, 8, 4, 4), torch.randn(8)
+    expected = ops.group_norm_silu(x, 4, weight, weight, 1e-5)
+    got = ops.group_norm_silu(x, np.int64(4), weight, weight, np.float64(1e-5))
+    assert torch.equal(got, expected)
+    square = (torch.randn(24, 8), None, torch.randn(8, 8), None)
+    block = ops.attention_block(x, 4, weight, weight, *square, num_heads=2)
+    assert torch.equal(
+        ops.attention_block(x, np.int32(4), weight, weight, *square, num_heads=np.int64(2)), block
+    )
+    assert ops.randn((np.int64(2), 3), seed=1, step=0).shape == (2, 3)
+    for call, message in (
+        (lambda: ops.group_norm_silu(x, 4.0, weight, weight), "num_groups must divide the 8"),
+        (lambda: ops.group_norm_silu(x, torch.tensor(4.5), weight, weight), "num_groups must"),
+        (lambda: ops.randn((torch.tensor(2.5), 3), seed=1, step=0), "shape must be"),
+        (lambda: ops.group_norm_silu(x, 4, weight, weight, "1"), "eps must be a number"),
+        (lambda: ops.group_norm_silu(x, 4, weight, weight, silu="no"), "silu must be True or"),
+        (lambda: step("cpu", clip="no"), "clip must be True or False; got 'no'"),
+        (lambda: step("cpu", clip=torch.tensor([True, False])), "clip must be True or False"),
+        (lambda: ops.randn((2, 2**62), seed=1, step=0), r"shape must be of less than 2\^48"),
+        (lambda: ops.randn((2, 3), seed=1, step=0, device="toaster"), "device must be one that"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 # ---- what a host has set, and empty sizes --------------------------------------------------------

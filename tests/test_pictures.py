@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -96,6 +97,9 @@ def with_chunk(kind: bytes, content: bytes, checksum: int = 0) -> tuple[np.ndarr
         (b"zTXt", b"Raw profile type exif\0\0damaged"),
         (b"tEXt", b"Raw profile type exif\0\n\n\nzz"),
         (b"prIv", b"text"),
+        *((kind, b"") for kind in (b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"acTL", b"fcTL")),
+        *((kind, b"\xff\xfe\0\1garb") for kind in (b"iCCP", b"zTXt", b"pHYs", b"cHRM", b"fcTL")),
+        (b"zTXt", b"a\0\0" + zlib.compress(bytes(4 << 20))),  # a bomb
     ],
 )
 def test_pixels_do_not_depend_on_a_damaged_extra(kind, content, checksum):

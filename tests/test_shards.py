@@ -7,16 +7,20 @@ import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from image_files import five_seconds
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from toy import tiny_unet, wave
 
 import fastddpm
@@ -424,3 +428,50 @@ def test_an_existing_folder_is_one_whatever_its_name(model, tmp_path, monkeypatc
     (tmp_path / "old.png").mkdir()
     assert cli.main(["sample", "--model=model", "--n=1", "--out=old.png", "--quiet"]) == 0
     assert sorted(stamps(tmp_path / "old.png")) == ["000000.png"]
+
+
+# ---- files that others left ----------------------------------------------------------------------
+
+
+def _saying(path: Path, text: str) -> None:
+    about = PngInfo()
+    about.add_text("fastddpm", text)
+    Image.new("L", (8, 8)).save(path, format="PNG", pnginfo=about)
+
+
+@pytest.mark.parametrize("text", ["[1]", '"abc"', "5"])
+def test_a_picture_that_says_something_else_is_of_another_set(tmp_path, model, text):
+    _saying(tmp_path / "000000.png", text)
+    with pytest.raises(ValueError, match=r"000000\.png does not say what drew it"):
+        sample_to_folder(model, tmp_path, 1, **OPTIONS)
+
+
+@pytest.mark.parametrize("damage", ["nested", "bomb", "deflate", "scalar"])
+def test_damaged_files_of_every_kind_are_drawn_again(tmp_path, model, damage):
+    picture, shard = tmp_path / "000000.png", tmp_path / "00000000-00000001.npz"
+    if damage == "nested":
+        _saying(picture, "[" * 100_000)
+    elif damage == "bomb":
+        head = b"IHDR" + struct.pack(">2I5B", 30_000, 30_000, 8, 0, 0, 0, 0)
+        picture.write_bytes(
+            b"\x89PNG\r\n\x1a\n\0\0\0\x0d" + head + struct.pack(">I", zlib.crc32(head))
+        )
+    elif damage == "deflate":
+        x = np.random.default_rng(0).integers(0, 255, (1, 8, 8, 3), dtype=np.uint8)
+        np.savez_compressed(shard, images=x, about=np.array("{}"))
+        content = bytearray(shard.read_bytes())
+        content[60:64] = b"\xff" * 4
+        shard.write_bytes(content)
+    else:
+        np.savez(shard, images=np.uint8(3), about=np.array("{}"))
+    size = 0 if picture.exists() else 1
+    assert sample_to_folder(model, tmp_path, 1, shard_size=size, **OPTIONS) == 1
+    assert_set(tmp_path, model, 1)
+
+
+@pytest.mark.parametrize("kind", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["000000.png", "00000000-00000001.npz"])
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, model, name, kind):
+    kind(tmp_path / name)
+    with five_seconds(), pytest.raises(ValueError, match=f"{name} is no regular file"):
+        sample_to_folder(model, tmp_path, 1, **OPTIONS)

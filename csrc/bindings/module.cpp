@@ -35,6 +35,28 @@ py::dict build_info() {
   return info;
 }
 
+// Refuses what no signature in a module or class takes. pybind11 would, with the repr of each
+// argument, and a tensor whose memory was given back does not survive that.
+void refuse_the_rest(const py::object& scope, bool methods) {
+  for (const auto& name : py::list(scope.attr("__dict__"))) {
+    const std::string text = py::str(name);
+    const py::object member = scope.attr(text.c_str());
+    if (text[0] == '_' ||
+        !(PyCFunction_Check(member.ptr()) || PyInstanceMethod_Check(member.ptr())))
+      continue;
+    const auto refuse = [text](const py::args&, const py::kwargs&) {
+      throw py::type_error(text + "(): arguments of another type or number than it takes");
+    };
+    const py::sibling before(member);
+    if (methods)
+      scope.attr(text.c_str()) =
+          py::cpp_function(refuse, py::name(text.c_str()), py::is_method(scope), before);
+    else
+      scope.attr(text.c_str()) =
+          py::cpp_function(refuse, py::name(text.c_str()), py::scope(scope), before);
+  }
+}
+
 }  // namespace
 }  // namespace fastddpm
 
@@ -60,6 +82,7 @@ PYBIND11_MODULE(_C, m) {
 #if defined(FASTDDPM_CUDA)
   py::module_ on_cuda = m.def_submodule("cuda");
   def_cuda(on_cuda);
+  refuse_the_rest(on_cuda, false);
 #endif
 
   m.def("build_info", &build_info, "Compiler, instruction sets, threading and CUDA of this build.");
@@ -68,4 +91,7 @@ PYBIND11_MODULE(_C, m) {
       "use_isa", [](const std::string& name) { cpu::use_isa(name.c_str()); },
       "Use another instruction set from here on.");
   m.def("isas_available", [] { return isas(true); }, "The instruction sets that this machine has.");
+  refuse_the_rest(m, false);
+  refuse_the_rest(on_cpu, false);
+  refuse_the_rest(on_cpu.attr("Plan"), true);
 }

@@ -195,7 +195,7 @@ double peak_flops(int threads, double seconds, const char* precision) {
     throw std::invalid_argument("peak_flops: precision must be 'fp32' or 'bf16'; got '" +
                                 std::string(precision) + "'");
   require(threads >= 1, "peak_flops: threads must be at least 1");
-  require(seconds >= 0.0 && seconds <= 60.0, "peak_flops: seconds must lie in 0 .. 60");
+  require(seconds >= 0.0 && seconds <= 3.0, "peak_flops: seconds must lie in 0 .. 3");
   return (bf16 ? active().peak_flops_bf16 : active().peak_flops)(threads, seconds);
 }
 

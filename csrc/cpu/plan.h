@@ -1,6 +1,9 @@
 // A network as a list of native calls over one arena: built layer by layer, then replayed.
 #pragma once
+#include <cstring>
 #include <memory>
+#include <new>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -89,10 +92,23 @@ class Plan {
   int64_t peak_bytes() const;    // allocated so far: arena, workspaces and weights
   const char* isa() const;
 
+  // Memory begins as zeros: Plan.__new__ without __init__ makes a Python object around it, which
+  // then is one without a state.
+  static void* operator new(size_t size) { return std::memset(::operator new(size), 0, size); }
+  static void operator delete(void* memory) { ::operator delete(memory); }
+
   struct State;
 
  private:
-  std::unique_ptr<State> state;
+  struct Made : std::unique_ptr<State> {  // a state that is there
+    using std::unique_ptr<State>::unique_ptr;
+    State* operator->() const {
+      if (!get()) throw std::invalid_argument("the plan was never initialised");
+      return get();
+    }
+    State& operator*() const { return *operator->(); }
+  };
+  Made state;
 };
 
 }  // namespace cpu

@@ -83,6 +83,11 @@ def check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
         or min(pair) < 1
     ):
         raise ValueError(f"size must be a positive integer or two, (H, W); got {size!r}")
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and int(pair[0]) * int(pair[1]) > most:
+        raise ValueError(
+            f"size must be of at most {most:,} pixels (PIL.Image.MAX_IMAGE_PIXELS); got {size!r}"
+        )
     return int(pair[0]), int(pair[1])
 
 

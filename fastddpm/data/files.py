@@ -14,8 +14,8 @@ PIECE = 1 << 20  # bytes read at a time
 class RegularFile:
     """The bytes of a regular file, as many as it had when it was opened.
 
-    Reads share no position, so threads and forks need no lock. A pipe, a socket, a device or the
-    like is an OSError, since reading one may wait for ever; so is a file that lost bytes, where a
+    Reads share no position, so threads and forks need no lock. A pipe, a socket, a device, a file of
+    /proc or the like is an OSError, since reading one may wait for ever; so is a file that lost bytes, where a
     memory map would end the process.
     """
 
@@ -30,7 +30,7 @@ class RegularFile:
         self.length = status.st_size
 
     def _check(self, status: os.stat_result) -> None:
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(status.st_mode) or status.st_dev in system_devices():
             self.close()
             raise OSError(errno.EINVAL, "not a regular file", str(self.path))
 
@@ -94,3 +94,8 @@ class Stream:
         content = self._file.read(max(0, min(size, self._stop - self._at)), self._at)
         self._at += len(content)
         return content
+
+
+def system_devices() -> set[int]:
+    """Of /proc and the like, where folders and files are made up as they are read."""
+    return {os.stat(path).st_dev for path in ("/proc", "/sys") if os.path.ismount(path)}

@@ -17,7 +17,7 @@ from typing import Any
 from fastddpm.data.archives import Zip
 from fastddpm.data.decode import EXTENSIONS, PICTURES
 from fastddpm.data.errors import one_line, reading, reason
-from fastddpm.data.files import RegularFile
+from fastddpm.data.files import RegularFile, system_devices
 
 ENCODED_LIMIT = 512 << 20  # bytes of one encoded image; more is no image that Pillow would decode
 LARGE, RATIO_LIMIT = 64 << 20, 100  # of a zip: larger members expand no more than so many times
@@ -85,7 +85,7 @@ class FolderSource(Source):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        system, seen, names = _system_devices(), set(), []
+        system, seen, names = system_devices(), set(), []
         for folder, folders, files in os.walk(path, followlinks=True, onerror=self._unlistable):
             real = os.path.realpath(folder)
             if real in seen:  # a link back up would be followed for ever
@@ -172,11 +172,6 @@ def check_length(length: int) -> None:
     """OSError for more bytes than an encoded image may have."""
     if length > ENCODED_LIMIT:
         raise OSError(f"{length:,} bytes, more than {ENCODED_LIMIT:,}")
-
-
-def _system_devices() -> set[int]:
-    """Of /proc and the like, where folders and files are made up as they are read."""
-    return {os.stat(path).st_dev for path in ("/proc", "/sys") if os.path.ismount(path)}
 
 
 def _natural(name: str) -> tuple[list[Any], str]:

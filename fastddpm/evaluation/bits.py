@@ -55,6 +55,7 @@ def bits_per_dim(
         raise ValueError(f"x0 must be a tensor (N, C, H, W); got {type(x0).__name__}")
     if x0.dtype != torch.uint8 or x0.dim() != 4 or len(x0) == 0:
         raise ValueError(f"x0 must be (N, C, H, W) uint8, N >= 1; got {tuple(x0.shape)} {x0.dtype}")
+    arguments.check_pixels("x0", x0)
     process = Diffusion.of(model, diffusion).respace(steps)
     x0 = x0.to(arguments.device_of(model, None))
     seed = arguments.seed(seed)

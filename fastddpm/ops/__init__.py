@@ -11,6 +11,7 @@ nearest row; with FASTDDPM_STRICT=1 it is read, and an error as on the CPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fastddpm.ops import checks, library
 from fastddpm.ops.dispatch import use_backend
+from fastddpm.options import check_flag
 from fastddpm.schedule import check_choice
 
 __all__ = [
@@ -55,16 +57,18 @@ def randn(
     Philox4x32-10 and Box-Muller. The integers are the same on every backend and device; the
     normals agree to a few float32 ulp, and to the bit for any batch size and thread count.
     """
-    shape = tuple(shape)
+    shape = tuple(map(checks.whole, shape))
     if not shape or any(not isinstance(s, (int, torch.SymInt)) or s < 0 for s in shape):
         raise ValueError(f"shape must be (N, ...), integers of at least 0; got {shape}")
+    if all(type(s) is int for s in shape) and math.prod(shape) >= checks.ELEMENTS_END:
+        raise ValueError(f"shape must be of less than 2^48 elements; got {shape}")
     if dtype not in checks.FLOATS:
         raise TypeError(f"dtype must be a float dtype; got {dtype}")
     n = shape[0]
     if sample_index is None:
         first = checks.integer("first_index", first_index, checks.INDEX_END - n, "2^63 - N")
         # Not torch's default device: without one of its own an op's results are on the CPU.
-        place = "cpu" if device is None else device
+        place = "cpu" if device is None else checks.usable_device(device)
         sample_index = torch.arange(first, first + n, dtype=torch.int64, device=place)
     elif first_index != 0 or device is not None:
         raise ValueError("sample_index takes the place of first_index and device; got both")
@@ -164,7 +168,7 @@ def posterior_step(
         checks.operand("log_variance", log_variance, "xt", xt)
     arguments = (
         *(xt, model_output, t, table.contiguous(), z, *(stream or (None, None, None))),
-        *(bool(clip), prediction, log_variance),
+        *(check_flag("clip", clip), prediction, log_variance),
     )
     if out is None:
         return library.posterior_step(*arguments)
@@ -199,13 +203,15 @@ def group_norm_silu(
     checks.floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must be (N, C, ...); got {tuple(x.shape)}")
-    checks.groups(num_groups, x, eps)
+    num_groups, eps = checks.groups(num_groups, x, eps)
     device, (n, c) = x.device, x.shape[:2]
     checks.parameter("weight", weight, (c,), device)
     checks.parameter("bias", bias, (c,), device)
     checks.parameter("scale", scale, (n, c), device)
     checks.parameter("shift", shift, (n, c), device)
-    return library.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, bool(silu))
+    return library.group_norm_silu(
+        x, num_groups, weight, bias, eps, scale, shift, check_flag("silu", silu)
+    )
 
 
 def attention_block(
@@ -233,10 +239,9 @@ def attention_block(
     of x, or in that of qkv_weight where this is a half precision (under autocast, in autocast's).
     """
     checks.images("x", x)
-    checks.groups(num_groups, x, eps)
+    num_groups, eps = checks.groups(num_groups, x, eps)
     c, device = x.shape[1], x.device
-    if not isinstance(num_heads, int) or num_heads < 1 or c % num_heads:
-        raise ValueError(f"num_heads must divide the {c} channels; got {num_heads!r}")
+    num_heads = checks.divisor("num_heads", num_heads, c)
     checks.tensor("qkv_weight", qkv_weight)
     checks.tensor("proj_weight", proj_weight)
     checks.parameter("norm_weight", norm_weight, (c,), device)

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastddpm.options import check_number
 from fastddpm.schedule import K
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STRIDED = torch.strided
 INDEX_END = 1 << 63  # of sample indices
+ELEMENTS_END = 1 << 48  # of a tensor
 STEP_END = 1 << 32  # of the step word of the RNG contract
 
 
@@ -66,6 +68,20 @@ def images(name: str, x: Any, *, bytes_too: bool = False) -> None:
 def on_device(name: str, x: Tensor, device: torch.device) -> None:
     if x.device != device:
         raise ValueError(f"{name} must be on {device} like the other tensors; got {x.device}")
+
+
+def usable_device(device: Any) -> torch.device:
+    """A device of torch's that is here; ValueError for another."""
+    try:
+        place = torch.device(device)
+        if place.type != "cpu":
+            torch.empty(0, dtype=torch.uint8, device=place)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        why = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"device must be one that can be used here; got {device!r}: {why}"
+        ) from None
+    return place
 
 
 def operand(name: str, x: Any, like_name: str, like: Tensor) -> None:
@@ -160,17 +176,35 @@ def broadcastable(**tensors: Tensor) -> None:
         ) from None
 
 
-def groups(num_groups: Any, x: Tensor, eps: Any) -> None:
-    """num_groups divides the channels of x, of which there are some; eps is a number of at least
-    0.
+def whole(value: Any) -> Any:
+    """An integer, NumPy's or a tensor's, as Python's; all else as it is."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
+def divisor(name: str, value: Any, channels: int) -> int:
+    """An integer, of NumPy's too, that divides the channels."""
+    number = whole(value)
+    if not isinstance(number, int) or number < 1 or channels % number:
+        raise ValueError(f"{name} must divide the {channels} channels; got {value!r}")
+    return number
+
+
+def groups(num_groups: Any, x: Tensor, eps: Any) -> tuple[int, float]:
+    """(num_groups, eps) as Python's numbers: num_groups divides the channels of x, of which there
+    are some; eps is a number of at least 0.
     """
     channels = x.shape[1]
     if channels == 0:
         raise ValueError(f"x must have at least 1 channel; got {_shape(x)}")
-    if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
-        raise ValueError(f"num_groups must divide the {channels} channels; got {num_groups!r}")
-    if not isinstance(eps, (float, int)) or not eps >= 0:
-        raise ValueError(f"eps must be a number of at least 0; got {eps!r}")
+    num_groups = divisor("num_groups", num_groups, channels)
+    if type(eps) is not float or not eps >= 0:
+        eps = check_number("eps", eps, lambda number: number >= 0, "a number of at least 0")
+    return num_groups, eps
 
 
 def integer(name: str, value: Any, end: int, text: str) -> int:
@@ -227,10 +261,12 @@ def _may_synchronise(x: Tensor) -> bool:
 
 def values_in(name: str, x: Tensor, end: int, text: str) -> None:
     """All values are in 0 .. end - 1, where they can be read; `text` says what `end` is."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):  # all samples of a vmap
+        x = torch._C._functorch.get_unwrapped(x)
     if x.numel() == 0 or not (x.device.type == "cpu" or (strict() and _may_synchronise(x))):
         return
     if x.numel() <= 64 and x.device.type == "cpu":  # a list of a few costs less than one kernel
-        values = x.tolist()
+        values = x.flatten().tolist()
         low, high = min(values), max(values)
     else:
         low, high = (value.item() for value in torch.aminmax(x))

@@ -64,7 +64,7 @@ class Op:
             or torch._C._get_tracing_state()
         ):
             return self.registered(*arguments)
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if torch._C._are_functorch_transforms_active() or _has_tangent(arguments):
             return self.run(*arguments, choose=self._choose_reference)
         gradient = False
         for x in arguments:
@@ -94,6 +94,12 @@ class Op:
                 f"only; {dispatch.forced()!r} was forced"
             )
         return reference
+
+
+def _has_tangent(arguments: tuple) -> bool:
+    return forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in arguments
+    )
 
 
 def _function(name: str, run: Callable, setup: Callable | None, backward: Callable) -> Callable:
