@@ -14,9 +14,9 @@ PIECE = 1 << 20  # bytes read at a time
 class RegularFile:
     """The bytes of a regular file, as many as it had when it was opened.
 
-    Reads share no position, so threads and forks need no lock. A pipe, a socket, a device, a file of
-    /proc or the like is an OSError, since reading one may wait for ever; so is a file that lost bytes, where a
-    memory map would end the process.
+    Reads share no position, so threads and forks need no lock. A pipe, a socket, a device, a file
+    of /proc or the like is an OSError, since reading one may wait for ever; so is a file that lost
+    bytes, where a memory map would end the process.
     """
 
     def __init__(self, path: str | os.PathLike):
