@@ -287,8 +287,14 @@ def test_more_nonsense(name, value):
         (torch.zeros(1, 6, 5), r"must be a tensor of \(N, C, H, W\) images; got \(1, 6, 5\)"),
         (np.zeros((2, 1, 6, 5), np.uint8), "got ndarray"),
         (torch.zeros(2, 0, 6, 5), "at least one image"),
-        (torch.zeros(2, 1, 6, 5, device="meta"), "must be a dense tensor with values; got one on the device .meta"),
-        (torch.zeros(2, 1, 6, 5).to_sparse(), "must be a dense tensor with values; got one torch.sparse_coo"),
+        (
+            torch.zeros(2, 1, 6, 5, device="meta"),
+            "must be a dense tensor with values; got one on the device .meta",
+        ),
+        (
+            torch.zeros(2, 1, 6, 5).to_sparse(),
+            "must be a dense tensor with values; got one torch.sparse_coo",
+        ),
         (torch.zeros(2, 1, 6, 5, dtype=torch.float8_e4m3fn), "got torch.float8_e4m3fn"),
     ],
 )
