@@ -268,7 +268,8 @@ def check_compiled(kernels, *, rare=False):
     what waits for memory at least a quarter of the threads that fit.
 
     What ptxas spills of a kernel near a step of its occupancy is its version's: those that these
-    kernels were made with leave nothing but in rare ways, any other may leave MARGIN bytes a thread.
+    kernels were made with leave nothing but in rare ways, any other may leave MARGIN bytes a
+    thread.
     """
     import triton
 
