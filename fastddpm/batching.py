@@ -15,6 +15,7 @@ import torch
 from fastddpm import ranks
 from fastddpm.diffusion import Model
 from fastddpm.host import callers_level
+from fastddpm.presence import first_line
 from fastddpm.schedule import check_count
 from fastddpm.unet import UNet
 
@@ -139,11 +140,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says in its first line, or its name where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Progress(Protocol):

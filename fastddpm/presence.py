@@ -83,7 +83,7 @@ class Presence:
         except (RuntimeError, ValueError) as error:
             raise RankError(
                 f"rank {self.rank} finds no meeting place of the ranks at {self._where} "
-                f"({_first_line(error)}): is rank 0 there?"
+                f"({first_line(error)}): is rank 0 there?"
             ) from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return dist.PrefixStore(f"fastddpm/{attempt}", store)
@@ -146,7 +146,7 @@ class Presence:
                     signs = self._look()
             except (RuntimeError, ValueError) as error:
                 with self._changed:
-                    self._failure = _first_line(error)
+                    self._failure = first_line(error)
                     self._changed.notify_all()
                 return
             with self._changed:
@@ -174,5 +174,6 @@ def _named(ranks: Iterable[int]) -> str:
     return f"rank{'s' * (len(several) > 1)} {', '.join(several)}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or its name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
