@@ -1,66 +1,15 @@
-// What group_norm_silu and its gradient share: the walk over a sample, sums, statistics.
+// What group_norm_silu and its gradient share: sums over blocks, statistics, the order of the work.
 //
-// A sample is a sequence of elements, in memory order where that is NHWC and else in (C, H, W)
-// order, and is cut into blocks: some pixels of it, or one channel. A block is walked in lines of
-// 64 or more elements, with every coefficient spread out to one value per element of a line, so
-// that the same vectorised loops serve every channel count and layout. Sums run in float32 over a
-// block, around its own mean, and in float64, in block order, over blocks. The cut depends on the
-// shape alone, so the bits do not depend on the thread count.
+// Sums run in float32 over a block (cut.h), around its own mean, and in float64, in block order,
+// over blocks: the bits do not depend on the thread count.
 #pragma once
+#include "cut.h"
+#include "dropout.h"
 #include "isa.h"
-#include "parallel.h"
-#include "view.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {
 namespace {
-
-constexpr int64_t BLOCK = 16 * 1024;  // elements in a block of pixels, about
-constexpr int64_t PIXEL_LINE = 256;   // elements in a line of pixels, at least
-constexpr int64_t PLANE_LINE = 64;    // elements in a line of one channel, at most
-constexpr int64_t PLANE_STEP = 16;    // which such a line is a multiple of
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-struct Cut {
-  int64_t samples, channels, plane;
-  Order order;
-  int64_t line, block, blocks;  // elements in a line and in a block; blocks in a sample
-  int64_t width;                // channels that a block touches: all, or one
-  int64_t step;                 // elements that are loaded at once: whole lines
-
-  Cut(const Shape& shape, const Tensor& x)
-      : samples(shape.n), channels(shape.c), plane(shape.h * shape.w) {
-    order = channels_last(x, shape) ? Order::hwc : Order::chw;
-    if (order == Order::hwc) {
-      line = channels * (channels < PIXEL_LINE ? PIXEL_LINE / channels : 1);
-      block = line < BLOCK ? BLOCK / line * line : line;
-      blocks = (channels * plane + block - 1) / block;
-      width = channels;
-    } else {
-      line = least(PLANE_LINE, (plane - 1) / PLANE_STEP * PLANE_STEP + PLANE_STEP);
-      block = plane;
-      blocks = channels;
-      width = 1;
-    }
-    step = line < CHUNK ? CHUNK / line * line : line;
-  }
-
-  int64_t elements() const { return samples * channels * plane; }
-
-  // How many threads find work.
-  int64_t team(int threads) const {
-    return elements() < SERIAL_ELEMENTS ? 1 : least(threads, samples * blocks);
-  }
-
-  // Whether each thread takes whole samples; else all share the blocks of one phase after another.
-  bool whole_samples(int threads) const {
-    return samples % threads == 0 || samples >= 4 * threads || elements() < SERIAL_ELEMENTS;
-  }
-
-  int64_t first(int64_t b) const { return b * block; }
-  int64_t count(int64_t b) const { return least(block, channels * plane - b * block); }
-};
 
 // ---- loops over a line -------------------------------------------------------------------------
 
@@ -95,87 +44,92 @@ struct Line {
 
 // ---- one call ----------------------------------------------------------------------------------
 
-// Row n of a matrix, or `missing` where it is not given.
-void read(const Matrix& m, int64_t n, int64_t channels, float missing, float* __restrict out) {
-  if (m.data)
-    load({static_cast<char*>(m.data) + n * m.stride_n * element_size(m.dtype),
-          m.dtype,
-          {1, 1, channels},
-          {0, 0, m.stride_c}},
-         0, channels, out);
-  else
-    for (int64_t c = 0; c < channels; ++c) out[c] = missing;
-}
+constexpr int64_t PARTS = 3;  // sum, second sum and centres of a block
 
-float element(const Matrix& m, int64_t n, int64_t c, float missing) {
-  if (!m.data) return missing;
-  const int64_t at = n * m.stride_n + c * m.stride_c;
-  switch (m.dtype) {
-    case DType::bf16:
-      return to_float(static_cast<const BF16*>(m.data)[at]);
-    case DType::f16:
-      return to_float(static_cast<const F16*>(m.data)[at]);
-    default:
-      return static_cast<const float*>(m.data)[at];
-  }
-}
+enum Row {  // of the scratch of a thread; the first COEFFICIENTS are kept for each sample, too
+  CENTRE,
+  SCALE,
+  SHIFT,
+  SLOPE,
+  OFFSET,
+  REST,
+  COEFFICIENTS,
+  SUM = COEFFICIENTS,
+  SECOND,
+  BEFORE,
+  ADDED,
+  ROWS
+};
 
-constexpr int64_t PARTS = 3;  // sum, second sum and means of a block
-
-enum Row { CENTRE, SCALE, SHIFT, SLOPE, OFFSET, SUM, SECOND, ROWS };  // of the scratch of a thread
+enum Buffer { X, OTHER, OUT, MASK, BUFFERS };  // of a step's elements, each thread's own
 
 class Pass {
  public:
-  // dx: of the gradient, if it is that
-  Pass(const GroupNormSilu& op, int threads, const Tensor* dx = nullptr)
+  // dx, dx2: of the gradient, if it is that
+  Pass(const GroupNormSilu& op, int threads, const Tensor* dx = nullptr,
+       const Tensor* dx2 = nullptr)
       : op(op),
-        cut(op.shape, op.x),
+        c1(op.x2.data ? op.c1 : op.shape.c),
+        summed(!dx && op.residual.data),
+        cut(op.shape, summed ? op.u : op.x, c1, op.x2),
         whole(cut.whole_samples(threads)),
         per_group(op.shape.c / op.groups),
-        memory(2 * statistics() + sums() + all_coefficients() +
-                   cut.team(threads) * (ROWS * cut.line + 3 * cut.step) +
-                   (dx && !is_run_of<float>(*dx, op.shape, cut.order) ? gradients(threads) : 0),
+        memory(statistics() + sums() + all_coefficients() + cut.team(threads) * per_thread() +
+                   (dx && !holds_floats(*dx, *dx2) ? gradients(threads) : 0),
                false),
-        rest(memory.data),
-        rstd(rest + statistics()),
+        rstd(memory.data),
         partial(rstd + statistics()),
         coefficients(partial + sums()),
         scratch(coefficients + all_coefficients()),
-        kept(scratch + cut.team(threads) * (ROWS * cut.line + 3 * cut.step)) {}
+        kept(scratch + cut.team(threads) * per_thread()) {}
 
   const GroupNormSilu& op;
+  const int64_t c1;   // channels of x
+  const bool summed;  // whether x is to be added to a residual first
   const Cut cut;
   const bool whole;
   const int64_t per_group;
 
   // ---- the phases: a block's work, then what follows from all blocks of a sample ----
 
-  // A block's sums around its own means, while it is in the cache.
+  // A block's sums around its own means, while it is in the cache. `before` costs nothing where it
+  // is not part of a sum that is written: it is taken off the centre of its channel.
   void statistics_block(int64_t n, int64_t b, int thread) {
-    float* sum = clear(thread, SUM);
-    walk(n, b, thread, [&](const float* x, int64_t, int64_t count) {
-      add(x, count / cut.line, cut.line, sum);
-      add(x + count / cut.line * cut.line, 1, count % cut.line, sum);
+    float *sums = part(n, b, 0), *centre = part(n, b, 2);
+    const float* before = read_block(cut, op.before, c1, n, b, row(thread, BEFORE));
+    cut.for_sources(b, [&](const Source& s) {
+      float* sum = clear(s, thread, SUM);
+      const auto body = [&](const float* x, int64_t, int64_t count) {
+        add(x, count / s.line, s.line, sum);
+        add(x + count / s.line * s.line, 1, count % s.line, sum);
+      };
+      if (summed && s.channel == 0)
+        walk_sum(s, n, b, thread, before, body);
+      else
+        walk(s, n, b, thread, body);
+      fold(s, sum, sums);
     });
-    float *block_sum = part(n, b, 0), *centre = part(n, b, 2);
-    fold(sum, block_sum);
-    const int64_t channels = cut.width == 1 ? 1 : per_group;
-    const float scale = float(1.0 / double(channels * cut.count(b) / cut.width));
+
+    const int64_t channels = cut.order == Order::chw ? 1 : per_group;
+    const float scale = float(1.0 / double(channels * cut.pixels_of(b)));
     for (int64_t first = 0; first < cut.width; first += channels) {
-      float group = 0.0f;
-      for (int64_t c = first; c < first + channels; ++c) group += block_sum[c];
-      for (int64_t c = first; c < first + channels; ++c) centre[c] = group * scale;
+      float group = 0.0f, added = 0.0f;
+      for (int64_t c = first; c < first + channels; ++c) group += sums[c], added += before[c];
+      const float mean = group * scale, mean_before = added / float(channels);
+      for (int64_t c = first; c < first + channels; ++c)
+        centre[c] = summed ? mean : mean + (mean_before - before[c]);
     }
 
-    float* squares = clear(thread, SECOND);
-    const float* centres = repeat(centre, row(thread, CENTRE));
-    clear(thread, SUM);
-    walk(n, b, thread, [&](const float* x, int64_t, int64_t count) {
-      add_centred(x, count / cut.line, cut.line, centres, sum, squares);
-      add_centred(x + count / cut.line * cut.line, 1, count % cut.line, centres, sum, squares);
+    cut.for_sources(b, [&](const Source& s) {
+      const float* centres = cut.repeat(s, centre, row(thread, CENTRE));
+      float *sum = clear(s, thread, SUM), *squares = clear(s, thread, SECOND);
+      walk(s, n, b, thread, [&](const float* x, int64_t, int64_t count) {
+        add_centred(x, count / s.line, s.line, centres, sum, squares);
+        add_centred(x + count / s.line * s.line, 1, count % s.line, centres, sum, squares);
+      });
+      fold(s, sum, sums);
+      fold(s, squares, part(n, b, 1));
     });
-    fold(sum, block_sum);
-    fold(squares, part(n, b, 1));
   }
 
   void statistics_finish(int64_t n) {
@@ -188,87 +142,80 @@ class Pass {
     read(op.bias, 0, op.shape.c, 0.0f, shift);
     read(op.scale, n, op.shape.c, 0.0f, gain);
     read(op.shift, n, op.shape.c, 0.0f, addend);
+    // What is to be added to the elements as they are stored; then the centre takes its place.
+    float* const before = coefficient(n, CENTRE);
+    for (int64_t c = 0; c < op.shape.c; ++c) before[c] = 0.0f;
+    if (!summed) read(op.before, n, c1, 0.0f, before);
     for (int64_t g = 0; g < op.groups; ++g) {
-      // Blocks are joined as by Chan et al.; then what rounding the mean to float32 leaves of it.
-      const double origin = centre_of(n, g);
+      // Blocks are joined as by Chan et al.; then what rounding the centre to float32 leaves of it.
+      const double origin = centre_of(n, g, before);
       double sum = 0.0, squares = 0.0;
-      for_parts(n, g, [&](double count, double centre, double part_sum, double) {
+      for_parts(n, g, before, [&](double count, double centre, double part_sum, double) {
         sum += count * (centre - origin) + part_sum;
       });
       const double offset = sum / elements(), mean = origin + offset;
-      for_parts(n, g, [&](double count, double centre, double part_sum, double part_squares) {
-        const double from_mean = centre - origin - offset;
-        squares += part_squares + from_mean * (2.0 * part_sum + count * from_mean);
-      });
+      for_parts(n, g, before,
+                [&](double count, double centre, double part_sum, double part_squares) {
+                  const double from_mean = centre - origin - offset;
+                  squares += part_squares + from_mean * (2.0 * part_sum + count * from_mean);
+                });
       const double raw = squares / elements(), variance = raw < 0.0 ? 0.0 : raw;
-      const float rounded = float(mean);
-      const double left = mean - double(rounded);
       const int64_t at = n * op.groups + g;
-      const float remainder = float(left), r = float(1.0 / sqrt(variance + double(op.eps)));
-      rest[at] = remainder;
+      const float r = float(1.0 / sqrt(variance + double(op.eps)));
       rstd[at] = r;
-      if (op.mean) op.mean[at] = rounded;
+      if (op.mean) op.mean[at] = float(mean);
       if (op.rstd) op.rstd[at] = r;
       for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
+        const double exact = mean - double(before[c]);
+        const float rounded = float(exact), left = float(exact - double(rounded));
         coefficient(n, CENTRE)[c] = rounded;
+        coefficient(n, REST)[c] = left;
         scale[c] = r * scale[c] * (1.0f + gain[c]);
-        shift[c] = madd(-remainder, scale[c], madd(1.0f + gain[c], shift[c], addend[c]));
+        shift[c] = madd(-left, scale[c], madd(1.0f + gain[c], shift[c], addend[c]));
       }
     }
   }
 
  protected:
-  Scratch<float> memory;  // of all that follows: five allocations would outlast a small call
-  float *const rest, *const rstd;  // (N, G): what float32 left of the mean; 1 / sqrt(var + eps)
-  float* const partial;       // (N, blocks, PARTS, width): the sums over a block, and its means
-  float* const coefficients;  // (N, OFFSET + 1, C)
-  float* const scratch;       // (threads, ROWS lines and 3 buffers of step elements)
+  Scratch<float> memory;      // of all that follows: five allocations would outlast a small call
+  float* const rstd;          // (N, G): 1 / sqrt(var + eps)
+  float* const partial;       // (N, blocks, PARTS, width): the sums over a block, and its centres
+  float* const coefficients;  // (N, COEFFICIENTS, C)
+  float* const scratch;       // (threads, ROWS and BUFFERS)
   float* const kept;          // (threads or N, elements of a sample): g where dx can't hold it
 
   int64_t statistics() const { return op.shape.n * op.groups; }
   int64_t sums() const { return op.shape.n * cut.blocks * PARTS * cut.width; }
-  int64_t all_coefficients() const { return op.shape.n * (OFFSET + 1) * op.shape.c; }
+  int64_t all_coefficients() const { return op.shape.n * COEFFICIENTS * op.shape.c; }
+  int64_t per_thread() const { return ROWS * cut.row + BUFFERS * cut.step; }
 
   int64_t gradients(int threads) const {
     return (whole ? cut.team(threads) : cut.samples) * cut.channels * cut.plane;
   }
 
+  bool holds_floats(const Tensor& dx, const Tensor& dx2) const {
+    for (int64_t i = 0; i < cut.sources; ++i)
+      if (!is_run_of<float>(i ? dx2 : dx, cut.source[i].shape, cut.order)) return false;
+    return true;
+  }
+
   double elements() const { return double(per_group * cut.plane); }
 
   float* coefficient(int64_t n, Row row) {
-    return coefficients + (n * (OFFSET + 1) + row) * op.shape.c;
+    return coefficients + (n * COEFFICIENTS + row) * op.shape.c;
   }
 
-  float* row(int thread, Row row) {
-    return scratch + thread * (ROWS * cut.line + 3 * cut.step) + row * cut.line;
+  float* row(int thread, Row row) { return scratch + thread * per_thread() + row * cut.row; }
+
+  float* buffer(int thread, Buffer which) { return row(thread, ROWS) + which * cut.step; }
+
+  View view_of(const Source& s, const Tensor& x, int64_t n) const {
+    return view(x, s.shape, n, cut.order);
   }
 
-  float* buffer(int thread, int which) { return row(thread, ROWS) + which * cut.step; }
-
-  // Sample n + 1, if this thread takes it next and it is a single run, else null.
-  const char* following(const Tensor& tensor, int64_t n) const {
-    if (!whole || n + 1 == cut.samples) return nullptr;
-    const View v = view(tensor, op.shape, n + 1, cut.order);
-    return v.size[1] == 1 && v.stride[2] == 1 ? v.data : nullptr;
-  }
-
-  // Starts to bring elements into the cache while the processor computes.
-  static void fetch(const char* run, DType dtype, int64_t first, int64_t count) {
-    if (!run) return;
-    const int64_t size = element_size(dtype);
-    for (int64_t at = first * size; at < (first + count) * size; at += 64)
-      __builtin_prefetch(run + at, 0, 2);
-  }
-
-  // Where g of the elements from `first` on is kept: in dx if that holds float32.
-  float* gradient(const View& dx, int64_t n, int thread, int64_t first) {
-    if (float* elements = direct(dx, first)) return elements;
-    return kept + (whole ? thread : n) * cut.channels * cut.plane + first;
-  }
-
-  float* clear(int thread, Row which) {
+  float* clear(const Source& s, int thread, Row which) {
     float* line = row(thread, which);
-    for (int64_t i = 0; i < cut.line; ++i) line[i] = 0.0f;
+    for (int64_t i = 0; i < s.line; ++i) line[i] = 0.0f;
     return line;
   }
 
@@ -276,34 +223,38 @@ class Pass {
     return partial + ((n * cut.blocks + b) * PARTS + which) * cut.width;
   }
 
-  // The values of a block's channels, repeated along a line.
-  const float* repeat(const float* values, float* line) const {
-    if (cut.width == 1)
-      for (int64_t i = 0; i < cut.line; ++i) line[i] = *values;
-    else
-      for (int64_t at = 0; at < cut.line; at += cut.channels)
-        __builtin_memcpy(line + at, values, size_t(cut.channels) * sizeof(float));
-    return line;
+  // The coefficients of a source's channels in the block along a line.
+  const float* spread(const Source& s, int64_t n, int64_t b, int thread, Row which) {
+    const int64_t first = cut.order == Order::chw ? b : 0;
+    return cut.repeat(s, coefficient(n, which) + first, row(thread, which));
   }
 
-  // The coefficients of the block's channels along a line.
-  const float* spread(int64_t n, int64_t b, int thread, Row which) {
-    return repeat(coefficient(n, which) + (cut.width == 1 ? b : 0), row(thread, which));
+  Line argument(const Source& s, int64_t n, int64_t b, int thread) {
+    return {spread(s, n, b, thread, CENTRE), spread(s, n, b, thread, SCALE),
+            spread(s, n, b, thread, SHIFT)};
   }
 
-  Line argument(int64_t n, int64_t b, int thread) {
-    return {spread(n, b, thread, CENTRE), spread(n, b, thread, SCALE), spread(n, b, thread, SHIFT)};
-  }
-
-  // Calls body(x, first, count) for every step of block b.
+  // Calls body(x, first, count) for every step of a source in block b.
   template <class Body>
-  void walk(int64_t n, int64_t b, int thread, const Body& body) {
-    const View x = view(op.x, op.shape, n, cut.order);
-    const int64_t end = cut.first(b) + cut.count(b);
-    for (int64_t first = cut.first(b); first < end; first += cut.step) {
-      const int64_t count = least(cut.step, end - first);
-      body(floats(x, first, count, buffer(thread, 0)), first, count);
-    }
+  void walk(const Source& s, int64_t n, int64_t b, int thread, const Body& body) {
+    const View x = view_of(s, s.x, n);
+    cut.for_steps(s, b, [&](int64_t first, int64_t count) {
+      body(floats(x, first, count, buffer(thread, X)), first, count);
+    });
+  }
+
+  // The same, of u = x + before + residual, which is written.
+  template <class Body>
+  void walk_sum(const Source& s, int64_t n, int64_t b, int thread, const float* before,
+                const Body& body) {
+    const View x = view_of(s, op.x, n), residual = view_of(s, op.residual, n);
+    const View u = view_of(s, op.u, n);
+    const float* added = cut.repeat(s, before, row(thread, ADDED));
+    cut.for_steps(s, b, [&](int64_t first, int64_t count) {
+      body(sum_step(s, x, &residual, u, added, first, count, buffer(thread, X),
+                    buffer(thread, OTHER), buffer(thread, OUT)),
+           first, count);
+    });
   }
 
   // Calls body(out) with the elements themselves where they are contiguous float32, else with a
@@ -311,52 +262,82 @@ class Pass {
   template <class Body>
   void write(const View& v, int64_t first, int64_t count, int thread, const Body& body) {
     if (float* elements = direct(v, first)) return body(elements);
-    float* out = buffer(thread, 2);
+    float* out = buffer(thread, OUT);
     body(out);
     store(v, first, count, out);
   }
 
-  void fold(float* __restrict line, float* __restrict out) const {
-    if (cut.width == 1) {
-      for (int64_t at = PLANE_STEP; at < cut.line; at += PLANE_STEP)
+  // All bits of mask[i] are set where dropout keeps element first + i of a source's part of block
+  // b. Null without dropout.
+  const uint32_t* mask(const Source& s, int64_t n, int64_t b, int64_t first, int64_t count,
+                       int thread) {
+    const uint32_t threshold = op.dropout.threshold;
+    if (threshold == 0) return nullptr;
+    uint32_t* mask = reinterpret_cast<uint32_t*>(buffer(thread, MASK));
+    const Philox random = stream(op.dropout.random, n);
+    const int64_t all = cut.channels, own = s.shape.c;
+    if (cut.order == Order::chw)
+      draw_mask(random, threshold, first % cut.plane * all + b, all, count, mask);
+    else if (own == all)
+      draw_mask(random, threshold, first, 1, count, mask);
+    else
+      for (int64_t at = 0; at < count; at += own)
+        draw_mask(random, threshold, (first + at) / own * all + s.channel, 1, own, mask + at);
+    return mask;
+  }
+
+  void fold(const Source& s, float* __restrict line, float* __restrict out) const {
+    if (cut.order == Order::chw) {
+      for (int64_t at = PLANE_STEP; at < s.line; at += PLANE_STEP)
         for (int64_t i = 0; i < PLANE_STEP; ++i) line[i] += line[at + i];
       float sum = 0.0f;
       for (int64_t i = 0; i < 4; ++i) sum += (line[i] + line[i + 4]) + (line[i + 8] + line[i + 12]);
       *out = sum;
     } else {
-      for (int64_t at = cut.width; at < cut.line; at += cut.width)
-        for (int64_t c = 0; c < cut.width; ++c) line[c] += line[at + c];
-      __builtin_memcpy(out, line, size_t(cut.width) * sizeof(float));
+      const int64_t width = s.shape.c;
+      for (int64_t at = width; at < s.line; at += width)
+        for (int64_t c = 0; c < width; ++c) line[c] += line[at + c];
+      __builtin_memcpy(out + s.channel, line, size_t(width) * sizeof(float));
     }
   }
 
   // The sum over a channel of sample n.
   double total(int64_t n, int which, int64_t c) const {
-    if (cut.width == 1) return *part(n, c, which);
+    if (cut.order == Order::chw) return *part(n, c, which);
     double sum = 0.0;
     for (int64_t b = 0; b < cut.blocks; ++b) sum += part(n, b, which)[c];
     return sum;
   }
 
-  double centre_of(int64_t n, int64_t g) const {
+  double centre_of(int64_t n, int64_t g, const float* before) const {
+    const int64_t c = g * per_group;
     if (cut.blocks == 0) return 0.0;
-    return cut.width == 1 ? *part(n, g * per_group, 2) : part(n, 0, 2)[g * per_group];
+    return double(cut.order == Order::chw ? *part(n, c, 2) : part(n, 0, 2)[c]) + double(before[c]);
   }
 
-  // Calls body(elements, centre, sum, squares) for each part of a group that has a centre.
+  // Calls body(elements, centre, sum, squares) for each part of a group that has a centre, with
+  // `before` added to its elements.
   template <class Body>
-  void for_parts(int64_t n, int64_t g, const Body& body) const {
+  void for_parts(int64_t n, int64_t g, const float* before, const Body& body) const {
     const int64_t first = g * per_group;
-    if (cut.width == 1) {
+    if (cut.order == Order::chw) {
       for (int64_t c = first; c < first + per_group; ++c)
-        body(double(cut.plane), *part(n, c, 2), *part(n, c, 0), *part(n, c, 1));
+        body(double(cut.plane), double(*part(n, c, 2)) + double(before[c]), *part(n, c, 0),
+             *part(n, c, 1));
       return;
     }
     for (int64_t b = 0; b < cut.blocks; ++b) {
+      const float *sums = part(n, b, 0), *second = part(n, b, 1), *centres = part(n, b, 2);
+      const double pixels = double(cut.pixels_of(b));
+      const double centre = double(centres[first]) + double(before[first]);
       double sum = 0.0, squares = 0.0;
-      for (int64_t c = first; c < first + per_group; ++c)
-        sum += part(n, b, 0)[c], squares += part(n, b, 1)[c];
-      body(double(cut.count(b) / cut.channels * per_group), part(n, b, 2)[first], sum, squares);
+      for (int64_t c = first; c < first + per_group; ++c) {
+        // With `before` the centres of a group's channels are the same but for their rounding.
+        const double off = double(centres[c]) + double(before[c]) - centre;
+        sum += sums[c] + pixels * off;
+        squares += second[c] + off * (2.0 * sums[c] + pixels * off);
+      }
+      body(pixels * double(per_group), centre, sum, squares);
     }
   }
 };

@@ -5,13 +5,14 @@ namespace fastddpm {
 namespace FASTDDPM_ISA {
 namespace {
 
-template <bool SILU>
-void apply(const float* __restrict x, int64_t count, Line line, float* __restrict y) {
+template <bool SILU, bool DROP>
+void apply(const float* __restrict x, int64_t count, Line line, const uint32_t* __restrict mask,
+           float keep_scale, float* __restrict y) {
   const float* __restrict centre = line.centre, * __restrict scale = line.scale;
   const float* __restrict shift = line.shift;
   for (int64_t i = 0; i < count; ++i) {
-    const float v = madd(x[i] - centre[i], scale[i], shift[i]);
-    y[i] = SILU ? silu(v) : v;
+    const float v = madd(x[i] - centre[i], scale[i], shift[i]), out = SILU ? silu(v) : v;
+    y[i] = DROP ? drop(out, keep_scale, mask[i]) : out;
   }
 }
 
@@ -20,17 +21,50 @@ class Forward : public Pass {
   using Pass::Pass;
 
   void apply_block(int64_t n, int64_t b, int thread) {
-    const Line line = argument(n, b, thread);
-    const View y = view(op.y, op.shape, n, cut.order);
-    const char* next = following(op.x, n);
-    walk(n, b, thread, [&](const float* x, int64_t first, int64_t count) {
-      fetch(next, op.x.dtype, first, count);
-      write(y, first, count, thread, [&](float* out) {
-        for (int64_t at = 0; at < count; at += cut.line) {
-          const int64_t length = least(cut.line, count - at);
-          op.silu ? apply<true>(x + at, length, line, out + at)
-                  : apply<false>(x + at, length, line, out + at);
-        }
+    op.dropout.threshold
+        ? (op.silu ? apply_block<true, true>(n, b, thread) : apply_block<false, true>(n, b, thread))
+        : (op.silu ? apply_block<true, false>(n, b, thread)
+                   : apply_block<false, false>(n, b, thread));
+  }
+
+ private:
+  // The run of elements of sample n + 1, if this thread takes it next and it is one, else null.
+  struct Next {
+    const char* run;
+    DType dtype;
+
+    // Starts to bring elements into the cache while the processor computes.
+    void fetch(int64_t first, int64_t count) const {
+      if (!run) return;
+      const int64_t size = element_size(dtype);
+      for (int64_t at = first * size; at < (first + count) * size; at += 64)
+        __builtin_prefetch(run + at, 0, 2);
+    }
+  };
+
+  Next following(const Source& s, const Tensor& x, int64_t n) const {
+    if (!whole || n + 1 == cut.samples || !x.data) return {nullptr, x.dtype};
+    const View v = view_of(s, x, n + 1);
+    return {v.size[1] == 1 && v.stride[2] == 1 ? v.data : nullptr, x.dtype};
+  }
+
+  template <bool SILU, bool DROP>
+  void apply_block(int64_t n, int64_t b, int thread) {
+    cut.for_sources(b, [&](const Source& s) {
+      const Line line = argument(s, n, b, thread);
+      const View y = view_of(s, channels_from(op.y, s.channel), n);
+      const bool sum = summed && s.channel == 0;
+      const Next next = following(s, sum ? op.x : s.x, n);
+      const Next next_residual = following(s, sum ? op.residual : Tensor{}, n);
+      walk(s, n, b, thread, [&](const float* x, int64_t first, int64_t count) {
+        next.fetch(first, count);
+        next_residual.fetch(first, count);
+        const uint32_t* keep = mask(s, n, b, first, count, thread);
+        write(y, first, count, thread, [&](float* out) {
+          for (int64_t at = 0; at < count; at += s.line)
+            apply<SILU, DROP>(x + at, least(s.line, count - at), line, DROP ? keep + at : nullptr,
+                              op.dropout.keep_scale, out + at);
+        });
       });
     });
   }
