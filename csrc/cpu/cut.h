@@ -32,6 +32,7 @@ inline Tensor channels_from(Tensor x, int64_t from) {
 struct Source {  // one tensor's channels of the images
   Tensor x;
   Shape shape;      // of x
+  int64_t index;    // 0, or 1 for the second
   int64_t channel;  // the first of them, in the images
   int64_t line;     // elements in a line
   int64_t step;     // elements that are loaded at once: whole lines
@@ -105,6 +106,22 @@ struct Cut {
     }
   }
 
+  // Calls body(source, first, count) for every step of all sources in block b, pixel by pixel
+  // about.
+  template <class Body>
+  void for_steps(int64_t b, const Body& body) const {
+    if (order == Order::chw || sources == 1)
+      return for_sources(b, [&](const Source& s) {
+        for_steps(s, b, [&](int64_t first, int64_t count) { body(s, first, count); });
+      });
+    const int64_t end = b * pixels + pixels_of(b);
+    int64_t at_once = pixels;
+    for (const Source& s : source) at_once = least(at_once, s.step / s.shape.c);
+    for (int64_t pixel = b * pixels; pixel < end; pixel += at_once)
+      for (const Source& s : source)
+        body(s, pixel * s.shape.c, least(at_once, end - pixel) * s.shape.c);
+  }
+
   // Calls body(first, count) for every step of a source in block b.
   template <class Body>
   void for_steps(const Source& s, int64_t b, const Body& body) const {
@@ -134,7 +151,8 @@ struct Cut {
         order == Order::hwc ? line_of(count)
                             : least(PLANE_LINE, (plane - 1) / PLANE_STEP * PLANE_STEP + PLANE_STEP);
     const int64_t whole = line < CHUNK ? CHUNK / line * line : line;
-    source[sources++] = {x, {shape.n, count, shape.h, shape.w}, channel, line, whole};
+    source[sources] = {x, {shape.n, count, shape.h, shape.w}, sources, channel, line, whole};
+    ++sources;
     row = most(row, line), step = most(step, whole);
   }
 };

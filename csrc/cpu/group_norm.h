@@ -181,13 +181,13 @@ class Pass {
   float* const rstd;          // (N, G): 1 / sqrt(var + eps)
   float* const partial;       // (N, blocks, PARTS, width): the sums over a block, and its centres
   float* const coefficients;  // (N, COEFFICIENTS, C)
-  float* const scratch;       // (threads, ROWS and BUFFERS)
+  float* const scratch;       // (threads, ROWS of each source and BUFFERS)
   float* const kept;          // (threads or N, elements of a sample): g where dx can't hold it
 
   int64_t statistics() const { return op.shape.n * op.groups; }
   int64_t sums() const { return op.shape.n * cut.blocks * PARTS * cut.width; }
   int64_t all_coefficients() const { return op.shape.n * COEFFICIENTS * op.shape.c; }
-  int64_t per_thread() const { return ROWS * cut.row + BUFFERS * cut.step; }
+  int64_t per_thread() const { return cut.sources * ROWS * cut.row + BUFFERS * cut.step; }
 
   int64_t gradients(int threads) const {
     return (whole ? cut.team(threads) : cut.samples) * cut.channels * cut.plane;
@@ -205,16 +205,20 @@ class Pass {
     return coefficients + (n * COEFFICIENTS + row) * op.shape.c;
   }
 
-  float* row(int thread, Row row) { return scratch + thread * per_thread() + row * cut.row; }
+  float* row(int thread, Row row, int64_t source = 0) {
+    return scratch + thread * per_thread() + (source * ROWS + row) * cut.row;
+  }
 
-  float* buffer(int thread, Buffer which) { return row(thread, ROWS) + which * cut.step; }
+  float* buffer(int thread, Buffer which) {
+    return row(thread, CENTRE, cut.sources) + which * cut.step;
+  }
 
   View view_of(const Source& s, const Tensor& x, int64_t n) const {
     return view(x, s.shape, n, cut.order);
   }
 
   float* clear(const Source& s, int thread, Row which) {
-    float* line = row(thread, which);
+    float* line = row(thread, which, s.index);
     for (int64_t i = 0; i < s.line; ++i) line[i] = 0.0f;
     return line;
   }
@@ -226,7 +230,7 @@ class Pass {
   // The coefficients of a source's channels in the block along a line.
   const float* spread(const Source& s, int64_t n, int64_t b, int thread, Row which) {
     const int64_t first = cut.order == Order::chw ? b : 0;
-    return cut.repeat(s, coefficient(n, which) + first, row(thread, which));
+    return cut.repeat(s, coefficient(n, which) + first, row(thread, which, s.index));
   }
 
   Line argument(const Source& s, int64_t n, int64_t b, int thread) {
@@ -243,7 +247,17 @@ class Pass {
     });
   }
 
-  // The same, of u = x + before + residual, which is written.
+  // The same for all sources, pixel by pixel about: body(source, x, first, count).
+  template <class Body>
+  void walk(int64_t n, int64_t b, int thread, const Body& body) {
+    View x[2];
+    cut.for_sources(b, [&](const Source& s) { x[s.index] = view_of(s, s.x, n); });
+    cut.for_steps(b, [&](const Source& s, int64_t first, int64_t count) {
+      body(s, floats(x[s.index], first, count, buffer(thread, X)), first, count);
+    });
+  }
+
+  // The first, of u = x + before + residual, which is written.
   template <class Body>
   void walk_sum(const Source& s, int64_t n, int64_t b, int thread, const float* before,
                 const Body& body) {
@@ -257,14 +271,21 @@ class Pass {
     });
   }
 
-  // Calls body(out) with the elements themselves where they are contiguous float32, else with a
-  // buffer, then stored.
-  template <class Body>
-  void write(const View& v, int64_t first, int64_t count, int thread, const Body& body) {
-    if (float* elements = direct(v, first)) return body(elements);
-    float* out = buffer(thread, OUT);
-    body(out);
-    store(v, first, count, out);
+  // A step's elements from `first` on: themselves where they are float32 and contiguous, or at
+  // least each pixel's are; else a buffer, to be filled or stored.
+  struct Lines {
+    float* data;
+    int64_t length, pitch;  // of a line; from one to the next
+    bool buffered;
+  };
+
+  Lines lines(const Source& s, const View& v, int64_t first, float* buffer) const {
+    if (float* elements = direct(v, first)) return {elements, s.line, s.line, false};
+    if (v.dtype == DType::f32 && v.size[0] == 1 && v.stride[2] == 1 && v.size[2] == s.shape.c &&
+        v.size[2] >= PLANE_STEP && cut.order == Order::hwc)
+      return {reinterpret_cast<float*>(v.data) + first / v.size[2] * v.stride[1], v.size[2],
+              v.stride[1], false};
+    return {buffer, s.line, s.line, true};
   }
 
   // All bits of mask[i] are set where dropout keeps element first + i of a source's part of block

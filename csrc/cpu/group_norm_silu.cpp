@@ -50,22 +50,28 @@ class Forward : public Pass {
 
   template <bool SILU, bool DROP>
   void apply_block(int64_t n, int64_t b, int thread) {
+    struct {
+      Line line;
+      View y;
+      Next x, residual;
+    } of[2];
     cut.for_sources(b, [&](const Source& s) {
-      const Line line = argument(s, n, b, thread);
-      const View y = view_of(s, channels_from(op.y, s.channel), n);
-      const bool sum = summed && s.channel == 0;
-      const Next next = following(s, sum ? op.x : s.x, n);
-      const Next next_residual = following(s, sum ? op.residual : Tensor{}, n);
-      walk(s, n, b, thread, [&](const float* x, int64_t first, int64_t count) {
-        next.fetch(first, count);
-        next_residual.fetch(first, count);
-        const uint32_t* keep = mask(s, n, b, first, count, thread);
-        write(y, first, count, thread, [&](float* out) {
-          for (int64_t at = 0; at < count; at += s.line)
-            apply<SILU, DROP>(x + at, least(s.line, count - at), line, DROP ? keep + at : nullptr,
-                              op.dropout.keep_scale, out + at);
-        });
-      });
+      const bool sum = summed && s.index == 0;
+      of[s.index] = {argument(s, n, b, thread), view_of(s, channels_from(op.y, s.channel), n),
+                     following(s, sum ? op.x : s.x, n),
+                     following(s, sum ? op.residual : Tensor{}, n)};
+    });
+    walk(n, b, thread, [&](const Source& s, const float* x, int64_t first, int64_t count) {
+      const auto& own = of[s.index];
+      own.x.fetch(first, count);
+      own.residual.fetch(first, count);
+      const uint32_t* keep = mask(s, n, b, first, count, thread);
+      const Lines y = lines(s, own.y, first, buffer(thread, OUT));
+      float* out = y.data;
+      for (int64_t at = 0; at < count; at += y.length, out += y.pitch)
+        apply<SILU, DROP>(x + at, least(y.length, count - at), own.line, DROP ? keep + at : nullptr,
+                          op.dropout.keep_scale, out);
+      if (y.buffered) store(own.y, first, count, y.data);
     });
   }
 };

@@ -90,14 +90,15 @@ class Backward : public Pass {
       walk(s, n, b, thread, [&](const float* x, int64_t first, int64_t count) {
         const float* g = gradient(s, dx, n, thread, first);
         const float* u = more ? floats(grad_u, first, count, buffer(thread, OTHER)) : nullptr;
-        write(dx, first, count, thread, [&](float* out) {
-          for (int64_t at = 0; at < count; at += s.line) {
-            const int64_t length = least(s.line, count - at);
-            apply_gradient(x + at, g + at, length, line, slope, offset, u ? u + at : nullptr,
-                           out + at);
-            if (summing) add(out + at, 1, length, sum);
-          }
-        });
+        const Lines out = lines(s, dx, first, buffer(thread, OUT));
+        float* line_out = out.data;
+        for (int64_t at = 0; at < count; at += out.length, line_out += out.pitch) {
+          const int64_t length = least(out.length, count - at);
+          apply_gradient(x + at, g + at, length, line, slope, offset, u ? u + at : nullptr,
+                         line_out);
+          if (summing) add(line_out, 1, length, sum);
+        }
+        if (out.buffered) store(dx, first, count, out.data);
       });
       if (summing) fold(s, sum, part(n, b, 0));
     });
@@ -134,22 +135,31 @@ class Backward : public Pass {
 
   template <bool SILU, bool DROP>
   void gradient_block(int64_t n, int64_t b, int thread) {
+    struct {
+      Line line;
+      View grad, dx;
+      float *sum, *product;
+    } of[2];
     cut.for_sources(b, [&](const Source& s) {
-      float *sum = clear(s, thread, SUM), *product = clear(s, thread, SECOND);
-      const Line line = argument(s, n, b, thread);
-      const View grads = view_of(s, channels_from(backward.grad, s.channel), n);
-      const View dx = view_of(s, dx_of(s), n);
-      walk(s, n, b, thread, [&](const float* x, int64_t first, int64_t count) {
-        const float* grad = floats(grads, first, count, buffer(thread, OTHER));
-        const uint32_t* keep = mask(s, n, b, first, count, thread);
-        float* out = gradient(s, dx, n, thread, first);
-        for (int64_t at = 0; at < count; at += s.line)
-          add_gradient<SILU, DROP>(x + at, grad + at, least(s.line, count - at), line,
-                                   DROP ? keep + at : nullptr, op.dropout.keep_scale, out + at, sum,
-                                   product);
-      });
-      fold(s, sum, part(n, b, 0));
-      fold(s, product, part(n, b, 1));
+      of[s.index] = {argument(s, n, b, thread),
+                     view_of(s, channels_from(backward.grad, s.channel), n),
+                     view_of(s, dx_of(s), n), clear(s, thread, SUM), clear(s, thread, SECOND)};
+    });
+    walk(n, b, thread, [&](const Source& s, const float* x, int64_t first, int64_t count) {
+      const auto& own = of[s.index];
+      const Lines grad = lines(s, own.grad, first, buffer(thread, OTHER));
+      if (grad.buffered) load(own.grad, first, count, grad.data);
+      const uint32_t* keep = mask(s, n, b, first, count, thread);
+      float* out = gradient(s, own.dx, n, thread, first);
+      const float* g = grad.data;
+      for (int64_t at = 0; at < count; at += grad.length, g += grad.pitch)
+        add_gradient<SILU, DROP>(x + at, g, least(grad.length, count - at), own.line,
+                                 DROP ? keep + at : nullptr, op.dropout.keep_scale, out + at,
+                                 own.sum, own.product);
+    });
+    cut.for_sources(b, [&](const Source& s) {
+      fold(s, of[s.index].sum, part(n, b, 0));
+      fold(s, of[s.index].product, part(n, b, 1));
     });
   }
 };
