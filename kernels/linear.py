@@ -12,6 +12,7 @@ import triton.language as tl
 from fastddpm.kernels.group_norm_silu import pixels
 from fastddpm.kernels.storage import dot, load, operand, rounded, store
 from fastddpm.kernels.tiles import power_of_two, registers
+from fastddpm.precision import tf32_asked
 
 SPLITS = 128  # programs that a weight's gradient is cut into, about
 
@@ -42,15 +43,8 @@ class Tokens:
 
 
 def precision():
-    """How float32 operands are multiplied: as torch's own products are told to.
-
-    Since torch 2.9 by fp32_precision, which allow_tf32 writes as well, and which stands alone where
-    allow_tf32 raises because a setting of the one kind has followed a setting of the other.
-    """
-    matmul = torch.backends.cuda.matmul
-    asked = getattr(matmul, "fp32_precision", None)
-    tf32 = matmul.allow_tf32 if asked is None else asked == "tf32"
-    return "tf32" if tf32 else "ieee"
+    """How float32 operands are multiplied: as torch's own products are told to."""
+    return "tf32" if tf32_asked() else "ieee"
 
 
 @triton.jit
