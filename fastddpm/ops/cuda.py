@@ -61,5 +61,6 @@ group_norm_silu = _cuda.group_norm_silu
 group_norm_silu_backward = _cuda.group_norm_silu_backward
 attention_block = _cuda.attention_block
 attention_block_backward = _cuda.attention_block_backward
+residual_sum = _cuda.residual_sum
 discretized_log_likelihood = _cuda.discretized_log_likelihood
 unsupported = _cuda.unsupported
