@@ -47,13 +47,14 @@ def told(*settings):
 
 def state():
     """What every switch says, or that torch finds it contradicts another."""
-    found = {}
-    for name in dict.fromkeys(name for name, _ in SETTINGS):
-        try:
-            found[name] = getattr(*place(name))
-        except RuntimeError:
-            found[name] = "contradiction"
-    return found
+    return {name: said(*place(name)) for name in dict.fromkeys(name for name, _ in SETTINGS)}
+
+
+def said(where, name):
+    try:
+        return getattr(where, name)
+    except RuntimeError:
+        return "contradiction"
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,9 @@ def switches():
     torch.set_float32_matmul_precision("highest")
     told(("cudnn.allow_tf32", True))
     if NEWER:
-        told(*((n, "none") for n, _ in SETTINGS if n.endswith("fp32_precision") and "conv" not in n))
+        told(
+            *((n, "none") for n, _ in SETTINGS if n.endswith("fp32_precision") and "conv" not in n)
+        )
         told(("cudnn.conv.fp32_precision", "tf32"))
     assert state() == before
 
@@ -91,11 +94,15 @@ def test_only_float32_on_a_gpu_is_touched():
 
 
 def test_blocks_within_blocks_and_an_error():
-    with pytest.raises(ZeroDivisionError), float32_kept("fp32", GPU):
+    def fail():
         with float32_kept("fp32", GPU):
+            with float32_kept("fp32", GPU):
+                assert not convolutions_take_tf32()
             assert not convolutions_take_tf32()
-        assert not convolutions_take_tf32()
-        1 / 0  # noqa: B018
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        fail()
     assert convolutions_take_tf32()
 
 

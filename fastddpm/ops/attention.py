@@ -1,5 +1,5 @@
-"""attention_block on a GPU out of its libraries: our norm, cuBLAS's products with their bias, torch's
-fused attention, and a sum. Which of that and Triton's own block is taken stands here, too.
+"""attention_block on a GPU out of its libraries: our norm, cuBLAS's products with their bias,
+torch's fused attention, and a sum. Which of that and Triton's own block is taken stands here, too.
 
 The tokens of an image in NHWC are a view; one in NCHW is turned around once. Scores are never in
 memory where torch has fused attention. Nothing here is a kernel: the norm is a parameter, so that
@@ -74,15 +74,15 @@ def attention_block_backward(
         (dmixed,) = _heads(dout @ proj_weight.to(dout.dtype), x, num_heads, parts=1)
         mixed, *dheads = fused(q, k, v, dmixed)
         del q, k, v, dmixed
-        dproj = reference._linear_backward(dout, _merged(mixed), proj_weight, proj_bias)
+        dproj = _product_backward(dout, _merged(mixed), proj_weight, proj_bias)
         dqkv = torch.cat([_merged(d) for d in dheads], 1)
         del mixed, dheads
         dy = _image(dqkv @ qkv_weight.to(dqkv.dtype), x).to(x.dtype)
-        others = *reference._linear_backward(dqkv, tokens, qkv_weight, qkv_bias), *dproj
+        others = *_product_backward(dqkv, tokens, qkv_weight, qkv_bias), *dproj
     dx, dnorm_weight, dnorm_bias, *_ = norm_backward(
         dy, x, num_groups, norm_weight, norm_bias, eps, None, None, False
     )
-    return grad + dx, dnorm_weight, dnorm_bias, *others
+    return dx.add_(grad), dnorm_weight, dnorm_bias, *others
 
 
 def _tokens(x: Tensor, like: Tensor, weight: Tensor) -> Tensor:
@@ -108,6 +108,11 @@ def _merged(heads: Tensor) -> Tensor:
     """(N, heads, L, d) -> (N L, C): a view of what fused attention returns."""
     n, num_heads, length, d = heads.shape
     return heads.transpose(1, 2).reshape(n * length, num_heads * d)
+
+
+def _product_backward(grad, x, weight, bias):
+    """(dweight, dbias) of a product of tokens."""
+    return reference._linear_backward(grad.unsqueeze(0), x.unsqueeze(0), weight, bias)
 
 
 # ---- the gradient of fused attention -------------------------------------------------------------
@@ -159,8 +164,8 @@ def order(x: Tensor, qkv_weight: Tensor, num_heads: int, *, gradient: bool) -> t
     cuBLAS and flash attention come closer to a GPU's rate than Triton's products do. So the
     libraries are first, but where
 
-    - torch has no fused attention for the dtype, the width of a head, the card and its own switches,
-      or not in one launch, and the scores that would be written, L^2 a head, are more than q, k, v;
+    - torch has no fused attention for the dtype, the width of a head, the card and the switches, or
+      not in one launch, and the scores that would be written, L^2 a head, are more than q, k, v;
     - a gradient is to be deterministic (torch.use_deterministic_algorithms): Triton's sums have a
       fixed order, while a fused gradient adds atomically, slower or not at all without.
     """

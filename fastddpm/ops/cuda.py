@@ -1,5 +1,5 @@
-"""The CUDA backend, on torch's current stream. attention_block is its norm, cuBLAS and torch's fused
-attention.
+"""The CUDA backend, on torch's current stream. attention_block is its norm, cuBLAS and torch's
+fused attention.
 
 No CUDA call happens at import.
 """
@@ -11,7 +11,6 @@ import torch
 from fastddpm import _native
 from fastddpm.ops import attention
 from fastddpm.ops.native import Native, unbuilt
-
 
 # Whose kernels an op runs on that has none of its own.
 _KERNELS_OF = {
