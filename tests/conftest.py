@@ -155,3 +155,12 @@ def pytest_configure(config):
         raise pytest.UsageError(
             f"FASTDDPM_REQUIRE_BACKENDS: {sorted(unknown)} are not among {dispatch.BACKENDS}"
         )
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What came of the backend "cuda" here: on a card there are no such lines."""
+    for build in cuda_on_cpu.BUILDS:
+        calls = {name: n for (made, name), n in cuda_on_cpu.CALLS.items() if made == build}
+        if calls:
+            counts = ", ".join(f"{name} {n}" for name, n in sorted(calls.items()))
+            terminalreporter.write_line(f"calls of CUDA on the CPU, build {build}: {counts}")

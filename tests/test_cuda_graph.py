@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 from tape import Recorder
-from toy import PREDICTIONS, SCHEDULE, Optimal, tiny_unet, wave
+from toy import PREDICTIONS, SCHEDULE, Optimal, generator, tiny_unet, wave
 
 import fastddpm
 from fastddpm import Diffusion, Schedule, ops
@@ -196,6 +196,94 @@ def test_the_tape_is_a_fair_stand_in():
     drawn = graph.run(x, **stream)
     assert len(calls) == cuda_graph.WARM_UP + 1
     assert not torch.equal(drawn, eager.run(x, **stream))
+
+
+# ---- every op -----------------------------------------------------------------------------------
+
+
+def image(k, c=4):
+    return torch.randn(2, c, 3, 5, generator=generator(k))
+
+
+def per_sample(k, end):
+    return torch.randint(0, end, (2,), generator=generator(k))
+
+
+TABLE = SCHEDULE.table()
+# op -> (a function of tensors, those tensors for the k-th time)
+RECORDED = {
+    "randn": (
+        lambda index, step: ops.randn((2, 4, 3, 5), seed=3, step=step, sample_index=index),
+        lambda k: (per_sample(k, 99), per_sample(k + 9, 12)),
+    ),
+    "noise": (
+        lambda x, t, table, index: ops.noise(x, t, table, seed=3, sample_index=index)[0],
+        lambda k: (image(k), per_sample(k, 12), TABLE, per_sample(k + 9, 99)),
+    ),
+    "posterior_step": (
+        lambda x, y, t, table, index: ops.posterior_step(
+            x, y, t, table, seed=3, sample_index=index
+        ),
+        lambda k: (image(k), image(k + 5), per_sample(k, 12), TABLE, per_sample(k + 9, 99)),
+    ),
+    "posterior_step, of a seed on the device": (
+        lambda x, t, table, index, seed: ops.posterior_step(
+            x, x, t, table, seed=seed, sample_index=index
+        ),
+        lambda k: (
+            *(image(k), per_sample(k, 12), TABLE, per_sample(k + 9, 99)),
+            torch.tensor([(-1) ** k * (k + 2**40)]),
+        ),
+    ),
+    "group_norm_silu": (
+        lambda x, w, b: ops.group_norm_silu(x, 2, w, b),
+        lambda k: (image(k), image(k + 1)[0, :, 0, 0], image(k + 2)[0, :, 0, 0]),
+    ),
+    "group_norm_silu, of a sum": (
+        lambda x, r, b: torch.cat(
+            ops.group_norm_silu(x, 2, None, None, residual=r, before=b)
+        ),
+        lambda k: (image(k), image(k + 1), image(k + 2)[:, :, 0, 0]),
+    ),
+    "group_norm_silu, of two sources, with dropout": (
+        lambda x, x2, index, step: ops.group_norm_silu(
+            x, 2, None, None, x2=x2, dropout=0.5, seed=3, step=step, sample_index=index
+        ),
+        lambda k: (image(k), image(k + 1, 2), per_sample(k, 99), per_sample(k, 12)),
+    ),
+    "residual_sum": (ops.residual_sum, lambda k: (image(k), image(k + 1), image(k)[0, :, 0, 0])),
+    "attention_block": (
+        lambda x, qkv, proj: ops.attention_block(x, 2, None, None, qkv, None, proj, None),
+        lambda k: (image(k), image(k, 24)[0, :12, 0, :4], image(k + 1)[0, :, 0, :4]),
+    ),
+    "discretized_log_likelihood": (
+        ops.discretized_log_likelihood,
+        lambda k: (image(k).sign(), image(k + 1) * 0.1, image(k + 2) - 2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_an_op_is_recorded_and_replayed_on_other_values(backend, device, name):
+    function, make = RECORDED[name]
+    record = cuda_graph.record if device.type == "cuda" else Recorder()
+    first, second = ([x.to(device).contiguous() for x in make(k)] for k in (0, 1))
+    with torch.no_grad():
+        try:
+            expected = [function(*values) for values in (first, second)]
+        except ValueError as refused:
+            if "can't run on the backend" not in str(refused):
+                raise
+            pytest.skip(str(refused))
+        static = [x.clone() for x in first]
+        result = torch.empty_like(expected[0])
+        replay = record(lambda: result.copy_(function(*static)), device)
+        for values, y in zip((second, first), reversed(expected), strict=True):
+            for x, value in zip(static, values, strict=True):
+                x.copy_(value)
+            replay()
+            torch.testing.assert_close(result, y, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(expected[0], expected[1], atol=1e-3)
 
 
 # ---- weights that change ------------------------------------------------------------------------

@@ -28,50 +28,34 @@ def fake(shape, device, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=device)
 
 
-# op -> {argument: shape, or the value of one that is no tensor}; int64 and bool by their names.
-STREAM = {"seed": 1, "sample_index": (N,)}
+# op -> {argument: shape, or the value of one that is no tensor}
 OPERANDS = {
     "randn": {"shape": list(IMAGE), "seed": 1, "sample_index": (N,), "step": (N,)},
     "noise": {"x0": IMAGE, "t": (N,), "table": (1000, 8), "eps": IMAGE, "flip": (N,)},
-    "noise, drawn": {"x0": IMAGE, "t": (N,), "table": (1000, 8), **STREAM, "step": (N,)},
+    "noise, drawn": {
+        "x0": IMAGE, "t": (N,), "table": (1000, 8), "seed": 1, "sample_index": (N,), "step": (N,),
+    },
     "posterior_step": {
-        "xt": IMAGE,
-        "model_output": IMAGE,
-        "t": (N,),
-        "table": (1000, 8),
-        "z": IMAGE,
-        "log_variance": IMAGE,
-        "out": IMAGE,
+        "xt": IMAGE, "model_output": IMAGE, "t": (N,), "table": (1000, 8), "z": IMAGE,
+        "log_variance": IMAGE, "out": IMAGE,
     },
     "posterior_step, drawn": {
-        "xt": IMAGE,
-        "model_output": IMAGE,
-        "t": (N,),
-        "table": (1000, 8),
-        **STREAM,
-        "step": (N,),
+        "xt": IMAGE, "model_output": IMAGE, "t": (N,), "table": (1000, 8), "seed": (1,),
+        "sample_index": (N,), "step": (N,),
     },
     "group_norm_silu": {
-        "x": IMAGE,
-        "num_groups": 2,
-        "weight": (C,),
-        "bias": (C,),
-        "scale": (N, C),
-        "shift": (N, C),
+        "x": IMAGE, "num_groups": 2, "weight": (2 * C,), "bias": (2 * C,), "scale": (N, 2 * C),
+        "shift": (N, 2 * C), "before": (C,), "residual": IMAGE, "x2": IMAGE, "dropout": 0.5,
+        "seed": 1, "sample_index": (N,), "step": (N,),
     },
+    "residual_sum": {"x": IMAGE, "residual": IMAGE, "before": (N, C)},
     "attention_block": {
-        "x": IMAGE,
-        "num_groups": 2,
-        "norm_weight": (C,),
-        "norm_bias": (C,),
-        "qkv_weight": (3 * C, C),
-        "qkv_bias": (3 * C,),
-        "proj_weight": (C, C),
-        "proj_bias": (C,),
+        "x": IMAGE, "num_groups": 2, "norm_weight": (C,), "norm_bias": (C,),
+        "qkv_weight": (3 * C, C), "qkv_bias": (3 * C,), "proj_weight": (C, C), "proj_bias": (C,),
     },
     "discretized_log_likelihood": {"x": IMAGE, "mean": IMAGE, "log_scale": IMAGE},
-}
-DTYPES = {"flip": torch.bool, **dict.fromkeys(("t", "step", "sample_index"), torch.int64)}
+}  # fmt: skip
+DTYPES = {"flip": torch.bool, **dict.fromkeys(("t", "step", "seed", "sample_index"), torch.int64)}
 LEADS = ("x", "x0", "xt")  # what the others have to follow
 CASES = [
     (op, name)
