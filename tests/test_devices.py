@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from tape import Recorder
+from test_cuda_graph import Recorder
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from toy import SCHEDULE, images, tiny_unet, wave
