@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastddpm import _native, reference
-from fastddpm.arguments import check_pixels
+from fastddpm.arguments import check_one_device, check_pixels
 from fastddpm.checkpoint import named, read_tensors, write_tensors
 from fastddpm.diffusion import Diffusion
 from fastddpm.host import callers_level, own_state, plain, seeded, training
@@ -89,6 +89,8 @@ class Trainer:
                 "the model's weights were made under torch.inference_mode, so they can't be "
                 "trained: build or load the model outside it"
             )
+        if isinstance(self.network, UNet):
+            check_one_device(self.network)
         self.weights = MasterWeights(self.network)
         self.device = next(self.network.parameters()).device
         self.precision = resolve_precision(precision, self.device)
