@@ -1,4 +1,4 @@
-"""Groups of channels as tiles: what group_norm_silu, its gradient and attention_block share.
+"""Groups of channels as tiles: what group_norm_silu and its gradient share.
 
 A tile is (pixels, columns); a column is a channel of a sample, and the columns are whole groups,
 each padded to a power of two. Where channels lie side by side a tile is as many groups wide as make
@@ -383,42 +383,3 @@ def partial_statistics(cut, x, x2=None, *, residual=None, u=None, before=None):
         x, residual, u, x2, before, partial, maxnreg=registers(cut.warps), **cut.arguments()
     )
     return partial
-
-
-@triton.jit(do_not_specialize=["N"])
-def _statistics_kernel(
-    x, partial, out, eps, N, K, B, D,
-    G: tl.constexpr, CG: tl.constexpr, C1: tl.constexpr, PER: tl.constexpr,
-    BP: tl.constexpr, BN: tl.constexpr, GB: tl.constexpr, BG: tl.constexpr,
-    FLAT: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """(about, mean - about, rstd), (3, N, G), of slabs that are one tile, or by their partials."""
-    block, P, k = tl.program_id(0), B * D, tl.arange(0, BN * GB * BG)
-    n, c, live = columns(block, k, N, G, CG, BN, GB, BG, WIDE)
-    if partial is None:
-        p = places(0, BP, WIDE)
-        inside = live[None, :] & (p < P)[:, None]
-        h = load(pixels_of(x, n, c, p, D, FLAT), inside)
-        about, mean, rstd = statistics_once(h, inside, P * 1.0 * CG, eps, BG)
-    else:
-        about, mean, rstd = merged_statistics(
-            partial, block, N, K, P, eps, G, CG, PER, BP, BN, GB, BG, BK
-        )
-    size = N.to(tl.int64) * G
-    at = out + n * G + c // CG
-    first_of_group = live & (k % BG == 0)
-    tl.store(at, about, mask=first_of_group)
-    tl.store(at + size, mean, mask=first_of_group)
-    tl.store(at + 2 * size, rstd, mask=first_of_group)
-
-
-def statistics_of(x, num_groups, eps):
-    """(3, N, groups) float32: about, mean - about and rstd."""
-    out = torch.empty(3, x.shape[0], num_groups, dtype=torch.float32, device=x.device)
-    cut = Cut(num_groups, [x])
-    partial = None if cut.once else partial_statistics(cut, *cut.views)
-    _statistics_kernel[(cut.grid[0] // cut.chunks,)](
-        *cut.views, partial, out, eps, BK=power_of_two(cut.chunks),
-        maxnreg=registers(cut.warps), **cut.arguments(),
-    )  # fmt: skip
-    return out

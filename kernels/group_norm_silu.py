@@ -18,20 +18,15 @@ from fastddpm.kernels.group_norm import (
     of_second,
     parameter,
     partial_statistics,
-    pixels,
     pixels_of,
     places,
     sigmoid,
     source,
-    statistics_of,
     statistics_once,
 )
-from fastddpm.kernels.group_norm_silu_backward import group_norm_silu_backward
 from fastddpm.kernels.storage import store
 from fastddpm.kernels.tiles import like, power_of_two
 from fastddpm.reference import with_channels
-
-__all__ = ["group_norm_silu", "group_norm_silu_backward", "pixels", "statistics_of"]
 
 
 @triton.jit

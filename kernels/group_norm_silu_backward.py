@@ -258,7 +258,7 @@ def _parameter_gradients(sums, weight, bias, scale, shift, before, first):
     return new
 
 
-def group_norm_silu_gradients(
+def group_norm_silu_backward(
     grad, x, num_groups, weight, bias, eps, scale, shift, silu, before=None, x2=None, grad_u=None,
     dropout=0.0, seed=None, step=None, sample_index=None,
 ):  # fmt: skip
@@ -288,12 +288,3 @@ def group_norm_silu_gradients(
         )
         _gradient_kernel[cut.grid](*cut.views, *given, partial, sums, **options)
     return dx, *_parameter_gradients(sums, *parameters, x.shape[1]), dx2
-
-
-def group_norm_silu_backward(
-    grad, x, num_groups, weight, bias, eps, scale, shift, silu, *, residual=None
-):
-    """(dx, dweight, dbias, dscale, dshift) of a norm alone. residual: what to add to dx."""
-    return group_norm_silu_gradients(
-        grad, x, num_groups, weight, bias, eps, scale, shift, silu, grad_u=residual
-    )[:5]

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from fastddpm import reference
-from fastddpm.ops import dispatch
+from fastddpm.ops import attention, dispatch
 from fastddpm.ops.checks import INDEX_END, STEP_END, is_lazy, values_in
 from fastddpm.ops.dispatch import choose
 from fastddpm.ops.overlap import check_written
@@ -282,11 +282,11 @@ def _posterior_step_backward(ctx, grad):
 
 _POSTERIOR_STEP = (
     "(Tensor xt, Tensor model_output, Tensor t, Tensor table, Tensor? z, int? seed, Tensor? step, "
-    "Tensor? sample_index, bool clip, str prediction, Tensor? log_variance, Tensor? device_seed"
+    "Tensor? sample_index, bool clip, str prediction, Tensor? log_variance"
 )
 posterior_step = Op(
     "posterior_step",
-    _POSTERIOR_STEP + ") -> Tensor",
+    _POSTERIOR_STEP + ", Tensor? device_seed=None) -> Tensor",
     _posterior_step,
     _posterior_step_fake,
     _posterior_step_setup,
@@ -294,21 +294,26 @@ posterior_step = Op(
 )
 
 
-def _posterior_step_out(*arguments, choose=choose):
-    xt, model_output, t, table, z, _, step, sample_index, _, _, log_variance, seed, out = arguments
+def _posterior_step_out(
+    xt, model_output, t, table, z, seed, step, sample_index, clip, prediction, log_variance, out,
+    device_seed=None, choose=choose,
+):  # fmt: skip
     if not torch._C._are_functorch_transforms_active():  # there it is plain torch that writes
         check_written(
             "out", out, xt=xt, model_output=model_output, t=t, table=table, z=z, step=step,
-            sample_index=sample_index, log_variance=log_variance, seed=seed,
+            sample_index=sample_index, log_variance=log_variance, seed=device_seed,
         )  # fmt: skip
-    _posterior_step(*arguments, choose=choose)
+    _posterior_step(
+        xt, model_output, t, table, z, seed, step, sample_index, clip, prediction, log_variance,
+        device_seed, out, choose=choose,
+    )  # fmt: skip
     if not out.is_inference():  # a gradient that saved what is overwritten then says so
         torch.autograd.graph.increment_version(out)
 
 
 posterior_step_out = Op(
     "posterior_step_out",
-    _POSTERIOR_STEP + ", Tensor(a!) out) -> ()",
+    _POSTERIOR_STEP + ", Tensor(a!) out, Tensor? device_seed=None) -> ()",
     _posterior_step_out,
     lambda *_: None,
 )
@@ -536,7 +541,8 @@ def _attention_block(
     num_heads, eps, *, choose=choose,
 ):  # fmt: skip
     parameters = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
-    backend = choose("attention_block", x, *parameters)
+    order = attention.order(x, qkv_weight, num_heads, gradient=False) if x.is_cuda else None
+    backend = choose("attention_block", x, *parameters, order=order)
     return backend.attention_block(x, num_groups, *parameters, num_heads=num_heads, eps=eps)
 
 
@@ -579,7 +585,8 @@ attention_block = Op(
 
 def _attention_block_gradients(grad, x, num_groups, *parameters_and_options, choose=choose):
     *parameters, num_heads, eps = parameters_and_options
-    backend = choose("attention_block_backward", x, grad, *parameters)
+    order = attention.order(x, parameters[2], num_heads, gradient=True) if x.is_cuda else None
+    backend = choose("attention_block_backward", x, grad, *parameters, order=order)
     dx, *others = backend.attention_block_backward(grad, x, num_groups, *parameters, num_heads, eps)
     given = zip(others, parameters, strict=True)
     return dx, *(x.new_empty(0) if p is None else g.to(p.dtype) for g, p in given)
