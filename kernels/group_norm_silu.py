@@ -5,6 +5,7 @@ A slab that fits a tile is read once. A longer one is read twice: for its statis
 with a residual is written too, then to be normalised.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -25,7 +26,7 @@ from fastddpm.kernels.group_norm import (
     statistics_once,
 )
 from fastddpm.kernels.storage import store
-from fastddpm.kernels.tiles import like, power_of_two
+from fastddpm.kernels.tiles import like, power_of_two, registers
 from fastddpm.reference import with_channels
 
 
@@ -99,10 +100,13 @@ def group_norm_silu(
             )
             if u is not None:  # it is written: x, residual and before are in it
                 view, view_residual, view_u, added = view_u, None, None, None
+        # Half as many registers as there are let twice as many programs run. ptxas finds that by
+        # itself where it can; in float32 some spill for it.
+        bound = registers(cut.warps) if x.dtype == torch.float32 else None
         _group_norm_silu_kernel[cut.grid](
             view, view_residual, view_u, view_x2, view_y, added,
             *map(of_channels, (weight, bias, scale, shift)), partial, eps,
-            SILU=silu, BK=power_of_two(cut.chunks),
+            SILU=silu, BK=power_of_two(cut.chunks), maxnreg=bound,
             **dropout_arguments(cut, dropout, seed, step, sample_index), **cut.arguments(),
         )  # fmt: skip
     return y if residual is None else (y, u)
