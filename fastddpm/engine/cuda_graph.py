@@ -16,6 +16,7 @@ from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine.eager import Eager, OnStep
 from fastddpm.host import evaluating
 from fastddpm.ops.dispatch import report_slower
+from fastddpm.wrapped import parts
 
 Record = Callable[[Callable[[], None], torch.device], Callable[[], None]]
 WARM_UP = 3  # steps before a recording: libraries choose their kernels in the first
@@ -28,16 +29,27 @@ def unsupported(device: torch.device) -> str | None:
 
 def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """The work that `step` queues on the device, as a function that queues it again."""
-    with torch.cuda.device(device):
+    # A recording that fails leaves torch on the stream of the recording: the outer block leaves it.
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
                 step()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
+        graph, first = torch.cuda.CUDAGraph(), None
+        try:
+            with torch.cuda.graph(graph):
+                try:
+                    step()
+                except Exception as error:
+                    first = error
+                    raise
+        except Exception as last:  # the end of the recording fails as well, and says less
+            try:
+                raise first or last from None
+            finally:
+                first = None  # it holds this frame, and so the memory of the step
         return graph.replay
 
 
@@ -45,7 +57,8 @@ class CudaGraph(Eager):
     """Algorithm 2 as one graph launch a step.
 
     The model runs at the memory addresses and with the Python decisions of the recording: it may
-    depend on x and t in no other way than through tensors on the device. One that can't be recorded
+    depend on x and t in no other way than through tensors on the device. Weights that are written
+    to are seen; where they were replaced the model is recorded anew. One that can't be recorded
     runs step by step, which a warning says once. x and its shape are those of `run`; what on_step
     gets are the recording's own tensors, good until the next step."""
 
@@ -63,6 +76,7 @@ class CudaGraph(Eager):
         super().__init__(model, diffusion, device=device, **options)
         self._record = record
         self._recorded: dict[tuple[Any, ...], _Step] = {}
+        self._places = _places(self.model)
         self._refused = False
 
     @torch.no_grad()
@@ -96,6 +110,8 @@ class CudaGraph(Eager):
 
     def _get(self, xt: torch.Tensor, seed: int) -> _Step | None:
         """The recording for this shape and seed; None where none can be made."""
+        if (places := _places(self.model)) != self._places:
+            self._recorded, self._places = {}, places
         key = (tuple(xt.shape), seed)
         if key in self._recorded or self._refused:
             return self._recorded.get(key)
@@ -115,6 +131,17 @@ class CudaGraph(Eager):
 def _of_seed(recorded: dict[tuple[Any, ...], _Step], seed: int) -> dict[tuple[Any, ...], _Step]:
     """The recordings of this seed: the others' memory is given back, as a set has one seed."""
     return {key: step for key, step in recorded.items() if key[1] == seed}
+
+
+def _places(model: Model) -> list[tuple[Any, ...]]:
+    """Where in memory the model has its weights, and how: what a recording reads them by."""
+    plain = (torch.Tensor, torch.nn.Parameter)  # others may have no memory of their own
+    modules = (part for part in parts(model) if isinstance(part, torch.nn.Module))
+    return [
+        (x.data_ptr(), x.device, x.dtype, x.shape, x.stride()) if type(x) in plain else (id(x),)
+        for module in modules
+        for x in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    ]
 
 
 class _Step:
