@@ -3,25 +3,43 @@ beyond `forward(x, t)`. The parts are unet_parts.py's."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from fastddpm import ops
+from fastddpm import unet_walk
 from fastddpm.diffusion import Diffusion
 from fastddpm.memory import check_fits
 from fastddpm.schedule import Variance
-from fastddpm.unet_config import (
-    check_config,
-    check_freq_shift,
-    fewest_parameters,
+from fastddpm.unet_config import check_config, fewest_parameters
+from fastddpm.unet_parts import (
+    AttentionBlock,
+    Downsample,
+    GroupNorm,
+    Level,
+    Middle,
+    ResnetBlock,
+    TimeEmbedding,
+    Upsample,
+    convolution,
+    timestep_embedding,
 )
+
+__all__ = [
+    "AttentionBlock",
+    "Downsample",
+    "GroupNorm",
+    "Level",
+    "Middle",
+    "ResnetBlock",
+    "TimeEmbedding",
+    "UNet",
+    "Upsample",
+    "timestep_embedding",
+]
 
 
 class UNet(nn.Module):
@@ -133,7 +151,10 @@ class UNet(nn.Module):
         dtype = self.conv_in.weight.dtype
         temb = self.temb(self.sinusoids(t).to(dtype))
 
-        h = self.conv_in(x.to(dtype, memory_format=torch.channels_last))
+        h = x.to(dtype, memory_format=torch.channels_last)
+        if unet_walk.is_taken(self, h):
+            return unet_walk.walk(self, h, temb).to(x.dtype)
+        h = self.conv_in(h)
         skips = [h]
         for level in self.down:
             for j in range(len(level.block)):

@@ -93,6 +93,10 @@ class AttentionBlock(nn.Module):
         self.proj_out = initialised(nn.Linear(channels, channels), scale=0.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own = isinstance(self.norm, nn.GroupNorm) and all(map(is_linear, (self.qkv, self.proj_out)))
+        if not own or changed(self.norm):  # an adapter's layers, say, do more than their weights
+            mixed = attend(self.qkv(tokens(self.norm(x))), self.num_heads)
+            return x + image(self.proj_out(mixed), x)
         return ops.attention_block(
             x,
             self.norm.num_groups,
@@ -105,6 +109,37 @@ class AttentionBlock(nn.Module):
             num_heads=self.num_heads,
             eps=self.norm.eps,
         )
+
+
+def attend(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) v of (N, L, 3C): q, then k, then v, each head by head; (N, L, C)."""
+    q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def tokens(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (N, H W, C)."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def image(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(N, H W, C) -> (N, C, H, W)."""
+    return tokens.mT.unflatten(2, like.shape[2:])
+
+
+def is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and changed(module) is None
+
+
+def changed(module: nn.Module) -> str | None:
+    """What makes a call of the module more than its class's forward, or None."""
+    if "forward" in module.__dict__:  # as accelerate and others replace it
+        return "has a forward that is not its class's"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has a forward hook"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "has a backward hook"
+    return None
 
 
 class Downsample(nn.Module):
@@ -136,16 +171,35 @@ class Upsample(nn.Module):
         self.conv = convolution(channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.conv.weight, self.conv.bias
-        plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+        if self._regroups(x):
+            return self._regrouped(x, self.conv.bias)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+    def convolved(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """forward's with another bias."""
+        if self._regroups(x):
+            return self._regrouped(x, bias)
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv._conv_forward(x, self.conv.weight, bias)
+
+    def _regroups(self, x: torch.Tensor) -> bool:
+        plain = x.device.type == "cpu" and x.dtype == self.conv.weight.dtype == torch.float32
         images = x.shape[0] if self.training else 1
         many = images * x.shape[2] * x.shape[3] >= self.FEW
-        if not (plain and many) or torch.is_autocast_enabled("cpu"):
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        taps, pairs = weight.flip(2, 3), weight.new_zeros(*weight.shape[:2], 4, 4)
-        for i, j in itertools.product((0, 1), (0, 1)):
-            pairs[:, :, i : i + 3, j : j + 3] += taps
-        return F.conv_transpose2d(x, pairs.transpose(0, 1), bias, stride=2, padding=1)
+        return plain and many and not torch.is_autocast_enabled("cpu")
+
+    def _regrouped(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        weight = regrouped(self.conv.weight)
+        return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
+
+
+def regrouped(weight: torch.Tensor) -> torch.Tensor:
+    """Of a 3x3 convolution of repeated pixels: the weight (C_in, C_out, 4, 4) of the transposed
+    convolution of stride 2 and padding 1 that is the same sums."""
+    taps, pairs = weight.flip(2, 3), weight.new_zeros(*weight.shape[:2], 4, 4)
+    for i, j in itertools.product((0, 1), (0, 1)):
+        pairs[:, :, i : i + 3, j : j + 3] += taps
+    return pairs.transpose(0, 1)
 
 
 class Level(nn.Module):

@@ -19,6 +19,7 @@ from fastddpm.unet_parts import (
     ResnetBlock,
     TimeEmbedding,
     Upsample,
+    changed,
 )
 
 # What each part consists of: name -> its classes, or in brackets those of a list's members. The
@@ -43,6 +44,7 @@ _PARTS: dict[type, dict[str, Any]] = {
     Downsample: {"conv": _CONV},
     Upsample: {"conv": _CONV},
 }  # fmt: skip
+_WEIGHTED = frozenset((nn.Conv2d, nn.Linear))
 _WEIGHTS = frozenset((torch.Tensor, nn.Parameter, FakeTensor))  # no quantised or sharded ones
 
 # As they are when nobody has replaced them for all of their class.
@@ -90,34 +92,22 @@ def _find(model: nn.Module) -> tuple[nn.Module, str] | None:
             several = type(kinds) is list
             if several:
                 if type(part) is not nn.ModuleList:
-                    return part, "is not a part that it should have"
+                    return part, "is not a part that a plan knows"
                 members: Any = part._modules.values()
             else:
                 members = (part,)
             for member in members:
                 kind = type(member)
                 if kind not in kinds:
-                    return member, "is not a part that it should have"
-                if what := _changed(member):
+                    return member, "is not a part that a plan knows"
+                if what := changed(member):
                     return member, what
                 if inner := _PARTS.get(kind):
                     waiting.append((member, inner))
-                elif kind is nn.Conv2d or kind is nn.Linear:
-                    if type(member._parameters.get("weight")) not in _WEIGHTS:
-                        return member, "has a weight that is no plain tensor"
+                elif kind in _WEIGHTED and type(member._parameters.get("weight")) not in _WEIGHTS:
+                    return member, "has a weight that is no plain tensor"
             if name == "?nin_shortcut" and not _is_pointwise(part):
                 return part, "is not a 1x1 convolution"
-    return None
-
-
-def _changed(module: nn.Module) -> str | None:
-    own = module.__dict__
-    if "forward" in own:  # as accelerate and others replace it
-        return "has a forward that is not its class's"
-    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-        return "has a forward hook"
-    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return "has a backward hook"
     return None
 
 
