@@ -148,6 +148,7 @@ class UNet(nn.Module):
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The model's output for x_t (N, C, H, W) at the 0-based steps t (N,)."""
         self.check_input(x, t)
+        self._check_devices(x, t)
         dtype = self.conv_in.weight.dtype
         temb = self.temb(self.sinusoids(t).to(dtype))
 
@@ -196,6 +197,12 @@ class UNet(nn.Module):
             raise ValueError(
                 f"t must be ({x.shape[0]},), a step for each image; got shape {tuple(t.shape)}"
             )
+
+    def _check_devices(self, x: torch.Tensor, t: torch.Tensor) -> None:
+        own = self.conv_in.weight.device
+        for name, tensor in (("x", x), ("t", t)):
+            if tensor.device != own:
+                raise ValueError(f"{name} must be on {own} like the model; got {tensor.device}")
 
     # ---- the paper's models ---------------------------------------------------------------------
 

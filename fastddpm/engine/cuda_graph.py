@@ -6,7 +6,7 @@ What is recorded is here, and what a recording needs; the step itself is eager.p
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,22 +35,29 @@ def unsupported(device: torch.device) -> str | None:
 def record(step: Action, rewind: Action, device: torch.device) -> Action:
     """The work that `step` queues on the device, as a function that queues it again. rewind: what
     makes another step possible, queued before each that runs."""
-    with torch.cuda.device(device):
-        before, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(before)
+    # A recording that fails leaves torch on the stream of the recording: the outer block leaves it.
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
                 rewind()
                 step()
-        before.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+        torch.cuda.current_stream().wait_stream(side)
+        graph, first = torch.cuda.CUDAGraph(), None
         try:
             # thread_local: another thread may allocate, on another device say, while this records.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                step()
-        except BaseException:
-            torch.cuda.set_stream(before)  # which torch leaves to a recording that ends well
-            raise
+                try:
+                    step()
+                except Exception as error:
+                    first = error
+                    raise
+        except Exception as last:  # the end of the recording fails as well, and says less
+            try:
+                raise first or last from None
+            finally:
+                first = None  # it holds this frame, and so the memory of the step
         return graph.replay
 
 
@@ -104,7 +111,7 @@ class CudaGraph(Eager):
         super().__init__(model, diffusion, device=device, **options)
         self._record = record
         self._recorded: dict[tuple[int, ...], Step] = {}
-        self._places: list[Any] = []
+        self._places: list[tuple[Any, ...]] = []
         self._refused = False
 
     @torch.no_grad()
@@ -172,7 +179,7 @@ class CudaGraph(Eager):
         self.follow()
         if self._refused:
             return None
-        if self._places != (places := list(_places(self.model))):
+        if self._places != (places := _places(self.model)):
             self._recorded, self._places = {}, places
         recorded = self._find(tuple(xt.shape))
         return self._make(xt) if recorded is None else recorded
@@ -196,7 +203,7 @@ class CudaGraph(Eager):
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            self._refuse(_cause(error))
+            self._refuse(first_line(error))
             return None
         return self._recorded[shape]
 
@@ -206,22 +213,15 @@ class CudaGraph(Eager):
         report_slower(f"fastddpm samples with the engine 'eager', not '{self.name}': {why}")
 
 
-def _cause(error: BaseException) -> str:
-    """The first line of what made a recording fail, which torch may have left for an error of its
-    own on the way out."""
-    while isinstance(error.__context__, RuntimeError):
-        error = error.__context__
-    return first_line(error)
-
-
-def _places(model: Model) -> Iterator[Any]:
-    """Where the weights and buffers lie that a model's recording reads."""
-    around = [model] if isinstance(model, torch.nn.Module) else parts(model)
-    for part in around:
-        if isinstance(part, torch.nn.Module):
-            for x in (*part.parameters(), *part.buffers()):
-                plain = type(x) in (torch.Tensor, torch.nn.Parameter)
-                yield (x.data_ptr(), x.dtype, x.stride()) if plain else id(x)
+def _places(model: Model) -> list[tuple[Any, ...]]:
+    """Where in memory the model has its weights, and how: what a recording reads them by."""
+    plain = (torch.Tensor, torch.nn.Parameter)  # others may have no memory of their own
+    modules = (part for part in parts(model) if isinstance(part, torch.nn.Module))
+    return [
+        (x.data_ptr(), x.device, x.dtype, x.shape, x.stride()) if type(x) in plain else (id(x),)
+        for module in modules
+        for x in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    ]
 
 
 class Step:
