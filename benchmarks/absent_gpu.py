@@ -125,7 +125,7 @@ def _answer() -> None:
         "synchronize": lambda _=None: None, "is_current_stream_capturing": lambda: False,
         "get_rng_state": lambda *_: state, "set_rng_state": lambda *_: None,
         "mem_get_info": lambda _=None: (H100.total_memory, H100.total_memory),
-        "memory_allocated": lambda _=None: 0,
+        "memory_allocated": lambda _=None: 0, "default_generators": (torch.Generator(),),
     }  # fmt: skip
     import torch.cuda.random
 
@@ -147,6 +147,12 @@ def _answer() -> None:
         return nhwc if either else torch.contiguous_format
 
     torch._C._conv_determine_backend_memory_format = memory_format
+
+    # Asks for plain tensors, which those without values are not.
+    torch.nn.utils.clip_grad._has_foreach_support = lambda *_: True  # type: ignore[attr-defined]
+    cuda = torch.backends.cuda
+    cuda.can_use_flash_attention = lambda p, *_: is_flash(p.query)  # type: ignore[assignment]
+    cuda.can_use_efficient_attention = lambda p, *_: p.query.dtype != torch.float64  # type: ignore
 
     import triton
     from triton.backends.compiler import GPUTarget
@@ -175,13 +181,20 @@ def _is_nhwc(x: Any) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
+def is_flash(q: Any) -> bool:
+    """Whether torch's flash attention takes queries like these."""
+    import torch
+
+    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
+
+
 def flash_or_efficient(q: Any, k: Any, v: Any, *_: Any, **options: Any) -> Any:
     """scaled_dot_product_attention by the kernel that torch takes on this GPU without a mask: flash
     in half precision up to 256 columns a head, else the memory-efficient one."""
     import torch
 
     dropout, scale = options.get("dropout_p", 0.0), options.get("scale")
-    if q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256:
+    if is_flash(q):
         return torch.ops.aten._scaled_dot_product_flash_attention(
             q, k, v, dropout, False, False, scale=scale
         )[0]

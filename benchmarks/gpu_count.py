@@ -35,10 +35,11 @@ aten = torch.ops.aten
 FREE = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_",
     "is_pinned", "is_same_size", "_has_compatible_shallow_copy_type", "record_stream", "lift_fresh",
-    "_version", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset",
+    "squeeze_", "unsqueeze_", "t_", "transpose_", "as_strided_", "detach_", "_version", "sym_size",
+    "sym_stride", "sym_numel", "sym_storage_offset",
 }  # fmt: skip
 WAITS = {"_local_scalar_dense", "is_nonzero", "equal"}
-PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "linear", "_addmm_activation"}
+PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "_addmm_activation"}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -101,13 +102,16 @@ class Counter(TorchDispatchMode):
         finally:
             self.kind, self.given, self.written = before
 
+    def knows(self, x: Tensor) -> bool:
+        """x was given to the op that runs, or it has written it."""
+        return _storage(x) in self.given | self.written
+
     def launch(self, name: str, *args: Any, **more: Any) -> None:
         """One launch of a kernel of ours with these arguments: what it was not given it writes."""
         tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
-        known = self.given | self.written
-        reads = [x for x in tensors if _storage(x) in known]
+        reads = [x for x in tensors if self.knows(x)]
         # In place (posterior_step's out=) it writes what it was given first.
-        writes = [x for x in tensors if _storage(x) not in known] or tensors[:1]
+        writes = [x for x in tensors if not self.knows(x)] or tensors[:1]
         self.written |= _storages(writes)
         self.add(name, "other", reads, writes, **more)
 
@@ -123,13 +127,19 @@ class Counter(TorchDispatchMode):
             return out
         if name in WAITS and any(_on_gpu(x) for x in tree_leaves(args)):
             self.waits += not self.paused
-            return {"is_nonzero": False, "equal": True}.get(name, 0.0)
+            # What a step that goes well reads: finite, equal, 0.
+            return True if args[0].dtype == torch.bool or name == "equal" else 0.0
+        if namespace == "prim":
+            return func(*args, **kwargs)
+        if name not in SPECIAL and _is_composite(
+            func
+        ):  # reached below autograd, from an op of ours
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         out = func(*args, **kwargs)
-        if (
-            namespace == "prim"
-            or name in FREE
-            or not any(map(_on_gpu, tree_leaves((args, kwargs, out))))
-        ):
+        if name in FREE or not any(map(_on_gpu, tree_leaves((args, kwargs, out)))):
             return out
         special = SPECIAL.get(name)
         if special is not None:
@@ -139,6 +149,10 @@ class Counter(TorchDispatchMode):
                 f"{namespace}::{name}", kind_of(name, args, out), *operands(func, args, kwargs, out)
             )
         return out
+
+
+def _is_composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 def _on_gpu(x: Any) -> bool:
@@ -246,13 +260,10 @@ def convolution_backward(counter: Counter, func: Any, args: tuple, kwargs: dict,
 def product(counter: Counter, func: Any, args: tuple, kwargs: dict, out: Tensor) -> None:
     name = func._schema.name.split("::")[-1]
     tensors = [x for x in args if isinstance(x, Tensor)]
-    bias = tensors.pop(0) if name in ("addmm", "baddbmm", "_addmm_activation") else None
+    bias = None if name in ("mm", "bmm") else tensors.pop(0)
     a, b = tensors[:2]
-    if name == "linear":
-        bias, m, n, k = (tensors[2:] or [None])[0], a.numel() // a.shape[-1], *b.shape
-    else:
-        m, n, k = a.numel() // a.shape[-1], b.shape[-1], a.shape[-1]
-    if bias is not None and bias.dim() > 1 and bias.stride()[-2]:
+    m, n, k = a.numel() // a.shape[-1], b.shape[-1], a.shape[-1]
+    if bias is not None and bias.dim() > 1 and bias.stride()[-2] and not name.endswith("_"):
         counter.add("copy of what a product is added to", "other", bias, out)
         bias = out
     work = {"operations": 2.0 * m * n * k, "dtype": precision(a), "product": (m, n, k)}

@@ -82,7 +82,8 @@ def of_engine(make: Callable, model: UNet, batch: int, graph: bool, who: str) ->
     """A step of an engine of ours, as it would be recorded where it records."""
     counter = Counter(batch)
 
-    def record(step: Callable[[], None], _: torch.device) -> Callable[[], None]:
+    def record(step: Callable[[], None], *_: Any) -> Callable[[], None]:
+        step()  # what is made at its first use is not recorded
         with counter:
             step()
         return lambda: None
@@ -147,8 +148,8 @@ def sampling(batch: int, quick: bool) -> dict[str, Callable[[], Step]]:
             graph, half(model), batch, True, "fastddpm cuda_graph"
         ),
         "fastddpm eager": lambda: of_engine(plain, half(model), batch, False, "fastddpm eager"),
-        "module by module, recorded": lambda: of_engine(
-            graph, module_by_module(half(model)), batch, True, "module by module, recorded"
+        "fastddpm by modules": lambda: of_engine(
+            graph, module_by_module(half(model)), batch, True, "fastddpm by modules"
         ),
         "diffusers channels_last": lambda: of_peer(model, batch, None, "diffusers channels_last"),
         COMPILE: lambda: of_peer(model, batch, "default", COMPILE),
