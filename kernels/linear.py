@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastddpm.kernels.group_norm_silu import pixels
+from fastddpm.kernels.group_norm import pixels
 from fastddpm.kernels.storage import dot, load, operand, rounded, store
 from fastddpm.kernels.tiles import MAX_PIXELS, merged, power_of_two, registers
 from fastddpm.precision import tf32_asked
