@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,8 @@ from fastddpm.kernels import (
     residual_sum,
 )
 
+WIDE = re.compile(r"cp\.async\.c[ag]\S* \[.*\], \[.*\], 0x10|ld\.global\S*\.v4\.[bu]32")
+ELEMENT = re.compile(r"(?:ld|st)\.global\S*\.b16")  # of two bytes
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -73,11 +76,9 @@ def report(kernel: CompiledKernel, dtype: str) -> None:
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
     }
+    line["wide"] = len(WIDE.findall(kernel.asm["ptx"]))  # loads of 16 bytes a thread
     line |= {"registers": int(words["REG"]), "stack": int(words["STACK"])}
-    line["vectors"], line["elements"] = (
-        sum(kernel.asm["ptx"].count(f"{way}.global.{width}") for way in ("ld", "st"))
-        for width in ("v4", "b16")
-    )
+    line["elements"] = len(ELEMENT.findall(kernel.asm["ptx"]))
     print(json.dumps(line), flush=True)
 
 

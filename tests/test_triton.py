@@ -31,10 +31,14 @@ ELEMENTWISE = {
     f"_{op}_kernel"
     for op in ("randn", "noise", "posterior_step", "residual_sum", "discretized_log_likelihood")
 }
-NORM = {name for name in KERNELS if "norm" in name or "gradient" in name} - {
-    "_parameter_gradients_kernel",
-    "_weight_gradient_kernel",
-} | {"_partial_statistics_kernel"}
+NORM = {
+    "_group_norm_silu_kernel", "_group_norm_silu_backward_kernel", "_partial_statistics_kernel",
+    "_gradient_sums_kernel", "_gradient_kernel",
+}  # fmt: skip
+TOKENS = {  # whose tiles are tokens in NHWC, or their buffers
+    "_linear_kernel", "_weight_gradient_kernel", "_attention_kernel", "_delta_kernel",
+    "_dq_kernel", "_dkv_kernel",
+}  # fmt: skip
 DTYPES = "bfloat16", "float32", "float16"  # the first in every way that a kernel is compiled
 COMPILED = {80: DTYPES, 90: DTYPES, 100: DTYPES[:1]}  # by compute capability
 ARCHITECTURES = 80, 86, 89, 90, 100, 120
@@ -424,7 +428,9 @@ def compiled(tmp_path_factory):
     ("capability", "dtype"), [(c, dtype) for c, dtypes in COMPILED.items() for dtype in dtypes]
 )
 def test_every_kernel_compiles(compiled, capability, dtype):
-    check_compiled([k for k in compiled if (k["sm"], k["dtype"]) == (capability, dtype)])
+    those = [k for k in compiled if (k["sm"], k["dtype"]) == (capability, dtype)]
+    check_compiled(those)
+    assert {k["kernel"] for k in those if k["wide"]} >= TOKENS
 
 
 @needs_triton
@@ -436,7 +442,7 @@ def test_images_are_walked_in_vectors(compiled):
         of_images = [k for k in compiled if (k["sm"], k["dtype"]) == (capability, DTYPES[0])]
         for name in (*NORM, "_residual_sum_kernel"):
             first = next(k for k in of_images if k["kernel"] == name)  # those of NHWC come first
-            assert first["vectors"] > 0, first
+            assert first["wide"] > 0, first
             assert first["elements"] == 0, first
 
 
