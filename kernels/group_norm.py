@@ -80,8 +80,10 @@ class Cut:
         self.warps = power_of_two(min(max(tile * self.bn * kept // (32 * EACH), 4), WARPS))
         blocks = triton.cdiv(self.n, self.bn) * triton.cdiv(num_groups, self.gb)
         self.grid = (blocks * self.chunks,)
-        # Whether the columns of each block are of one source.
+        # Whether the columns of each block are of one source, of two.
         self.split = len(given) == 2 and same and self.first % (self.gb * self.per_group) == 0
+        # Whether vectors may be short, or loaded for two sources at once.
+        self.mixed = padded or (len(given) == 2 and not self.split)
 
     @property
     def quads(self):
