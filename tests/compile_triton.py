@@ -127,11 +127,16 @@ def launch_plain_norm(x: torch.Tensor, groups: int) -> None:
 
 def launch_batches(dtype: torch.dtype) -> None:
     """What must not know how many samples there are."""
+    table = Schedule.linear().table()
     for n in (1, 2, 16, 33):
-        small, large = image(n, 64, 8, 8, dtype=dtype), image(n, 64, 64, 64, dtype=dtype)
-        for x in (small, large):
-            launch_norm(x, 8)
-        residual_sum.residual_sum(small, small, torch.zeros(n, 64))
+        x, t = image(n, 64, 8, 8, dtype=dtype), torch.arange(n)
+        for norm_of in (x, image(n, 64, 64, 64, dtype=dtype)):
+            launch_norm(norm_of, 8)
+        residual_sum.residual_sum(x, x, torch.zeros(n, 64))
+        philox.randn(x.shape, seed=3, step=t, sample_index=t)
+        noise.noise(x, t, table, eps=x)
+        posterior_step.posterior_step(x, x, t, table, seed=3, sample_index=t)
+        discretized_log_likelihood.discretized_log_likelihood(x, x, x)
 
 
 def launch_every_kernel(dtype: torch.dtype) -> None:
