@@ -106,7 +106,7 @@ def launch_attention(x: torch.Tensor, groups: int, heads: int) -> None:
 def launch_norm(x: torch.Tensor, groups: int, x2: torch.Tensor | None = None) -> None:
     """group_norm_silu of cat(x, x2) and its gradient, with all that they can take in."""
     n, c = x.shape[0], x.shape[1] + (0 if x2 is None else x2.shape[1])
-    vector, matrix, before = torch.zeros(c), torch.zeros(n, c), torch.zeros(n, x.shape[1])
+    vector, matrix, before = (x.new_zeros(size) for size in (c, (n, c), (n, x.shape[1])))
     stream = {"dropout": 0.1, "seed": 3, "step": torch.arange(n), "sample_index": torch.arange(n)}
     y, _ = group_norm_silu.group_norm_silu(
         x, groups, vector, vector, scale=matrix, shift=matrix,
@@ -118,7 +118,7 @@ def launch_norm(x: torch.Tensor, groups: int, x2: torch.Tensor | None = None) ->
 
 
 def launch_plain_norm(x: torch.Tensor, groups: int) -> None:
-    vector = torch.zeros(x.shape[1])
+    vector = x.new_zeros(x.shape[1])
     group_norm_silu.group_norm_silu(x, groups, vector, vector)
     group_norm_silu_backward.group_norm_silu_backward(
         x, x, groups, vector, vector, 1e-6, None, None, True

@@ -432,15 +432,15 @@ def test_every_kernel_compiles(compiled, capability, dtype):
 
 @needs_triton
 def test_images_are_walked_in_vectors(compiled):
-    """In NHWC, bfloat16, with all that the norm can take in: no element of an image is loaded or
-    stored by itself.
+    """In NHWC, bfloat16, with all that the norm can take in: but for its five parameters no element
+    is loaded or stored by itself.
     """
     for capability in COMPILED:
         of_images = [k for k in compiled if (k["sm"], k["dtype"]) == (capability, DTYPES[0])]
         for name in (*NORM, "_residual_sum_kernel"):
             first = next(k for k in of_images if k["kernel"] == name)  # those of NHWC come first
             assert first["wide"] > 0, first
-            assert first["elements"] == 0, first
+            assert first["elements"] <= 5, first
 
 
 @needs_triton
