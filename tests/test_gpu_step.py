@@ -214,7 +214,9 @@ def test_our_engines(tmp_path):
     """A small U-Net, without torch.compile: a table, a file, the assumptions."""
     pytest.importorskip("diffusers")
     file = tmp_path / "step.json"
-    only = "--only=fastddpm cuda_graph,fastddpm cuda_plan,fastddpm by modules,diffusers channels_last"
+    only = (
+        "--only=fastddpm cuda_graph,fastddpm cuda_plan,fastddpm by modules,diffusers channels_last"
+    )
     done = run("--quick", "--batches=2", "--train=0", f"--json={file}", only)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Modelled, not measured" in done.stdout
