@@ -9,7 +9,7 @@ import importlib.abc
 import importlib.util
 import os
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 NAME, CAPABILITY, FREE, TOTAL = "A faked card", (9, 0), 60 << 30, 80 << 30
 
@@ -18,16 +18,14 @@ def device_count() -> int:
     return int(os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"))
 
 
-def put_into(cuda: ModuleType) -> None:
-    """Make torch.cuda say that the card is there."""
-    cuda.device_count = device_count
-    cuda.is_available = lambda: device_count() > 0
-    cuda.get_device_name = lambda device=None: NAME
-    cuda.get_device_capability = lambda device=None: CAPABILITY
-    cuda.mem_get_info = lambda device=None: (FREE, TOTAL)
-    cuda.get_device_properties = lambda device=None: SimpleNamespace(
-        name=NAME, major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=TOTAL
-    )
+# What torch.cuda then says.
+SAYS = {
+    "device_count": device_count,
+    "is_available": lambda: device_count() > 0,
+    "get_device_name": lambda device=None: NAME,
+    "get_device_capability": lambda device=None: CAPABILITY,
+    "mem_get_info": lambda device=None: (FREE, TOTAL),
+}
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -43,10 +41,11 @@ class Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             load(module)
-            put_into(module)
+            vars(module).update(SAYS)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-sys.meta_path.insert(0, Finder())
+if __name__ == "sitecustomize":  # and not a test that wants to know what it says
+    sys.meta_path.insert(0, Finder())
