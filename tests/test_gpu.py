@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import SCHEDULE, images, tiny_unet, wave
 
 import fastddpm
-from fastddpm import Diffusion, bits_per_dim
+from fastddpm import Diffusion, bits_per_dim, ops
 from fastddpm.data import open_dataset
 from fastddpm.doctor import doctor
+from fastddpm.engine import make_engine
 from fastddpm.figures import to_uint8
 from fastddpm.training import Trainer
 
@@ -210,6 +211,17 @@ def test_what_waits_is_found(device):
     for wait in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: x[x > 0]):
         with pytest.raises(RuntimeError), no_wait(device):
             wait()
+
+
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+def test_a_chain_waits_for_nothing(device, engine):
+    model, index = unet(device), torch.arange(2, device=device)
+    x = ops.randn((2, 1, 8, 8), seed=0, step=SCHEDULE.T, sample_index=index)
+    chain = make_engine(engine, model, model.diffusion, device=device, precision="fp32")
+    first = chain.run(x, seed=0, sample_index=index)  # compiles, records
+    with no_wait(device):
+        again = chain.run(x, seed=0, sample_index=index)
+    close(again, first, 1e-6)
 
 
 # ---- too little memory, and two cards ------------------------------------------------------------

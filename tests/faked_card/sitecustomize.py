@@ -1,15 +1,15 @@
-"""A machine with one CUDA card, as far as torch says: in a Python that finds this folder on its
-path, and in that one's children. Nobody can compute on it, so that what goes there fails.
+"""A machine with one CUDA card, as far as torch says, and a fastddpm that was built for it: in a
+Python that finds this folder on its path, and in that one's children. Nobody can compute on it, so
+that what goes there fails.
 
 CUDA_VISIBLE_DEVICES hides it like any other."""
 
 from __future__ import annotations
 
 import importlib.abc
-import importlib.util
 import os
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 NAME, CAPABILITY, FREE, TOTAL = "A faked card", (9, 0), 60 << 30, 80 << 30
 
@@ -28,20 +28,40 @@ SAYS = {
 }
 
 
+def no_kernel(*arguments: object) -> None:
+    raise RuntimeError("nothing can be computed on a faked card")
+
+
+def as_built_for_it(native: ModuleType) -> None:
+    """The native module as one with CUDA kernels."""
+    if native.C is not None and not hasattr(native.C, "cuda"):
+        names = (name for name in dir(native.C.cpu) if not name.startswith("_"))
+        native.C.cuda = SimpleNamespace(**dict.fromkeys(names, no_kernel))
+        about = {**native.C.build_info(), "cuda": "13.0", "cuda_architectures": "90-real"}
+        native.C.build_info = lambda: about
+
+
+CHANGES = {
+    "torch.cuda": lambda cuda: vars(cuda).update(SAYS),
+    "fastddpm._native": as_built_for_it,
+}
+
+
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds torch.cuda as the others do, and puts the card into it once it is loaded: torch itself
-    is imported by those that need it only."""
+    """Finds these modules as the others do and changes them once they are loaded, by those that
+    need them."""
 
     def find_spec(self, name, path=None, target=None):
-        if name != "torch.cuda":
+        if name not in CHANGES:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(name, path, target) for finder in others)
+        spec = next(spec for spec in found if spec is not None)
         load = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             load(module)
-            vars(module).update(SAYS)
+            CHANGES[name](module)
 
         spec.loader.exec_module = exec_module
         return spec
