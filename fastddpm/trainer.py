@@ -23,7 +23,7 @@ from fastddpm.host import callers_level, own_state, plain, seeded, training
 from fastddpm.master_weights import DTYPES, MasterWeights
 from fastddpm.ops import dispatch
 from fastddpm.options import check_flag, check_integer, check_number
-from fastddpm.precision import Precision, autocast, resolve_precision
+from fastddpm.precision import Precision, autocast, float32_kept, resolve_precision
 from fastddpm.pretrained import save_config, save_model
 from fastddpm.run_folder import STATE
 from fastddpm.run_settings import architecture, compare, differing, read_settings
@@ -44,7 +44,8 @@ class Trainer:
     diffusion: None: the model's own, or the paper's; another becomes the own one of a UNet, whose
                weights it is trained for from here on
     precision: "fp32", "bf16" (autocast, float32 weights) or "auto" (bf16 where the hardware
-               multiplies it)
+               multiplies it). On a GPU "fp32" is float32, in convolutions too, unless torch is told
+               to take TF32 in matrix products (fastddpm.precision)
     lr, warmup: Adam's rate, reached linearly over the first `warmup` steps; betas (0.9, 0.999), eps
                 1e-8
     ema_decay: weight of the past in the average of the weights; grad_clip: largest norm of the
@@ -143,7 +144,11 @@ class Trainer:
         self.weights.zero_gradients()
         module = self.model if isinstance(self.model, torch.nn.Module) else self.network
         dropout = (self.seed * 0x9E3779B97F4A7C15 + self.step_count) % 2**63
-        with training(module), seeded(dropout, self.device):
+        with (
+            training(module),
+            seeded(dropout, self.device),
+            float32_kept(self.precision, self.device),
+        ):
             with autocast(self.precision, self.device):
                 loss = self.diffusion.loss(
                     self.model, x0, t=t, flip=flip, seed=self.seed, sample_index=index

@@ -14,7 +14,7 @@ import torch
 
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.host import evaluating
-from fastddpm.precision import autocast, resolve_precision
+from fastddpm.precision import autocast, float32_kept, resolve_precision
 from fastddpm.schedule import Sampler
 from fastddpm.unet import UNet
 
@@ -26,7 +26,8 @@ class Eager:
 
     precision "bf16": a UNet runs as a bfloat16 copy, any other module under autocast; "auto" is
     bf16 for a UNet where the hardware multiplies it, float32 for everything else. x_t and the
-    update stay float32."""
+    update stay float32. On a GPU "fp32" is float32, in convolutions too, unless torch is told to
+    take TF32 in matrix products (fastddpm.precision)."""
 
     name = "eager"
 
@@ -47,7 +48,9 @@ class Eager:
         self.diffusion, self.device = diffusion, device
         self.step_options: dict[str, Any] = {"sampler": sampler, "eta": eta, "clip": clip}
         self.model = model
-        self._context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+        self._context: Callable[[], contextlib.AbstractContextManager] = functools.partial(
+            float32_kept, self.precision, device
+        )
         if isinstance(model, UNet) and self.precision == "bf16":
             self.model = copy.deepcopy(model).to(device, torch.bfloat16).eval()
         elif self.precision == "bf16":

@@ -11,6 +11,7 @@ from fastddpm.batching import Batches, batch_size_for
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine import runnable
 from fastddpm.host import evaluating, own_state
+from fastddpm.precision import float32_kept
 from fastddpm.progress import tqdm
 from fastddpm.sampling import Steps
 from fastddpm.schedule import check_count
@@ -64,7 +65,11 @@ def bits_per_dim(
     if batch_size is None:
         batch_size = min(64, batch_size_for(runnable(model), x0.shape[1:], "fp32", x0.device))
     batches = Batches(check_count("batch_size", batch_size))
-    with tqdm(unit="step", desc="bits/dim", disable=not progress) as bar, evaluating(model):
+    with (
+        tqdm(unit="step", desc="bits/dim", disable=not progress) as bar,
+        evaluating(model),
+        float32_kept("fp32", x0.device),
+    ):
 
         def terms_of(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return process.vlb_terms(
