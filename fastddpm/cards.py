@@ -3,16 +3,17 @@ it, and how torch is set to multiply on it. Nothing is computed on them."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastddpm import _native
 from fastddpm.diffusion import Model
 from fastddpm.engine import choose
-from fastddpm.ops import dispatch
+from fastddpm.ops import attention, dispatch
+from fastddpm.precision import convolutions_take_tf32, tf32_asked
 from fastddpm.presence import first_line
 
+BLOCK = (256, 256, 16, 16), (768, 256)  # x and its qkv_weight
 ATTENTION = {
     "cuda": "our norm, cuBLAS and torch's fused attention",
     "triton": "one block of Triton kernels",
@@ -48,7 +49,7 @@ def _about(card: torch.device, model: Model) -> list[tuple[str, str]]:
             f"{card} engine 'auto'",
             f"{engine.name} in {precision} for a UNet, eager for others",
         ),
-        (f"{card} attention", _attention(card)),
+        (f"{card} attention", _attention(card, precision)),
     ]
 
 
@@ -67,25 +68,21 @@ def kernels(capability: tuple[int, int]) -> str:
     )
 
 
-def _attention(card: torch.device) -> str:
-    """The way of attention_block, whose backend is chosen by the case."""
-    backends = dispatch.matrix()["attention_block"]
-    used = next((name for name, entry in backends.items() if entry["cuda"]), "reference")
+def _attention(card: torch.device, precision: str) -> str:
+    """The way of attention_block, for a block of the paper's U-Nets of 32x32 images."""
+    with FakeTensorMode():  # a shape, a type and a device, and no memory of the card
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        x, weight = (torch.empty(shape, dtype=dtype, device=card) for shape in BLOCK)
+    preferred = attention.order(x, weight, 1, gradient=False)
+    order = preferred if dispatch.forced() == "auto" else (dispatch.forced(),)
+    able = (n for n in order if dispatch.load(n).unsupported("attention_block", x, weight) is None)
+    used = next(able, "reference")
     return f"{ATTENTION.get(used, used)} (backend {used})"
 
 
 def _products() -> str:
-    """How torch is set to multiply float32."""
-    convolutions = torch.backends.cudnn
-    switches = {
-        "matrix products": torch.backends.cuda.matmul,
-        "convolutions": getattr(convolutions, "conv", convolutions),
-    }
-    said = (f"{'TF32' if _tf32(switch) else 'float32'} in {k}" for k, switch in switches.items())
-    return ", ".join(said) + ", by torch's settings"
-
-
-def _tf32(switch: Any) -> bool:
-    """Since torch 2.9 fp32_precision says so, which the older allow_tf32 writes as well."""
-    asked = getattr(switch, "fp32_precision", None)
-    return bool(switch.allow_tf32) if asked is None else asked == "tf32"
+    """How a model of precision "fp32" multiplies: see fastddpm.precision."""
+    if tf32_asked():
+        return "TF32, as torch is set to (torch.backends.cuda.matmul)"
+    switched = ", whatever cuDNN's own switch allows" if convolutions_take_tf32() else ""
+    return f"float32 in matrix products, attention and convolutions{switched}"

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_a_card_what_it_has_and_what_auto_takes_on_it(faked, monkeypatch):
         r"cuda:0 kernels +machine code of sm_90",
         r"cuda:0 engine 'auto' +cuda_\w+ in bf16 for a UNet, eager for others",
         r"cuda:0 attention +\w.* \(backend \w+\)",
-        r"float32 on a GPU +float32 in matrix products, \w+ in convolutions, by torch's settings",
+        r"float32 on a GPU +(float32 in matrix products, attention and convolutions|TF32)",
         r"triton +(\d+\.\d+|not installed)",
     ):
         assert re.search(f"^  {line}", devices, re.MULTILINE), devices
@@ -151,16 +152,31 @@ def test_kernels_that_were_not_built(monkeypatch):
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_how_float32_is_multiplied(faked, monkeypatch, tf32):
+def test_how_float32_is_multiplied(faked, tf32):
     faked()
-    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, convolutions.allow_tf32
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
     try:
-        matmul.allow_tf32 = convolutions.allow_tf32 = tf32
-        name = "TF32" if tf32 else "float32"
-        assert f"{name} in matrix products, {name} in convolutions" in section("devices")
+        matmul.allow_tf32 = tf32
+        said = "TF32, as torch is set to" if tf32 else "float32 in matrix products, attention and"
+        assert said in section("devices")
     finally:
-        matmul.allow_tf32, convolutions.allow_tf32 = before
+        matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton", "reference"])
+def test_the_way_of_attention_is_the_one_that_is_taken(faked, monkeypatch, backend):
+    """The first that can, in the order of the case."""
+    faked()
+
+    def load(name):
+        return SimpleNamespace(unsupported=lambda *_: None if name == backend else "not here")
+
+    monkeypatch.setattr(cards, "dispatch", SimpleNamespace(load=load, forced=lambda: "auto"))
+    for capability, precision in (((9, 0), "bf16"), ((7, 0), "fp32")):
+        faked(get_device_capability=lambda card, capability=capability: capability)
+        said = cards._attention(torch.device("cuda", 0), precision)
+        assert said == f"{cards.ATTENTION[backend]} (backend {backend})"
 
 
 def test_versions_and_devices():
