@@ -224,6 +224,40 @@ def test_a_chain_waits_for_nothing(device, engine):
     close(again, first, 1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_of_training_waits_for_nothing(precision):
+    """Between two looks at whether all was finite, which are 50 steps apart on a GPU."""
+    device = torch.device("cuda")
+    trainer = Trainer(unet(device), **{**RECIPE, "precision": precision})
+    batch = images(4, 1, 8, 8).to(device)
+    for _ in range(3):  # compiles, records
+        trainer.step(batch)
+    with no_wait(device):
+        for _ in range(3):
+            loss = trainer.step(batch)
+    assert loss.isfinite()
+
+
+@pytest.mark.gpu
+def test_steps_that_are_not_finite_are_left_out_and_found_at_the_next_look():
+    trainer = Trainer(unet(torch.device("cuda")), **RECIPE)
+    batch = images(4, 1, 8, 8)
+    trainer.step(batch)
+    weights = [p.detach().clone() for p in trainer.network.parameters()]
+    broken = trainer.network.conv_out.weight.detach()
+    whole = broken.clone()
+    broken.fill_(torch.inf)
+    for _ in range(2):
+        trainer.step(batch)
+    with pytest.raises(FloatingPointError, match="step 1: loss .* were left out"):
+        trainer.check_finite()
+    broken.copy_(whole)
+    assert trainer.step_count == 1
+    assert all(map(torch.equal, weights, trainer.network.parameters()))
+    assert trainer.step(batch).isfinite()
+
+
 # ---- too little memory, and two cards ------------------------------------------------------------
 
 
