@@ -250,7 +250,7 @@ def test_steps_that_are_not_finite_are_left_out_and_found_at_the_next_look():
     broken.fill_(torch.inf)
     for _ in range(2):
         trainer.step(batch)
-    with pytest.raises(FloatingPointError, match="step 1: loss .* were left out"):
+    with pytest.raises(FloatingPointError, match=r"step 1: loss .* were left out"):
         trainer.check_finite()
     broken.copy_(whole)
     assert trainer.step_count == 1
