@@ -322,6 +322,16 @@ def test_bf16_is_measured_by_torchs_own(in_process, monkeypatch, tmp_path, capsy
     assert "diffusers NCHW bf16, batch 1 is off by 0.1" in capsys.readouterr().err
 
 
+def test_every_engine_of_a_gpu_takes_part_there(throughput):
+    """The plan too, which runs U-Nets only."""
+    engines = [name for name in throughput.OURS if name != "fastddpm cpu_plan"]
+    missing = throughput.contestants.missing
+    for precision in ("fp32", "bf16"):
+        assert {name: missing(name, precision, "cuda") for name in engines} == dict.fromkeys(
+            engines
+        )
+
+
 def test_openvino_that_runs_in_another_precision_does_not_take_part(
     throughput, monkeypatch, tmp_path
 ):
