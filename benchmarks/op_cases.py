@@ -301,6 +301,8 @@ def cases(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
     ]
     feature_maps += [(n, 128, 32, 32) for n in large[1:]]
     attention_maps = [(n, 32, 4, 4) if quick else (n, 256, 16, 16) for n in batches]
+    if device.type == "cuda":
+        attention_maps += [(n, 256, 16, 16) for n in large[1:]]
     for dtype in dtypes:
         for drawn in (False, True):
             for shape in pixels:
