@@ -192,6 +192,42 @@ def norm_case(shape, dtype, backward: bool) -> Case:
     )  # fmt: skip
 
 
+def fused_case(shape, dtype, sources: bool) -> Case:
+    """The norm with what stands before it: a bias and a residual, their sum written too; or two
+    sources of `shape` each.
+    """
+    n, c = shape[:2]
+    x, other = images(shape, dtype), images(shape, dtype)
+    before = torch.randn(n, c).to(dtype)
+    channels = 2 * c if sources else c
+    weight, bias = torch.randn(channels).to(dtype), torch.randn(channels).to(dtype)
+    given = {"x2": other} if sources else {"before": before, "residual": other}
+
+    def fused():
+        return ops.group_norm_silu(x, GROUPS, weight, bias, **given)
+
+    def eager():
+        if sources:
+            h = torch.cat((x, other), 1)
+        else:
+            h = x + before[:, :, None, None] + other
+        y = F.silu(F.group_norm(h, GROUPS, weight, bias, 1e-6))
+        return y if sources else (y, h)
+
+    def formula(x=x, weight=weight, bias=bias, given=given):
+        return reference.group_norm_silu(x, GROUPS, weight, bias, **given)
+
+    def truth():
+        exact = {name: value.double() for name, value in given.items()}
+        return formula(x.double(), weight.double(), bias.double(), exact)
+
+    return Case(
+        "group_norm_silu, " + ("two sources" if sources else "bias and residual"), shape, dtype,
+        {"fastddpm": fused, "eager": eager, "compile": formula}, truth,
+        x.numel() * 4 * dtype.itemsize,
+    )  # fmt: skip
+
+
 def attention_case(shape, dtype, backward: bool) -> Case:
     n, c, h, w = shape
     x, grad = images(shape, dtype), images(shape, dtype)
@@ -281,6 +317,9 @@ def cases(quick: bool) -> Iterator[Callable[[], Case]]:
                 yield lambda s=shape, d=dtype, b=backward: norm_case(s, d, b)
             for shape in attention_maps:
                 yield lambda s=shape, d=dtype, b=backward: attention_case(s, d, b)
+        for sources in (False, True):
+            for shape in feature_maps:
+                yield lambda s=shape, d=dtype, two=sources: fused_case(s, d, two)
         for shape in pixels:
             yield lambda s=shape, d=dtype: likelihood_case(s, d)
 
