@@ -59,7 +59,9 @@ def test_ops(benchmark, tmp_path, capsys):
     assert report["environment"]["torch"] == torch.__version__
     assert report["environment"]["isa"] in printed
     rows = report["rows"]
-    for op in ("noise", "posterior_step", "group_norm_silu", "attention_block"):
+    norms = ("", ", bias and residual", ", two sources")
+    names = [f"group_norm_silu{what}" for what in norms]
+    for op in ("noise", "posterior_step", *names, "attention_block"):
         assert {row["dtype"] for row in rows if row["op"] == op} == {"float32", "bfloat16"}
     for row in rows:
         assert float(row["GB/s"]) > 0 or row["GB/s"] == "0.00"
