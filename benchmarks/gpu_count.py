@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastddpm.ops import library
+from fastddpm.precision import tf32_asked
 
 OURS = {
     "randn": "posterior", "noise": "posterior", "drawn_noise": "posterior",
@@ -61,7 +62,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def precision(x: Tensor) -> str:
-    if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    if x.dtype == torch.float32 and tf32_asked():
         return "tf32"
     return DTYPES.get(x.dtype, "fp32")
 
