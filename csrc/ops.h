@@ -119,7 +119,8 @@ constexpr int64_t GROUP_NORM_CHUNKS = 32;
 
 inline int64_t group_norm_workspace(const Shape& shape, int64_t groups, bool backward) {
   const int64_t statistics = 3 * groups * GROUP_NORM_CHUNKS;
-  return shape.n * (statistics + (backward ? 2 * shape.c * (GROUP_NORM_CHUNKS + 1) : 0));
+  const int64_t sums = shape.c * (3 * GROUP_NORM_CHUNKS + 2);
+  return shape.n * (statistics + (backward ? sums : 0));
 }
 
 // The gradient of group_norm_silu; statistics and dropout's mask are computed again. Sums have a

@@ -314,6 +314,7 @@ void def_cuda(py::module_& m) {
   def_posterior_step<cuda::posterior_step>(m);
   def_group_norm_silu<cuda::group_norm_silu>(m);
   def_group_norm_silu_backward<cuda::group_norm_silu_backward>(m);
+  def_residual_sum<cuda::residual_sum>(m);
   def_discretized_log_likelihood<cuda::discretized_log_likelihood>(m);
   m.def("group_norm_workspace", [](int64_t n, int64_t c, int64_t groups, bool backward) {
     if (n < 0 || c < 0 || groups < 0 || n > MAX_SIZE || c > MAX_SIZE || groups > MAX_SIZE)
