@@ -34,6 +34,10 @@ class Native:
         """What group_norm_silu needs beside its outputs: nothing on the CPU."""
         return None
 
+    def sum_over_samples(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C) -> (C,)."""
+        return x.sum(0)
+
     def unsupported(self, op: str, *tensors: torch.Tensor | None, **options) -> str | None:
         """Why this backend can't run `op` on these tensors, or None if it can."""
         if self.module is None:
@@ -136,7 +140,8 @@ class Native:
             self.workspace(grad, num_groups, backward=True),
         )  # fmt: skip
         if dbefore is not None:
-            dbefore = (dbefore if before.dim() == 2 else dbefore.sum(0)).to(before.dtype)
+            total = dbefore if before.dim() == 2 else self.sum_over_samples(dbefore)
+            dbefore = total.to(before.dtype)
         return (
             dx,
             dweight,
