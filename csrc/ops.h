@@ -44,6 +44,7 @@ struct Table {  // float32, contiguous
 struct Random {  // the stream of sample n is (seed, step[n], sample_index[n]); see philox.h
   uint64_t seed;
   PerSample step, sample_index;
+  const int64_t* device_seed;  // CUDA: where the seed is read instead, when a kernel runs; or null
 };
 
 // Standard normals of the RNG contract: out is (n, numel), contiguous, f32, bf16 or f16.
@@ -95,11 +96,21 @@ struct PosteriorStep {
   Table table;
 };
 
-// y = silu((1 + scale) (weight (x - mean) / sqrt(var + eps) + bias) + shift), statistics per sample
-// and group; silu is the identity if `silu` is false. Statistics are centred: a mean of 1000 with a
-// spread of 0.1 is fine.
+// An element is kept where its word is at least `threshold`, and then multiplied by keep_scale; 0:
+// all are kept as they are. Elements count channels last: pixel * C + channel.
+struct Dropout {
+  float keep_scale;    // 1 / (1 - p)
+  uint32_t threshold;  // floor(p 2^32)
+  Random random;
+};
+
+// y = dropout(silu((1 + scale) (weight (h - mean) / sqrt(var + eps) + bias) + shift)) of
+// h = cat(u, x2) over the channels, u = x + residual + before; statistics per sample and group;
+// silu is the identity if `silu` is false. Statistics are centred: a mean of 1000 with a spread of
+// 0.1 is fine. With a residual, u is rounded to its storage type and written, and h has what was
+// written.
 struct GroupNormSilu {
-  Shape shape;
+  Shape shape;  // of y: c = c1 + the channels of x2
   int64_t groups;
   float eps;
   bool silu;
@@ -108,6 +119,11 @@ struct GroupNormSilu {
   Matrix scale, shift;  // (N, C)
   float *mean, *rstd;   // (N, groups) contiguous, or null
   float* workspace;     // CUDA: group_norm_workspace() floats; the CPU needs none
+  int64_t c1;           // channels of x, residual and u
+  Tensor x2;            // (N, C - c1, H, W) or null
+  Tensor residual, u;   // (N, c1, H, W), both or neither
+  Matrix before;        // (N, c1), or (c1,), or null
+  Dropout dropout;
 };
 
 // CUDA: a sample's group of channels that is too large for a block's shared memory is cut into at
@@ -119,12 +135,24 @@ inline int64_t group_norm_workspace(const Shape& shape, int64_t groups, bool bac
   return shape.n * (statistics + (backward ? 2 * shape.c * (GROUP_NORM_CHUNKS + 1) : 0));
 }
 
-// The gradient of group_norm_silu; statistics are computed again from x. Sums have a fixed order.
+// The gradient of group_norm_silu; statistics and dropout's mask are computed again. Sums have a
+// fixed order. Where there was a residual, x is the u that was written, and `before` is null.
 struct GroupNormSiluBackward {
-  GroupNormSilu forward;   // y, mean and rstd are not used
-  Tensor grad, dx;         // like x
+  GroupNormSilu forward;   // y, mean, rstd, residual and u are not used
+  Tensor grad;             // like y
+  Tensor dx;               // like x: with grad_u added, so the gradient of a residual as well
   float *dweight, *dbias;  // (C,) or null
   float *dscale, *dshift;  // (N, C) contiguous, or null
+  Tensor grad_u;           // like x, or null
+  Tensor dx2;              // like x2, or null
+  float* dbefore;          // (N, c1) contiguous, or null: sums of dx
+};
+
+// u = x + residual + before, rounded once.
+struct ResidualSum {
+  Shape shape;
+  Tensor x, residual, u;  // residual: or null
+  Matrix before;          // (N, C), or (C,), or null
 };
 
 // y = x + proj(softmax(q k^T / sqrt(d)) v), with q, k, v = split(qkv(GroupNorm(x))) over the pixels
@@ -163,6 +191,7 @@ void noise(const Noise& op, int threads);
 void posterior_step(const PosteriorStep& op, int threads);
 void group_norm_silu(const GroupNormSilu& op, int threads);
 void group_norm_silu_backward(const GroupNormSiluBackward& op, int threads);
+void residual_sum(const ResidualSum& op, int threads);
 void attention_block(const AttentionBlock& op, int threads);
 void attention_block_backward(const AttentionBlockBackward& op, int threads);
 void discretized_log_likelihood(const DiscretizedLogLikelihood& op, int threads);
@@ -175,6 +204,7 @@ void noise(const Noise& op, void* stream);
 void posterior_step(const PosteriorStep& op, void* stream);
 void group_norm_silu(const GroupNormSilu& op, void* stream);
 void group_norm_silu_backward(const GroupNormSiluBackward& op, void* stream);
+void residual_sum(const ResidualSum& op, void* stream);
 void discretized_log_likelihood(const DiscretizedLogLikelihood& op, void* stream);
 }  // namespace cuda
 

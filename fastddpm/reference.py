@@ -53,6 +53,7 @@ def random_words(numel: int, *, seed: int, step: Tensor | int, sample_index: Ten
     index = sample_index[:, None]
     step = torch.as_tensor(step, dtype=torch.int64, device=index.device).reshape(-1, 1)
     blocks = torch.arange((numel + 3) // 4, dtype=torch.int64, device=index.device)
+    seed = int(seed)  # of a tensor, too
     words = (blocks & MASK32, step & MASK32, index & MASK32, (index >> 32) & MASK32)
     return philox4x32(torch.stack(torch.broadcast_tensors(*words), dim=-1), seed).flatten(1)
 
@@ -195,41 +196,113 @@ def posterior_step_backward(
 # ---- group_norm_silu -----------------------------------------------------------------------------
 
 
-def group_norm_silu(x, num_groups, weight, bias, eps=1e-6, *, scale=None, shift=None, silu=True):
-    """silu((1 + scale) (weight (x - mean) / sqrt(var + eps) + bias) + shift).
+def group_norm_silu(
+    x, num_groups, weight, bias, eps=1e-6, *,
+    scale=None, shift=None, silu=True, before=None, residual=None, x2=None,
+    dropout=0.0, seed=None, step=None, sample_index=None,
+):  # fmt: skip
+    """dropout(silu((1 + scale) (weight (h - mean) / sqrt(var + eps) + bias) + shift)) of
+    h = cat(u, x2), u = x + residual + before; with a residual, (that, u).
 
-    Mean and variance per sample and group; without `silu` the outer function is the identity.
+    Mean and variance per sample and group; without `silu` the outer function is the identity. A u
+    that is returned is rounded to the dtype of x before it is normalised.
     """
-    y, _ = _normalise(x.to(_compute(x)), num_groups, eps)
+    h = u = residual_sum(x, residual, before) if residual is not None else _offset(x, before)
+    if x2 is not None:
+        h = torch.cat((u.to(_compute(x)), x2.to(_compute(x))), 1)
+    y, _ = _normalise(h.to(_compute(x)), num_groups, eps)
     y = _modulate(_modulate(y, weight, bias), _gain(scale, y), shift)
-    return _as(x, F.silu(y) if silu else y)
+    y = F.silu(y) if silu else y
+    if dropout:
+        y = y * dropout_factors(y, dropout, seed=seed, step=step, sample_index=sample_index)
+    y = with_channels(x, y.shape[1]).copy_(y) if x2 is not None else _as(x, y)
+    return y if residual is None else (y, u)
 
 
-def group_norm_silu_backward(grad, x, num_groups, weight, bias, eps, scale, shift, silu):
-    """(dx, dweight, dbias, dscale, dshift) of `group_norm_silu`; None for what was not given."""
-    xhat, rstd = _normalise(x.to(_compute(x)), num_groups, eps)
-    u = _modulate(xhat, weight, bias)
-    gain = _gain(scale, u)
-    dv = grad.to(u.dtype)
+def group_norm_silu_backward(
+    grad, x, num_groups, weight, bias, eps, scale, shift, silu, before=None, x2=None, grad_u=None,
+    dropout=0.0, seed=None, step=None, sample_index=None,
+):  # fmt: skip
+    """(dx, dweight, dbias, dscale, dshift, dbefore, dx2) of `group_norm_silu`; None for what was
+    not given.
+
+    Where there was a residual, x is the u that was returned and `before` is None: dx, with the
+    gradient grad_u of u in it, is the gradient of x and of the residual.
+    """
+    compute = _compute(x)
+    h = _offset(x, before)
+    if x2 is not None:
+        h = torch.cat((h, x2.to(compute)), 1)
+    xhat, rstd = _normalise(h, num_groups, eps)
+    v = _modulate(xhat, weight, bias)
+    gain = _gain(scale, v)
+    dv = grad.to(compute)
+    if dropout:
+        dv = dv * dropout_factors(dv, dropout, seed=seed, step=step, sample_index=sample_index)
     if silu:
-        v = _modulate(u, gain, shift)
-        sigmoid = torch.sigmoid(v)
-        dv = dv * sigmoid * (1 + v * (1 - sigmoid))
+        out = _modulate(v, gain, shift)
+        sigmoid = torch.sigmoid(out)
+        dv = dv * sigmoid * (1 + out * (1 - sigmoid))
     du = _modulate(dv, gain, None)
     dxhat = _modulate(du, weight, None)
-    groups = (x.shape[0], num_groups, math.prod(x.shape[1:]) // num_groups)
-    d, h = dxhat.reshape(groups), xhat.reshape(groups)
-    dx = d - d.mean(-1, keepdim=True) - h * (d * h).mean(-1, keepdim=True)
+    groups = (h.shape[0], num_groups, math.prod(h.shape[1:]) // num_groups)
+    d, g = dxhat.reshape(groups), xhat.reshape(groups)
+    dh = d - d.mean(-1, keepdim=True) - g * (d * g).mean(-1, keepdim=True)
+    dx, dx2 = (rstd * dh).reshape(h.shape), None
+    if x2 is not None:
+        dx, dx2 = dx.split((x.shape[1], x2.shape[1]), 1)
+        dx2 = _as(x2, dx2)
+    if grad_u is not None:
+        dx = dx + grad_u.to(compute)
 
     pixels = tuple(range(2, x.dim()))
     batch = (0, *pixels)
     return (
-        _as(x, (rstd * dx).reshape(x.shape)),
+        _as(x, dx),
         None if weight is None else (du * xhat).sum(batch).to(weight.dtype),
         None if bias is None else du.sum(batch).to(bias.dtype),
-        None if scale is None else _sum(dv * u, pixels).to(scale.dtype),
+        None if scale is None else _sum(dv * v, pixels).to(scale.dtype),
         None if shift is None else _sum(dv, pixels).to(shift.dtype),
+        None if before is None else sum_for_before(dx, before.dim(), before.dtype),
+        dx2,
     )
+
+
+def residual_sum(x, residual=None, before=None):
+    """x + residual + before, the latter (C,) or (N, C) over the channels; rounded once."""
+    u = _offset(x, before)
+    return _as(x, u if residual is None else u + residual.to(u.dtype))
+
+
+def dropout_factors(y, p: float, *, seed, step, sample_index) -> Tensor:
+    """What dropout multiplies the elements of y (N, C, ...) with: 0, or 1 / (1 - p) where the word
+    of the RNG contract is at least p 2^32. Elements count channels last: pixel * C + channel.
+    """
+    n, c, *sizes = y.shape
+    numel = c * math.prod(sizes)
+    words = random_words(numel, seed=seed, step=step, sample_index=sample_index)[:, :numel]
+    words = words.reshape(n, -1, c).transpose(1, 2).reshape(y.shape)
+    return (words >= int(p * 2**32)).to(y.dtype) * (1 / (1 - p))
+
+
+def with_channels(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor like x (N, C, ...), channels last where x is, but of so many."""
+    shape = (x.shape[0], channels, *x.shape[2:])
+    last = x.dim() == 4 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
+    order = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=order)
+
+
+def sum_for_before(dx: Tensor, dims: int, dtype: torch.dtype) -> Tensor:
+    """The gradient of a `before` of so many dimensions, given that of what it was added to."""
+    pixels = tuple(range(2, dx.dim()))
+    dx = dx.to(_compute(dx))
+    return _sum(dx, pixels if dims == 2 else (0, *pixels)).to(dtype)
+
+
+def _offset(x: Tensor, before: Tensor | None) -> Tensor:
+    """x + before, in the dtype to compute in."""
+    return _modulate(x.to(_compute(x)), None, before)
 
 
 def _normalise(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -296,7 +369,7 @@ def attention_block_backward(
     dy, *dparameters = attention_backward(
         grad, y, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads
     )
-    dx, dnorm_weight, dnorm_bias, _, _ = group_norm_silu_backward(
+    dx, dnorm_weight, dnorm_bias, *_ = group_norm_silu_backward(
         dy, x, num_groups, norm_weight, norm_bias, eps, None, None, False
     )
     return _as(x, grad + dx), dnorm_weight, dnorm_bias, *dparameters

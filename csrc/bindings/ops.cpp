@@ -105,23 +105,58 @@ void def_posterior_step(py::module_& m) {
         });
 }
 
+// What group_norm_silu and its gradient read alike. Leaves the reader at the shape of y.
+GroupNormSilu group_norm_silu_of(Reader& read, py::handle x, int64_t groups, py::handle weight,
+                                 py::handle bias, double eps, py::handle scale, py::handle shift,
+                                 bool silu, py::handle before, py::handle x2, double dropout,
+                                 py::handle seed, py::handle step, py::handle sample_index) {
+  Shape shape = read.set_shape(x, "x");
+  GroupNormSilu op{};
+  op.c1 = shape.c;
+  op.eps = norm_eps(eps), op.silu = silu;
+  op.x = read.tensor(x, "x");
+  if (!before.is_none())
+    op.before = read.is_vector(before, "before") ? read.weight(before, "before", shape.c)
+                                                 : read.weight(before, "before", shape.n, shape.c);
+  if (!x2.is_none()) {
+    const int64_t more = read.channels_of(x2, "x2");
+    read.set_channels(more);
+    op.x2 = read.tensor(x2, "x2");
+    shape.c += more;
+    read.set_channels(shape.c);
+  }
+  op.shape = shape;
+  op.groups = divisor("num_groups", groups, shape.c);
+  op.weight = read.matrix(weight, "weight", false), op.bias = read.matrix(bias, "bias", false);
+  op.scale = read.matrix(scale, "scale", true), op.shift = read.matrix(shift, "shift", true);
+  op.dropout = read.dropout(dropout, seed, step, sample_index);
+  return op;
+}
+
 template <auto run>
 void def_group_norm_silu(py::module_& m) {
   m.def("group_norm_silu", [](py::handle x, py::handle y, int64_t groups, py::handle weight,
                               py::handle bias, double eps, py::handle scale, py::handle shift,
-                              bool silu, py::handle mean, py::handle rstd, py::handle workspace,
-                              int64_t where) {
+                              bool silu, py::handle before, py::handle residual, py::handle u,
+                              py::handle x2, double dropout, py::handle seed, py::handle step,
+                              py::handle sample_index, py::handle mean, py::handle rstd,
+                              py::handle workspace, int64_t where) {
     Reader read(is_cuda(run));
-    const Shape shape = read.set_shape(x, "x");
-    launch(run,
-           GroupNormSilu{
-               shape, divisor("num_groups", groups, shape.c), norm_eps(eps), silu,
-               read.tensor(x, "x"), read.output(y, "y"), read.matrix(weight, "weight", false),
-               read.matrix(bias, "bias", false), read.matrix(scale, "scale", true),
-               read.matrix(shift, "shift", true), read.floats(mean, "mean", shape.n, groups),
-               read.floats(rstd, "rstd", shape.n, groups),
-               read.floats(workspace, "workspace", group_norm_workspace(shape, groups, false))},
-           where);
+    GroupNormSilu op = group_norm_silu_of(read, x, groups, weight, bias, eps, scale, shift, silu,
+                                          before, x2, dropout, seed, step, sample_index);
+    op.y = read.output(y, "y");
+    op.mean = read.floats(mean, "mean", op.shape.n, groups);
+    op.rstd = read.floats(rstd, "rstd", op.shape.n, groups);
+    op.workspace =
+        read.floats(workspace, "workspace", group_norm_workspace(op.shape, groups, false));
+    if (residual.is_none() != u.is_none())
+      throw py::value_error("residual and u must both be given, or neither");
+    if (!residual.is_none()) {
+      read.set_channels(op.c1);
+      op.residual = read.tensor(residual, "residual");
+      op.u = read.output(u, "u");
+    }
+    launch(run, op, where);
   });
 }
 
@@ -129,32 +164,51 @@ template <auto run>
 void def_group_norm_silu_backward(py::module_& m) {
   m.def("group_norm_silu_backward",
         [](py::handle grad, py::handle x, int64_t groups, py::handle weight, py::handle bias,
-           double eps, py::handle scale, py::handle shift, bool silu, py::handle dx,
-           py::handle dweight, py::handle dbias, py::handle dscale, py::handle dshift,
+           double eps, py::handle scale, py::handle shift, bool silu, py::handle before,
+           py::handle x2, py::handle grad_u, double dropout, py::handle seed, py::handle step,
+           py::handle sample_index, py::handle dx, py::handle dweight, py::handle dbias,
+           py::handle dscale, py::handle dshift, py::handle dbefore, py::handle dx2,
            py::handle workspace, int64_t where) {
           Reader read(is_cuda(run));
-          const Shape shape = read.set_shape(x, "x");
-          const GroupNormSilu forward{
-              shape,
-              divisor("num_groups", groups, shape.c),
-              norm_eps(eps),
-              silu,
-              read.tensor(x, "x"),
-              Tensor{},
-              read.matrix(weight, "weight", false),
-              read.matrix(bias, "bias", false),
-              read.matrix(scale, "scale", true),
-              read.matrix(shift, "shift", true),
-              nullptr,
-              nullptr,
-              read.floats(workspace, "workspace", group_norm_workspace(shape, groups, true))};
-          launch(run,
-                 GroupNormSiluBackward{forward, read.tensor(grad, "grad"), read.output(dx, "dx"),
-                                       read.floats(dweight, "dweight", shape.c),
-                                       read.floats(dbias, "dbias", shape.c),
-                                       read.floats(dscale, "dscale", shape.n, shape.c),
-                                       read.floats(dshift, "dshift", shape.n, shape.c)},
-                 where);
+          GroupNormSiluBackward op{};
+          op.forward = group_norm_silu_of(read, x, groups, weight, bias, eps, scale, shift, silu,
+                                          before, x2, dropout, seed, step, sample_index);
+          const Shape& shape = op.forward.shape;
+          op.forward.workspace =
+              read.floats(workspace, "workspace", group_norm_workspace(shape, groups, true));
+          op.grad = read.tensor(grad, "grad");
+          op.dweight = read.floats(dweight, "dweight", shape.c);
+          op.dbias = read.floats(dbias, "dbias", shape.c);
+          op.dscale = read.floats(dscale, "dscale", shape.n, shape.c);
+          op.dshift = read.floats(dshift, "dshift", shape.n, shape.c);
+          if (x2.is_none() != dx2.is_none())
+            throw py::value_error("x2 and dx2 must both be given, or neither");
+          if (!dx2.is_none()) {
+            read.set_channels(shape.c - op.forward.c1);
+            op.dx2 = read.output(dx2, "dx2");
+          }
+          read.set_channels(op.forward.c1);
+          op.dx = read.output(dx, "dx");
+          op.grad_u = read.optional(grad_u, "grad_u");
+          op.dbefore = read.floats(dbefore, "dbefore", shape.n, op.forward.c1);
+          launch(run, op, where);
+        });
+}
+
+template <auto run>
+void def_residual_sum(py::module_& m) {
+  m.def("residual_sum",
+        [](py::handle x, py::handle residual, py::handle before, py::handle u, int64_t where) {
+          Reader read(is_cuda(run));
+          ResidualSum op{};
+          op.shape = read.set_shape(x, "x");
+          op.x = read.tensor(x, "x"), op.u = read.output(u, "u");
+          op.residual = read.optional(residual, "residual");
+          if (!before.is_none())
+            op.before = read.is_vector(before, "before")
+                            ? read.weight(before, "before", op.shape.c)
+                            : read.weight(before, "before", op.shape.n, op.shape.c);
+          launch(run, op, where);
         });
 }
 

@@ -131,6 +131,19 @@ class Reader {
     return per_sample ? weight(x, name, shape.n, shape.c) : weight(x, name, shape.c);
   }
 
+  // Whether x has one dimension.
+  bool is_vector(py::handle x, const char* name) {
+    require(x, name);
+    return shape_of(x, name).size == 1;
+  }
+
+  int64_t channels_of(py::handle x, const char* name) {
+    require(x, name);
+    const Numbers sizes = shape_of(x, name);
+    if (sizes.size < 2) refuse(name, "must be (N, C, ...); got " + sizes.text());
+    return sizes.value[1];
+  }
+
   // (rows, columns), or without columns (rows,) as a single row; null if not given.
   Matrix weight(py::handle x, const char* name, int64_t rows, int64_t columns = -1) {
     if (x.is_none()) return {nullptr, DType::f32, 0, 0};
@@ -183,11 +196,37 @@ class Reader {
     return static_cast<float*>(address(x, name, sizes, strides, 4));
   }
 
+  // The shape of the tensors to come has so many channels.
+  void set_channels(int64_t channels) { shape.c = channels; }
+
+  // seed: an int, or a (1,) int64 tensor of the same bits, which CUDA reads when a kernel runs.
   Random random(py::handle seed, py::handle step, py::handle sample_index) {
     if (seed.is_none()) return {};
+    if (PyObject_TypeCheck(seed.ptr(), reinterpret_cast<PyTypeObject*>(torch().base))) {
+      const Numbers sizes = vector(seed, "seed", 1, -1), strides = strides_of(seed, "seed");
+      require_dtype(seed, "seed", torch().int64, "int64");
+      const auto* at = static_cast<const int64_t*>(address(seed, "seed", sizes, strides, 8));
+#if defined(FASTDDPM_CUDA_ON_CPU)
+      const bool later = true;
+#else
+      const bool later = cuda;
+#endif
+      return {later ? 0 : uint64_t(*at), per_sample(step, "step"),
+              per_sample(sample_index, "sample_index"), later ? at : nullptr};
+    }
     const uint64_t bits = PyLong_AsUnsignedLongLongMask(seed.ptr());  // any int, modulo 2^64
     if (PyErr_Occurred()) throw py::error_already_set();
-    return {bits, per_sample(step, "step"), per_sample(sample_index, "sample_index")};
+    return {bits, per_sample(step, "step"), per_sample(sample_index, "sample_index"), nullptr};
+  }
+
+  // p in [0, 1); without a p nothing is read.
+  Dropout dropout(double p, py::handle seed, py::handle step, py::handle sample_index) {
+    if (!(p >= 0.0 && p < 1.0))
+      throw py::value_error("dropout must be in [0, 1); got " + std::to_string(p));
+    const auto threshold = uint32_t(p * 4294967296.0);
+    if (!threshold) return {1.0f, 0, {}};
+    if (seed.is_none()) throw py::value_error("dropout needs a seed");
+    return {float(1.0 / (1.0 - p)), threshold, random(seed, step, sample_index)};
   }
 
   Table table(py::handle x) {

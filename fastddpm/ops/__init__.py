@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ __all__ = [
     "noise",
     "posterior_step",
     "randn",
+    "residual_sum",
     "use_backend",
 ]
 
@@ -151,7 +152,7 @@ def posterior_step(
     table: Tensor,
     *,
     z: Tensor | None = None,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     sample_index: Tensor | None = None,
     step: int | Tensor | None = None,
     clip: bool = True,
@@ -167,7 +168,9 @@ def posterior_step(
                   mean of p itself, of the table's own chain, which clip does not touch
     t:            (N,) int64 in 0 .. T-1;  table: (T, 8) float32 from Schedule.table()
     z:            (N, C, H, W) float, or instead the stream to draw it from:
-                  seed in [0, 2^64), sample_index (N,) int64, step (t unless given)
+                  seed in [0, 2^64), sample_index (N,) int64, step (t unless given). A seed may be
+                  (1,) int64 of the same bits, which a GPU reads when it runs: a recorded graph
+                  then serves every seed
     log_variance: (N, C, H, W) float, log sigma^2 where the model gives it; the table's sigma still
                   says at which steps there is noise at all
     out:          where to write the result; may be xt itself. No gradients then
@@ -181,14 +184,15 @@ def posterior_step(
     checks.schedule_table(table, device)
     if z is not None:
         checks.operand("z", z, "xt", xt)
-    stream = checks.draw("z", z, seed, sample_index, step, t)
+    device_seed = checks.device_seed(seed, device)
+    stream = checks.draw("z", z, seed if device_seed is None else 0, sample_index, step, t)
     if prediction not in _PREDICTIONS:
         check_choice("prediction", prediction, _PREDICTIONS)
     if log_variance is not None:
         checks.operand("log_variance", log_variance, "xt", xt)
     arguments = (
         *(xt, model_output, t, table.contiguous(), z, *(stream or (None, None, None))),
-        *(check_flag("clip", clip), prediction, log_variance),
+        *(check_flag("clip", clip), prediction, log_variance, device_seed),
     )
     if out is None:
         return library.posterior_step(*arguments)
@@ -208,30 +212,73 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     silu: bool = True,
-) -> Tensor:
-    """silu((1 + scale) (weight (x - mean) / sqrt(var + eps) + bias) + shift)   (DDPM App. B).
+    before: Tensor | None = None,
+    residual: Tensor | None = None,
+    x2: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    step: int | Tensor | None = None,
+    sample_index: Tensor | None = None,
+) -> Any:
+    """dropout(silu((1 + scale) (weight (h - mean) / sqrt(var + eps) + bias) + shift)) of
+    h = cat(u, x2), u = x + residual + before   (DDPM App. B).
 
     Mean and variance are those of a sample's group of channels; silu=False leaves the SiLU out.
 
-    x:            (N, C, ...) float; num_groups divides C
+    x:            (N, C1, ...) float;  residual: like x
+    before:       (C1,) or (N, C1) float, added to all pixels: a convolution's bias, an embedding
+    x2:           (N, C2, ...) float, the channels after those of u; without it C2 = 0
+    num_groups divides C = C1 + C2
     weight, bias: (C,) float or None;  scale, shift: (N, C) float or None
-    returns the shape, dtype and memory format of x
+    dropout:      p in [0, 1): an element is kept where its word of the RNG contract is at least
+                  floor(p 2^32), and divided by 1 - p; then seed in [0, 2^64), step in [0, 2^32), an
+                  int or (N,) int64, and sample_index (N,) int64 must be given. Elements count
+                  channels last (pixel * C + channel)
+    returns y, (N, C, ...) of the dtype and memory format of x; with a residual (y, u), u like x
 
-    Gradients for all five tensors, and theirs. Statistics are float32 and centred: a mean of 1000
-    with a spread of 0.1 is fine. Parameters may have another dtype than x, as under autocast.
+    Gradients for all tensors, and theirs. Statistics are float32 and centred: a mean of 1000 with a
+    spread of 0.1 is fine. A u that is returned is rounded to the dtype of x before it is
+    normalised. Parameters may have another dtype than x, as under autocast.
     """
     checks.floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must be (N, C, ...); got {tuple(x.shape)}")
-    num_groups, eps = checks.groups(num_groups, x, eps)
-    device, (n, c) = x.device, x.shape[:2]
+    device, (n, c1) = x.device, x.shape[:2]
+    c = c1
+    if x2 is not None:
+        c += checks.second_source(x2, x)
+    num_groups, eps = checks.groups(num_groups, x, eps, c)
     checks.parameter("weight", weight, (c,), device)
     checks.parameter("bias", bias, (c,), device)
     checks.parameter("scale", scale, (n, c), device)
     checks.parameter("shift", shift, (n, c), device)
-    return library.group_norm_silu(
-        x, num_groups, weight, bias, eps, scale, shift, check_flag("silu", silu)
-    )
+    norm = (num_groups, weight, bias, eps, scale, shift, check_flag("silu", silu))
+    if before is None and x2 is None and residual is None and dropout == 0.0:
+        return library.group_norm_silu(x, *norm)
+    checks.before(before, n, c1, device)
+    stream = checks.dropout_stream(dropout, seed, step, sample_index, n, device)
+    if residual is None:
+        return library.group_norm_silu(x, *norm, before, x2, *stream)
+    checks.operand("residual", residual, "x", x)
+    return library.group_norm_silu_sum(x, residual, *norm, before, x2, *stream)
+
+
+def residual_sum(x: Tensor, residual: Tensor | None = None, before: Tensor | None = None) -> Tensor:
+    """u = x + residual + before, of float32 sums rounded once: what group_norm_silu adds before its
+    norm, where no norm comes next.
+
+    x: (N, C, ...) float;  residual: like x;  before: (C,) or (N, C) float
+    returns the shape, dtype and memory format of x
+
+    Gradients for all three.
+    """
+    checks.floating("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x must be (N, C, ...); got {tuple(x.shape)}")
+    if residual is not None:
+        checks.operand("residual", residual, "x", x)
+    checks.before(before, x.shape[0], x.shape[1], x.device)
+    return library.residual_sum(x, residual, before)
 
 
 def attention_block(
@@ -259,8 +306,8 @@ def attention_block(
     of x, or in that of qkv_weight where this is a half precision (under autocast, in autocast's).
     """
     checks.images("x", x)
-    num_groups, eps = checks.groups(num_groups, x, eps)
     c, device = x.shape[1], x.device
+    num_groups, eps = checks.groups(num_groups, x, eps, c)
     num_heads = checks.divisor("num_heads", num_heads, c)
     checks.tensor("qkv_weight", qkv_weight)
     checks.tensor("proj_weight", proj_weight)

@@ -166,6 +166,63 @@ def parameter(name: str, x: Any, shape: tuple[int, ...], device: torch.device) -
     on_device(name, x, device)
 
 
+def before(x: Any, n: int, channels: int, device: torch.device) -> None:
+    """None, or what is added to the channels of N samples: (C,) or (N, C)."""
+    if x is None:
+        return
+    floating("before", x)
+    if x.shape != (channels,) and x.shape != (n, channels):
+        raise ValueError(
+            f"before must have shape ({channels},) or ({n}, {channels}); got {_shape(x)}"
+        )
+    on_device("before", x, device)
+
+
+def second_source(x2: Any, x: Tensor) -> int:
+    """The channels of x2, (N, C2, ...) beside x (N, C1, ...)."""
+    floating("x2", x2)
+    if x2.dim() != x.dim() or x2.shape[0] != x.shape[0] or x2.shape[2:] != x.shape[2:]:
+        raise ValueError(
+            f"x2 must have the shape of x, {_shape(x)}, but for the channels; got {_shape(x2)}"
+        )
+    if x2.shape[1] == 0:
+        raise ValueError(f"x2 must have at least 1 channel; got {_shape(x2)}")
+    on_device("x2", x2, x.device)
+    if (x2.dtype == torch.float64) != (x.dtype == torch.float64):
+        raise TypeError(
+            f"x2 and x must both be float64 or neither; got {_name(x2.dtype)} and {_name(x.dtype)}"
+        )
+    return x2.shape[1]
+
+
+def dropout_stream(
+    p: Any, seed: Any, step: Any, sample_index: Any, n: int, device: torch.device
+) -> tuple[float, int | None, Tensor | None, Tensor | None]:
+    """(p, seed, step, sample_index) of a dropout; without one, (0, None, None, None)."""
+    p = check_number("dropout", p, lambda number: 0 <= number < 1, "in [0, 1)")
+    given = {"seed": seed, "step": step, "sample_index": sample_index}
+    if p == 0:
+        return 0.0, None, None, None
+    for name, value in given.items():
+        if value is None:
+            raise ValueError(f"dropout needs seed, step and sample_index; got no {name}")
+    per_sample("sample_index", sample_index, n, device)
+    return p, seed_word(seed), step_word(step, n, device), sample_index
+
+
+def device_seed(seed: Any, device: torch.device) -> Tensor | None:
+    """A seed that is (1,) int64 on `device`; None for any other."""
+    if not isinstance(seed, Tensor):
+        return None
+    tensor("seed", seed)
+    if seed.dtype != torch.int64 or seed.shape != (1,):
+        raise ValueError(
+            f"a seed on a device must be (1,) int64; got {_shape(seed)} {_name(seed.dtype)}"
+        )
+    on_device("seed", seed, device)
+    return seed
+
+
 def broadcastable(**tensors: Tensor) -> None:
     try:
         torch.broadcast_shapes(*(x.shape for x in tensors.values()))
@@ -194,12 +251,11 @@ def divisor(name: str, value: Any, channels: int) -> int:
     return number
 
 
-def groups(num_groups: Any, x: Tensor, eps: Any) -> tuple[int, float]:
-    """(num_groups, eps) as Python's numbers: num_groups divides the channels of x, of which there
-    are some; eps is a number of at least 0.
+def groups(num_groups: Any, x: Tensor, eps: Any, channels: int) -> tuple[int, float]:
+    """(num_groups, eps) as Python's numbers: num_groups divides the channels, of which x has some;
+    eps is a number of at least 0.
     """
-    channels = x.shape[1]
-    if channels == 0:
+    if x.shape[1] == 0:
         raise ValueError(f"x must have at least 1 channel; got {_shape(x)}")
     num_groups = divisor("num_groups", num_groups, channels)
     if type(eps) is not float or not eps >= 0:

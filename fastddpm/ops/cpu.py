@@ -40,6 +40,7 @@ noise = _cpu.noise
 posterior_step = _cpu.posterior_step
 group_norm_silu = _cpu.group_norm_silu
 group_norm_silu_backward = _cpu.group_norm_silu_backward
+residual_sum = _cpu.residual_sum
 attention_block = _cpu.attention_block
 attention_block_backward = _cpu.attention_block_backward
 discretized_log_likelihood = _cpu.discretized_log_likelihood

@@ -44,5 +44,6 @@ noise = _cuda.noise
 posterior_step = _cuda.posterior_step
 group_norm_silu = _cuda.group_norm_silu
 group_norm_silu_backward = _cuda.group_norm_silu_backward
+residual_sum = _cuda.residual_sum
 discretized_log_likelihood = _cuda.discretized_log_likelihood
 unsupported = _cuda.unsupported

@@ -21,6 +21,7 @@ OPS = (
     "posterior_step",
     "group_norm_silu",
     "group_norm_silu_backward",
+    "residual_sum",
     "attention_block",
     "attention_block_backward",
     "discretized_log_likelihood",

@@ -22,6 +22,7 @@ from fastddpm.ops import dispatch
 from fastddpm.ops.checks import INDEX_END, STEP_END, is_lazy, values_in
 from fastddpm.ops.dispatch import choose
 from fastddpm.ops.overlap import check_written
+from fastddpm.reference import with_channels
 
 _library = torch_library.Library("fastddpm", "DEF")
 
@@ -115,7 +116,7 @@ def _function(name: str, run: Callable, setup: Callable | None, backward: Callab
     return type(name, (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
 
 
-def _check_draw(t: Tensor, step: Tensor, sample_index: Tensor) -> None:
+def _check_draw(t: Tensor | None, step: Tensor, sample_index: Tensor) -> None:
     if step is not t:
         values_in("step", step, STEP_END, "2^32 - 1")
     values_in("sample_index", sample_index, INDEX_END, "2^63 - 1")
@@ -247,16 +248,18 @@ drawn_noise = Op(
 
 def _posterior_step(
     xt, model_output, t, table, z, seed, step, sample_index, clip, prediction, log_variance,
-    out=None, *, choose=choose,
+    device_seed=None, out=None, *, choose=choose,
 ):  # fmt: skip
     _check_t(t, table)
     if z is None:
         _check_draw(t, step, sample_index)
     backend = choose(
-        "posterior_step", xt, model_output, t, table, z, step, sample_index, log_variance
-    )
+        "posterior_step", xt, model_output, t, table, z, step, sample_index, log_variance,
+        device_seed,
+    )  # fmt: skip
     return backend.posterior_step(
-        xt, model_output, t, table, z=z, seed=seed, step=step, sample_index=sample_index,
+        xt, model_output, t, table, z=z, seed=seed if device_seed is None else device_seed,
+        step=step, sample_index=sample_index,
         clip=clip, prediction=prediction, log_variance=log_variance, out=out,
     )  # fmt: skip
 
@@ -266,8 +269,10 @@ def _posterior_step_fake(xt, *_):
 
 
 def _posterior_step_setup(ctx, inputs, output):
-    xt, model_output, t, table, z, seed, step, sample_index, clip, prediction, log_variance = inputs
+    xt, model_output, t, table, z, seed, step, sample_index, *options, device_seed = inputs
+    clip, prediction, log_variance = options
     ctx.save_for_backward(xt, model_output, t, table, z, step, sample_index, log_variance)
+    seed = seed if device_seed is None else device_seed.item()
     ctx.seed, ctx.clip, ctx.prediction = seed, clip, prediction
 
 
@@ -293,12 +298,13 @@ def _posterior_step_backward(ctx, grad):
         None,
         None,
         None if dlog_variance is None else dlog_variance.to(log_variance.dtype),
+        None,
     )
 
 
 _POSTERIOR_STEP = (
     "(Tensor xt, Tensor model_output, Tensor t, Tensor table, Tensor? z, int? seed, Tensor? step, "
-    "Tensor? sample_index, bool clip, str prediction, Tensor? log_variance"
+    "Tensor? sample_index, bool clip, str prediction, Tensor? log_variance, Tensor? device_seed"
 )
 posterior_step = Op(
     "posterior_step",
@@ -311,11 +317,11 @@ posterior_step = Op(
 
 
 def _posterior_step_out(*arguments, choose=choose):
-    xt, model_output, t, table, z, _, step, sample_index, _, _, log_variance, out = arguments
+    xt, model_output, t, table, z, _, step, sample_index, _, _, log_variance, seed, out = arguments
     if not torch._C._are_functorch_transforms_active():  # there it is plain torch that writes
         check_written(
             "out", out, xt=xt, model_output=model_output, t=t, table=table, z=z, step=step,
-            sample_index=sample_index, log_variance=log_variance,
+            sample_index=sample_index, log_variance=log_variance, seed=seed,
         )  # fmt: skip
     _posterior_step(*arguments, choose=choose)
     if not out.is_inference():  # a gradient that saved what is overwritten then says so
@@ -333,42 +339,82 @@ posterior_step_out = Op(
 # ---- group_norm_silu -----------------------------------------------------------------------------
 
 
-def _group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu, choose=choose):
-    backend = choose("group_norm_silu", x, weight, bias, scale, shift)
+# What the op and its gradient take after (x, num_groups, weight, bias, eps, scale, shift, silu).
+_DROPOUT = "float dropout, int? seed, Tensor? step, Tensor? sample_index"
+_NORM = (
+    "SymInt num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, Tensor? shift, "
+    "bool silu"
+)
+
+
+def _norm_backend(name, choose, *tensors, before, residual, x2, dropout):
+    fused = before is not None or residual is not None or x2 is not None or dropout > 0
+    return choose(name, *tensors, before, residual, x2, **({"fused": True} if fused else {}))
+
+
+def _group_norm_silu(
+    x, num_groups, weight, bias, eps, scale, shift, silu,
+    before=None, x2=None, dropout=0.0, seed=None, step=None, sample_index=None,
+    *, residual=None, choose=choose,
+):  # fmt: skip
+    if dropout:
+        _check_draw(None, step, sample_index)
+    backend = _norm_backend(
+        "group_norm_silu", choose, x, weight, bias, scale, shift, step, sample_index,
+        before=before, residual=residual, x2=x2, dropout=dropout,
+    )  # fmt: skip
     return backend.group_norm_silu(
-        x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu
-    )
+        x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu,
+        before=before, residual=residual, x2=x2,
+        dropout=dropout, seed=seed, step=step, sample_index=sample_index,
+    )  # fmt: skip
 
 
-def _group_norm_silu_fake(x, num_groups, weight, bias, eps, scale, shift, silu):
-    return torch.empty_like(x)
+def _like_sources(x, x2):
+    return torch.empty_like(x) if x2 is None else with_channels(x, x.shape[1] + x2.shape[1])
+
+
+def _group_norm_silu_fake(
+    x, num_groups, weight, bias, eps, scale, shift, silu,
+    before=None, x2=None, dropout=0.0, seed=None, step=None, sample_index=None,
+):  # fmt: skip
+    return _like_sources(x, x2)
 
 
 def _group_norm_silu_setup(ctx, inputs, output):
-    x, num_groups, weight, bias, eps, scale, shift, silu = inputs
-    ctx.save_for_backward(x, weight, bias, scale, shift)
-    ctx.options = num_groups, eps, silu
+    x, num_groups, weight, bias, eps, scale, shift, silu, *more = inputs
+    before, x2, dropout, seed, step, sample_index = more or (None, None, 0.0, None, None, None)
+    ctx.save_for_backward(x, weight, bias, scale, shift, before, x2, step, sample_index)
+    ctx.options = num_groups, eps, silu, dropout, seed
+    ctx.short = not more
 
 
-def _group_norm_silu_backward(ctx, grad):
-    x, weight, bias, scale, shift = ctx.saved_tensors
-    num_groups, eps, silu = ctx.options
-    arguments = (grad, x, num_groups, weight, bias, eps, scale, shift, silu)
+def _norm_gradients(ctx, grad, grad_u=None):
+    """The gradients of what `ctx` saved, None for what was not given."""
+    x, weight, bias, scale, shift, before, x2, step, sample_index = ctx.saved_tensors
+    num_groups, eps, silu, dropout, seed = ctx.options
+    arguments = (
+        grad, x, num_groups, weight, bias, eps, scale, shift, silu,
+        before, x2, grad_u, dropout, seed, step, sample_index,
+    )  # fmt: skip
     if torch.is_grad_enabled():  # create_graph=True: the formula itself can be differentiated
         grads = reference.group_norm_silu_backward(*arguments)
     else:
         grads = group_norm_silu_backward(*arguments)
-    dx, dweight, dbias, dscale, dshift = (
-        None if y is None else g
-        for g, y in zip(grads, (x, weight, bias, scale, shift), strict=True)
-    )
-    return dx, None, dweight, dbias, None, dscale, dshift, None
+    given = zip(grads, (x, weight, bias, scale, shift, before, x2), strict=True)
+    return [None if y is None else g for g, y in given]
+
+
+def _group_norm_silu_backward(ctx, grad):
+    dx, dweight, dbias, dscale, dshift, dbefore, dx2 = _norm_gradients(ctx, grad)
+    short = (dx, None, dweight, dbias, None, dscale, dshift, None)
+    return short if ctx.short else (*short, dbefore, dx2, None, None, None, None)
 
 
 group_norm_silu = Op(
     "group_norm_silu",
-    "(Tensor x, SymInt num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, "
-    "Tensor? shift, bool silu) -> Tensor",
+    f"(Tensor x, {_NORM}, Tensor? before=None, Tensor? x2=None, "
+    "float dropout=0.0, int? seed=None, Tensor? step=None, Tensor? sample_index=None) -> Tensor",
     _group_norm_silu,
     _group_norm_silu_fake,
     _group_norm_silu_setup,
@@ -376,17 +422,72 @@ group_norm_silu = Op(
 )
 
 
-def _group_norm_silu_gradients(
-    grad, x, num_groups, weight, bias, eps, scale, shift, silu, choose=choose
-):
-    """(dx, dweight, dbias, dscale, dshift) in the dtypes of x and the parameters."""
-    backend = choose("group_norm_silu_backward", x, grad, weight, bias, scale, shift)
-    grads = backend.group_norm_silu_backward(
-        grad, x, num_groups, weight, bias, eps, scale, shift, silu
+def _group_norm_silu_sum(x, residual, *arguments, choose=choose):
+    return _group_norm_silu(x, *arguments, residual=residual, choose=choose)
+
+
+def _group_norm_silu_sum_fake(x, residual, *arguments):
+    return _like_sources(x, arguments[8]), torch.empty_like(x)
+
+
+def _group_norm_silu_sum_setup(ctx, inputs, output):
+    x, residual, num_groups, weight, bias, eps, scale, shift, silu, before, x2, *random = inputs
+    dropout, seed, step, sample_index = random
+    # The written sum stands for x, residual and before.
+    ctx.save_for_backward(output[1], weight, bias, scale, shift, None, x2, step, sample_index)
+    ctx.options = num_groups, eps, silu, dropout, seed
+    ctx.before = before is not None and (before.dim(), before.dtype)
+    ctx.dtypes = x.dtype, residual.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _group_norm_silu_sum_backward(ctx, grad, grad_u):
+    if grad is None:
+        du, others = grad_u, [None] * 5
+    else:
+        du, *others, _, dx2 = _norm_gradients(ctx, grad, grad_u)
+        others.append(dx2)
+    dweight, dbias, dscale, dshift, dx2 = others
+    dbefore = None
+    if ctx.before and du is not None:
+        dims, dtype = ctx.before
+        dbefore = reference.sum_for_before(du, dims, dtype)
+    x_dtype, residual_dtype = ctx.dtypes
+    dx, dresidual = (None if du is None else du.to(d) for d in (x_dtype, residual_dtype))
+    return (
+        *(dx, dresidual, None, dweight, dbias, None, dscale, dshift, None, dbefore, dx2),
+        *(None, None, None, None),
     )
+
+
+group_norm_silu_sum = Op(
+    "group_norm_silu_sum",
+    f"(Tensor x, Tensor residual, {_NORM}, Tensor? before, Tensor? x2, {_DROPOUT}) "
+    "-> (Tensor, Tensor)",
+    _group_norm_silu_sum,
+    _group_norm_silu_sum_fake,
+    _group_norm_silu_sum_setup,
+    _group_norm_silu_sum_backward,
+)
+
+
+def _group_norm_silu_gradients(
+    grad, x, num_groups, weight, bias, eps, scale, shift, silu,
+    before=None, x2=None, grad_u=None, dropout=0.0, seed=None, step=None, sample_index=None,
+    *, choose=choose,
+):  # fmt: skip
+    """(dx, dweight, dbias, dscale, dshift, dbefore, dx2), each in the dtype of what it is of."""
+    backend = _norm_backend(
+        "group_norm_silu_backward", choose, x, grad, grad_u, weight, bias, scale, shift, step,
+        sample_index, before=before, residual=grad_u, x2=x2, dropout=dropout,
+    )  # fmt: skip
+    grads = backend.group_norm_silu_backward(
+        grad, x, num_groups, weight, bias, eps, scale, shift, silu,
+        before, x2, grad_u, dropout, seed, step, sample_index,
+    )  # fmt: skip
     return tuple(
         g if g is None or g.dtype == y.dtype else g.to(y.dtype)
-        for g, y in zip(grads, (x, weight, bias, scale, shift), strict=True)
+        for g, y in zip(grads, (x, weight, bias, scale, shift, before, x2), strict=True)
     )
 
 
@@ -395,20 +496,57 @@ def _group_norm_silu_gradients_kernel(grad, x, *arguments):
     return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
-def _group_norm_silu_gradients_fake(grad, x, num_groups, weight, bias, eps, scale, shift, silu):
-    parameters = (weight, bias, scale, shift)
-    return torch.empty_like(x), *(
-        x.new_empty(0) if y is None else y.new_empty(y.shape) for y in parameters
+def _group_norm_silu_gradients_fake(
+    grad, x, num_groups, weight, bias, eps, scale, shift, silu, before=None, x2=None, *_
+):
+    parameters = (weight, bias, scale, shift, before)
+    return (
+        torch.empty_like(x),
+        *(x.new_empty(0) if y is None else y.new_empty(y.shape) for y in parameters),
+        x.new_empty(0) if x2 is None else torch.empty_like(x2),
     )
 
 
 group_norm_silu_backward = Op(
     "group_norm_silu_backward",
-    "(Tensor grad, Tensor x, SymInt num_groups, Tensor? weight, Tensor? bias, float eps, "
-    "Tensor? scale, Tensor? shift, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor x, {_NORM}, Tensor? before=None, Tensor? x2=None, "
+    "Tensor? grad_u=None, float dropout=0.0, int? seed=None, Tensor? step=None, "
+    "Tensor? sample_index=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _group_norm_silu_gradients,
     _group_norm_silu_gradients_fake,
     kernel=_group_norm_silu_gradients_kernel,  # what was not given gets an empty gradient
+)
+
+
+# ---- residual_sum --------------------------------------------------------------------------------
+
+
+def _residual_sum(x, residual, before, choose=choose):
+    return choose("residual_sum", x, residual, before).residual_sum(x, residual, before)
+
+
+def _residual_sum_setup(ctx, inputs, output):
+    x, residual, before = inputs
+    ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+    ctx.before = None if before is None else (before.dim(), before.dtype)
+
+
+def _residual_sum_backward(ctx, grad):
+    x_dtype, residual_dtype = ctx.dtypes
+    return (
+        grad.to(x_dtype),
+        None if residual_dtype is None else grad.to(residual_dtype),
+        None if ctx.before is None else reference.sum_for_before(grad, *ctx.before),
+    )
+
+
+residual_sum = Op(
+    "residual_sum",
+    "(Tensor x, Tensor? residual, Tensor? before) -> Tensor",
+    _residual_sum,
+    lambda x, *_: torch.empty_like(x),
+    _residual_sum_setup,
+    _residual_sum_backward,
 )
 
 

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from fastddpm import _native
+from fastddpm.reference import with_channels
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool)
 
@@ -48,9 +49,11 @@ class Native:
                 return f"a tensor is on {x.device.type}"
             if x.dim() > 4:
                 return f"{x.dim()} dimensions are more than 4"
-        for dtype in options.values():
-            if dtype not in STORAGE:
-                return _unsupported_dtype(dtype)
+        dtype = options.get("dtype")
+        if dtype is not None and dtype not in STORAGE:
+            return _unsupported_dtype(dtype)
+        if options.get("fused"):
+            return "what stands before the norm, and dropout, it can't take in"
         return None
 
     def randn(self, shape, *, seed, step, sample_index, dtype=torch.float32):
@@ -102,52 +105,61 @@ class Native:
         return out
 
     def group_norm_silu(
-        self, x, num_groups, weight, bias, eps=1e-6, *, scale=None, shift=None, silu=True
-    ):
-        y = torch.empty_like(x)
+        self, x, num_groups, weight, bias, eps=1e-6, *,
+        scale=None, shift=None, silu=True, before=None, residual=None, x2=None,
+        dropout=0.0, seed=None, step=None, sample_index=None,
+    ):  # fmt: skip
+        """y, or (y, u) with a residual."""
+        y = torch.empty_like(x) if x2 is None else with_channels(x, x.shape[1] + x2.shape[1])
+        u = None if residual is None else torch.empty_like(x)
         self.call(
-            "group_norm_silu",
-            x,
-            x,
-            y,
-            num_groups,
-            weight,
-            bias,
-            eps,
-            scale,
-            shift,
-            silu,
-            None,
-            None,
-            self.workspace(x, num_groups, backward=False),
-        )
-        return y
+            "group_norm_silu", x,
+            x, y, num_groups, weight, bias, eps, scale, shift, silu, before, residual, u, x2,
+            dropout, seed, step, sample_index, None, None,
+            self.workspace(y, num_groups, backward=False),
+        )  # fmt: skip
+        return y if residual is None else (y, u)
 
-    def group_norm_silu_backward(self, grad, x, num_groups, weight, bias, eps, scale, shift, silu):
-        """(dx, dweight, dbias, dscale, dshift); None for what was not given.
+    def group_norm_silu_backward(
+        self, grad, x, num_groups, weight, bias, eps, scale, shift, silu,
+        before=None, x2=None, grad_u=None, dropout=0.0, seed=None, step=None, sample_index=None,
+    ):  # fmt: skip
+        """(dx, dweight, dbias, dscale, dshift, dbefore, dx2); None for what was not given.
 
         dweight and dbias are float32, the others have the dtype of what they are the gradient of.
         """
         dx = torch.empty_like(x)
+        dx2 = None if x2 is None else torch.empty_like(x2)
         dweight, dbias, dscale, dshift = (
             None
             if y is None
             else torch.empty_like(y, dtype=torch.float32, memory_format=torch.contiguous_format)
             for y in (weight, bias, scale, shift)
         )
+        dbefore = None if before is None else x.new_empty(x.shape[:2], dtype=torch.float32)
         self.call(
             "group_norm_silu_backward", x,
-            grad, x, num_groups, weight, bias, eps, scale, shift, silu,
-            dx, dweight, dbias, dscale, dshift,
-            self.workspace(x, num_groups, backward=True),
+            grad, x, num_groups, weight, bias, eps, scale, shift, silu, before, x2, grad_u,
+            dropout, seed, step, sample_index,
+            dx, dweight, dbias, dscale, dshift, dbefore, dx2,
+            self.workspace(grad, num_groups, backward=True),
         )  # fmt: skip
+        if dbefore is not None:
+            dbefore = (dbefore if before.dim() == 2 else dbefore.sum(0)).to(before.dtype)
         return (
             dx,
             dweight,
             dbias,
             None if dscale is None else dscale.to(scale.dtype),
             None if dshift is None else dshift.to(shift.dtype),
+            dbefore,
+            dx2,
         )
+
+    def residual_sum(self, x, residual=None, before=None):
+        u = torch.empty_like(x)
+        self.call("residual_sum", x, x, residual, before, u)
+        return u
 
     def attention_block(
         self, x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,

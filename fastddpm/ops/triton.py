@@ -42,17 +42,24 @@ def _on_device(function: Callable) -> Callable:
 
 
 @_on_device
-def group_norm_silu_backward(grad, x, num_groups, weight, bias, eps, scale, shift, silu):
-    return _group_norm.group_norm_silu_backward(
+def group_norm_silu(x, num_groups, weight, bias, eps, *, scale, shift, silu, **_):
+    return _group_norm.group_norm_silu(
+        x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu
+    )
+
+
+@_on_device
+def group_norm_silu_backward(grad, x, num_groups, weight, bias, eps, scale, shift, silu, *_):
+    grads = _group_norm.group_norm_silu_backward(
         grad, x, num_groups, weight, bias, eps, scale, shift, silu
     )
+    return *grads, None, None
 
 
 randn = _on_device(_philox.randn)
 choices = _on_device(_choices.choices)
 noise = _on_device(_noise.noise)
 posterior_step = _on_device(_posterior.posterior_step)
-group_norm_silu = _on_device(_group_norm.group_norm_silu)
 attention_block = _on_device(_attention.attention_block)
 attention_block_backward = _on_device(_attention.attention_block_backward)
 discretized_log_likelihood = _on_device(_likelihood.discretized_log_likelihood)
@@ -62,6 +69,10 @@ def unsupported(op: str, *tensors: torch.Tensor | None, **options) -> str | None
     """Why this backend can't run `op` on these tensors, or None if it can."""
     if DEVICE == "cuda" and not torch.cuda.is_available():
         return "torch finds no CUDA device, and TRITON_INTERPRET=1 is not set"
+    if op == "residual_sum":
+        return "residual_sum has no such version"
+    if options.get("fused"):
+        return "what stands before the norm, and dropout, it can't take in"
     given = [x for x in tensors if x is not None]
     for dtype in (options.get("dtype"), *(x.dtype for x in given)):
         if dtype is not None and dtype not in STORAGE:
