@@ -150,6 +150,7 @@ TABLE = Schedule.linear().table()
 def op_calls() -> dict:
     """name -> valid arguments."""
     x, z = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
+    x1, x2, z1 = x[:, :3], x[:, 3:], z[:, 1:]
     t, index = torch.tensor([0, 999]), torch.arange(2)
     c, nc = torch.randn(4), torch.randn(2, 4)
     qkv, proj = torch.randn(12, 4), torch.randn(4, 4)
@@ -164,9 +165,21 @@ def op_calls() -> dict:
         "noise drawn": (x, f(2, 4, 3, 5), y, *drawn, t, None, TABLE, 2),
         "posterior_step": (x, z, z, z, y, None, None, None, t, TABLE, "eps", True, 2),
         "posterior_step drawn": (x, z, None, None, y, *drawn, t, TABLE, "x0", False, 2),
-        "group_norm_silu": (x, y, 2, c, c, 1e-6, nc, nc, True, f(2, 2), f(2, 2), None, 2),
+        "group_norm_silu": (
+            *(x, y, 2, c, c, 1e-6, nc, nc, True, None, None, None, None, 0.0, None, None, None),
+            *(f(2, 2), f(2, 2), None, 2),
+        ),
+        "group_norm_silu fused": (
+            *(x1, y, 2, c, c, 1e-6, nc, nc, True, c[1:], z1, f(2, 3, 3, 5), x2, 0.5, *drawn),
+            *(f(2, 2), f(2, 2), None, 2),
+        ),
         "group_norm_silu_backward": (
-            *(z, x, 2, c, c, 1e-6, nc, nc, True, y, f(4), f(4), f(2, 4), f(2, 4), None, 2),
+            *(z, x, 2, c, c, 1e-6, nc, nc, True, None, None, None, 0.0, None, None, None),
+            *(y, f(4), f(4), f(2, 4), f(2, 4), None, None, None, 2),
+        ),
+        "group_norm_silu_backward fused": (
+            *(z, x1, 2, c, c, 1e-6, nc, nc, True, nc[:, 1:], x2, z1, 0.5, *drawn),
+            *(f(2, 3, 3, 5), f(4), f(4), f(2, 4), f(2, 4), f(2, 3), f(2, 1, 3, 5), None, 2),
         ),
         "attention_block": (x, y, *attention, 2),
         "attention_block_backward": (

@@ -50,7 +50,8 @@ def test_many_mutated_calls():
 def group_norm(x=X, y=None, weight=None, threads=1, groups=2, eps=1e-6):
     y = torch.empty(2, 4, 3, 5) if y is None else y
     _native.C.cpu.group_norm_silu(
-        x, y, groups, weight, None, eps, None, None, True, None, None, None, threads
+        *(x, y, groups, weight, None, eps, None, None, True, None, None, None, None),
+        *(0.0, None, None, None, None, None, None, threads),
     )
     return y
 

@@ -192,13 +192,13 @@ def posterior_step(
         checks.operand("log_variance", log_variance, "xt", xt)
     arguments = (
         *(xt, model_output, t, table.contiguous(), z, *(stream or (None, None, None))),
-        *(check_flag("clip", clip), prediction, log_variance, device_seed),
+        *(check_flag("clip", clip), prediction, log_variance),
     )
     if out is None:
-        return library.posterior_step(*arguments)
+        return library.posterior_step(*arguments, device_seed)
     checks.output(out, "xt", xt)
     checks.no_gradient(xt=xt, model_output=model_output, z=z, log_variance=log_variance, out=out)
-    library.posterior_step_out(*arguments, out)
+    library.posterior_step_out(*arguments, out, device_seed)
     return out
 
 

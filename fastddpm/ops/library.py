@@ -304,11 +304,11 @@ def _posterior_step_backward(ctx, grad):
 
 _POSTERIOR_STEP = (
     "(Tensor xt, Tensor model_output, Tensor t, Tensor table, Tensor? z, int? seed, Tensor? step, "
-    "Tensor? sample_index, bool clip, str prediction, Tensor? log_variance, Tensor? device_seed"
+    "Tensor? sample_index, bool clip, str prediction, Tensor? log_variance"
 )
 posterior_step = Op(
     "posterior_step",
-    _POSTERIOR_STEP + ") -> Tensor",
+    _POSTERIOR_STEP + ", Tensor? device_seed=None) -> Tensor",
     _posterior_step,
     _posterior_step_fake,
     _posterior_step_setup,
@@ -316,21 +316,26 @@ posterior_step = Op(
 )
 
 
-def _posterior_step_out(*arguments, choose=choose):
-    xt, model_output, t, table, z, _, step, sample_index, _, _, log_variance, seed, out = arguments
+def _posterior_step_out(
+    xt, model_output, t, table, z, seed, step, sample_index, clip, prediction, log_variance, out,
+    device_seed=None, choose=choose,
+):  # fmt: skip
     if not torch._C._are_functorch_transforms_active():  # there it is plain torch that writes
         check_written(
             "out", out, xt=xt, model_output=model_output, t=t, table=table, z=z, step=step,
-            sample_index=sample_index, log_variance=log_variance, seed=seed,
+            sample_index=sample_index, log_variance=log_variance, seed=device_seed,
         )  # fmt: skip
-    _posterior_step(*arguments, choose=choose)
+    _posterior_step(
+        xt, model_output, t, table, z, seed, step, sample_index, clip, prediction, log_variance,
+        device_seed, out, choose=choose,
+    )  # fmt: skip
     if not out.is_inference():  # a gradient that saved what is overwritten then says so
         torch.autograd.graph.increment_version(out)
 
 
 posterior_step_out = Op(
     "posterior_step_out",
-    _POSTERIOR_STEP + ", Tensor(a!) out) -> ()",
+    _POSTERIOR_STEP + ", Tensor(a!) out, Tensor? device_seed=None) -> ()",
     _posterior_step_out,
     lambda *_: None,
 )

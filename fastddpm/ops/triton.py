@@ -42,14 +42,21 @@ def _on_device(function: Callable) -> Callable:
 
 
 @_on_device
-def group_norm_silu(x, num_groups, weight, bias, eps, *, scale, shift, silu, **_):
+def group_norm_silu(
+    x, num_groups, weight, bias, eps=1e-6, *,
+    scale=None, shift=None, silu=True, before=None, residual=None, x2=None,
+    dropout=0.0, seed=None, step=None, sample_index=None,
+):  # fmt: skip
     return _group_norm.group_norm_silu(
         x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu
     )
 
 
 @_on_device
-def group_norm_silu_backward(grad, x, num_groups, weight, bias, eps, scale, shift, silu, *_):
+def group_norm_silu_backward(
+    grad, x, num_groups, weight, bias, eps, scale, shift, silu, before=None, x2=None, grad_u=None,
+    dropout=0.0, seed=None, step=None, sample_index=None,
+):  # fmt: skip
     grads = _group_norm.group_norm_silu_backward(
         grad, x, num_groups, weight, bias, eps, scale, shift, silu
     )
