@@ -6,8 +6,8 @@ namespace {
 
 __global__ void __launch_bounds__(THREADS) draw_choices(const Choices op) {
   FASTDDPM_FOR_JOBS(n, job, op.n, 1) {
-    const int64_t index = op.sample_index.data[n * op.sample_index.stride];
-    choose(make_philox(op.seed, op.step, index), op.levels, op.t[n], op.flip[n]);
+    const int64_t example = op.sample_index.data[n * op.sample_index.stride];
+    choose(make_philox(op.seed, op.step, example), op.levels, op.t[n], op.flip[n]);
   }
 }
 
