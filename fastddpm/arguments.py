@@ -12,9 +12,12 @@ import torch
 
 from fastddpm.ops import checks
 from fastddpm.schedule import check_count
+from fastddpm.unet import UNet
+from fastddpm.wrapped import parts, unwrap
 
 SEEDS = 2**64
 INDICES = 2**63
+CPU = torch.device("cpu")
 
 
 def integer(name: str, value: Any, low: int, high: int, allowed: str) -> int:
@@ -96,28 +99,65 @@ def _shape_of(model: Any) -> tuple | None:
     return (channels, *size) if several else (channels, size, size)
 
 
-def device_of(model: Any, device: Any) -> torch.device:
-    """Where samples are drawn: `device` if given, else where the model is, else the CPU."""
-    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-    own = torch.device("cpu") if parameter is None else parameter.device
-    if own.type == "meta":
+def device_of(model: Any, device: Any, otherwise: torch.device = CPU) -> torch.device:
+    """Where samples are drawn: `device` if given, else where the model is, or what a callable
+    calls, else `otherwise`.
+
+    ValueError where the model is on another device, and for a UNet on two."""
+    own = _own_device(model)
+    place = _callees_device(model) if own is None and device is None else own
+    if place is not None and place.type == "meta":
         raise ValueError("the model is on the device 'meta', where weights have no values")
     if device is None:
-        return own
+        return otherwise if place is None else place
     try:
         wanted = torch.device(device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device must be one of torch's; got {device!r}") from None
-    if parameter is not None and wanted.type != own.type:
+    if own is not None and not _is_same(wanted, own):
         raise ValueError(f"the model is on {own} and device is {wanted}: move the model first")
     try:
-        torch.zeros(1, dtype=torch.float32, device=wanted).item()
+        probe = torch.zeros(1, dtype=torch.float32, device=own or wanted)
+        probe.item()
     except (RuntimeError, NotImplementedError, AssertionError) as error:  # torch's ways to say no
         why = str(error).strip().splitlines()[0]
         raise ValueError(
             f"device must be one that can be used here; got {device!r}: {why}"
         ) from None
-    return wanted
+    return probe.device  # "cuda" by its number
+
+
+def _own_device(model: Any) -> torch.device | None:
+    """A module's, by its first parameter. One on several devices may know what it does, which a
+    UNet does not."""
+    if not isinstance(model, torch.nn.Module):
+        return None
+    if isinstance(network := unwrap(model), UNet):
+        check_one_device(network)
+    first = next(model.parameters(), None)
+    return None if first is None else first.device
+
+
+def check_one_device(model: torch.nn.Module) -> None:
+    """ValueError, with an example of each, unless all parameters and buffers are on one device."""
+    examples: dict[torch.device, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        examples.setdefault(tensor.device, name)
+    if len(examples) > 1:
+        places = ", ".join(f"{name} on {place}" for place, name in examples.items())
+        raise ValueError(f"the model is on several devices ({places}): move it to one")
+
+
+def _callees_device(model: Any) -> torch.device | None:
+    """Of all modules that a callable refers to, where they have one in common."""
+    modules = (part for part in parts(model) if isinstance(part, torch.nn.Module))
+    devices = {tensor.device for module in modules for tensor in module.parameters(recurse=False)}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def _is_same(wanted: torch.device, own: torch.device) -> bool:
+    """Whether a name of a device means this one: "cuda" means any."""
+    return wanted.type == own.type and wanted.index in (None, own.index or 0)
 
 
 def check_pixels(name: str, x: torch.Tensor) -> None:

@@ -139,7 +139,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY)
+    if not isinstance(error, RuntimeError):
+        return False
+    if "capture" in text and isinstance(error.__context__, RuntimeError):
+        return is_out_of_memory(error.__context__)  # the end of a recording that failed before
+    return any(words in text for words in OUT_OF_MEMORY)
 
 
 class Progress(Protocol):

@@ -463,8 +463,11 @@ def _device(text: str | None) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a device; give cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    cards = torch.cuda.device_count()
+    if device.type == "cuda" and not cards:
         raise argparse.ArgumentTypeError("no CUDA device can be used here; give cpu")
+    if device.type == "cuda" and (device.index or 0) >= cards:
+        raise argparse.ArgumentTypeError(f"{text!r}: this machine has {cards}, numbered from 0")
     return device
 
 

@@ -163,7 +163,7 @@ class Diffusion:
         a learned variance.
 
         diffusers' outputs are taken too: their `sample` is the tensor. Raises ValueError for any
-        other shape, which could broadcast unnoticed."""
+        other shape, which could broadcast unnoticed, and for another device."""
         output = model(xt, self.model_t(t))
         output = getattr(output, "sample", output)
         channels = xt.shape[1] * (2 if self.variance == "learned" else 1)
@@ -171,6 +171,9 @@ class Diffusion:
         if not isinstance(output, torch.Tensor) or output.shape != expected:
             got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
             raise ValueError(f"the model must return a tensor of shape {expected} here; got {got}")
+        if output.device != xt.device:
+            raise ValueError(f"the model must return a tensor on {xt.device}, where x_t is; got "
+                             f"one on {output.device}")  # fmt: skip
         if output.is_complex():
             raise ValueError(f"the model must return real numbers; got {output.dtype}")
         return output.float()

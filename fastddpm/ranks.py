@@ -62,7 +62,7 @@ def launched(device: torch.device, timeout: float | None = None) -> Iterator[tor
     timeout: seconds after which a rank that gives no sign of life is given up, in RankError; None:
              FASTDDPM_TIMEOUT of the environment, or TIMEOUT. One that is at work may take any time.
 
-    NCCL on GPUs, a GPU a rank, and gloo on the CPU.
+    NCCL on GPUs, a GPU a rank, and gloo on the CPU. ValueError where there are fewer GPUs.
     """
     seconds = _seconds(timeout)
     world = launched_ranks()
@@ -71,6 +71,11 @@ def launched(device: torch.device, timeout: float | None = None) -> Iterator[tor
         return
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", environment("LOCAL_RANK", 0))
+        if (cards := torch.cuda.device_count()) <= device.index:
+            raise ValueError(
+                f"LOCAL_RANK is {device.index} in the environment, and each rank needs a GPU of "
+                f"its own; this machine has {cards}: start as many ranks, or choose the CPU"
+            )
         torch.cuda.set_device(device)
     global _presence
     if not dist.is_available():

@@ -60,7 +60,7 @@ def sample(
     clip:        clip the x0 prediction to [-1, 1] in every step, as the paper does
     batch_size:  images at a time; None: as many as memory holds, see `fastddpm.batching`
     precision:   "fp32", "bf16" or "auto", whatever autocast the caller is under
-    engine:      "cpu_plan", "cuda_graph", "eager" or "auto", the fastest
+    engine:      "cpu_plan", "cuda_plan", "cuda_graph", "eager" or "auto", the fastest
     distributed: where torch.distributed is initialised, each rank draws its own range of the n
                  samples and gets all n images: every rank must make the call. False: this process
                  draws alone
@@ -275,6 +275,8 @@ class Chain:
 
 class Steps:
     """The steps of all batches, on a progress bar; an OnStep, and batching's Progress."""
+
+    reads_x0 = False  # no x0 prediction has to be at hand
 
     def __init__(self, bar: tqdm, T: int):
         self._bar, self._T, self._done = bar, T, 0

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastddpm import _native, ops
-from fastddpm.arguments import check_pixels
+from fastddpm.arguments import check_one_device, check_pixels
 from fastddpm.checkpoint import named, read_tensors, write_tensors
 from fastddpm.diffusion import Diffusion
 from fastddpm.guard import SLACK, Guard
@@ -25,7 +25,7 @@ from fastddpm.host import callers_level, own_state, plain, seeded, training
 from fastddpm.master_weights import DTYPES, MasterWeights
 from fastddpm.ops import dispatch
 from fastddpm.options import check_flag, check_integer, check_number
-from fastddpm.precision import Precision, autocast, resolve_precision
+from fastddpm.precision import Precision, autocast, float32_kept, resolve_precision
 from fastddpm.pretrained import save_config, save_model
 from fastddpm.run_folder import STATE
 from fastddpm.run_settings import architecture, compare, differing, read_settings
@@ -49,7 +49,8 @@ class Trainer:
     diffusion: None: the model's own, or the paper's; another becomes the own one of a UNet, whose
                weights it is trained for from here on
     precision: "fp32", "bf16" (autocast, float32 weights) or "auto" (bf16 where the hardware
-               multiplies it)
+               multiplies it). On a GPU "fp32" is float32, in convolutions too, unless torch is told
+               to take TF32 in matrix products (fastddpm.precision)
     lr, warmup: Adam's rate, reached linearly over the first `warmup` steps; betas (0.9, 0.999), eps
                 1e-8
     ema_decay: weight of the past in the average of the weights; grad_clip: largest norm of the
@@ -97,6 +98,8 @@ class Trainer:
                 "the model's weights were made under torch.inference_mode, so they can't be "
                 "trained: build or load the model outside it"
             )
+        if isinstance(self.network, UNet):
+            check_one_device(self.network)
         self.weights = MasterWeights(self.network)
         self.device = next(self.network.parameters()).device
         self.precision = resolve_precision(precision, self.device)
@@ -151,7 +154,7 @@ class Trainer:
         rate = self.lr * min((k + 1) / max(self.warmup, 1), 1.0)
         decay = min(self.ema_decay, (1 + k) / (10 + k)) if self.ema_warmup else self.ema_decay
         module = self.model if isinstance(self.model, torch.nn.Module) else self.network
-        with training(module):
+        with training(module), float32_kept(self.precision, self.device):
             loss = self._compute(x0, index, rate, 1 - decay)
         self._unread.append((k, self.example_count))
         self.step_count += 1

@@ -1,204 +1,45 @@
-"""The paper's U-Net (Appendix B): modules, presets and nothing about diffusion beyond `forward(x,
-t)`.
-
-Module names follow the widely used PyTorch port of the paper's code (down.0.block.1.conv1,
-mid.attn_1, ...), except that q, k and v are one `qkv`."""
+"""The paper's U-Net (Appendix B): its parts put together, presets and nothing about diffusion
+beyond `forward(x, t)`. The parts are unet_parts.py's."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from fastddpm import ops
+from fastddpm import unet_walk
 from fastddpm.diffusion import Diffusion
 from fastddpm.memory import check_fits
 from fastddpm.schedule import Variance
-from fastddpm.unet_config import (
-    check_config,
-    check_freq_shift,
-    fewest_parameters,
+from fastddpm.unet_config import check_config, fewest_parameters
+from fastddpm.unet_parts import (
+    AttentionBlock,
+    Downsample,
+    GroupNorm,
+    Level,
+    Middle,
+    ResnetBlock,
+    TimeEmbedding,
+    Upsample,
+    convolution,
+    timestep_embedding,
 )
 
-
-def timestep_embedding(
-    t: torch.Tensor, dim: int, *, freq_shift: float = 1, flip_sin_to_cos: bool = False
-) -> torch.Tensor:
-    """(N,) -> (N, dim) float32 sinusoids [sin | cos] of t / 10000^(i / (dim/2 - freq_shift)), i <
-    dim/2. ValueError for freq_shift >= dim/2, where these are none.
-    """
-    check_freq_shift(freq_shift, dim)
-    half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponent)
-    parts = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
-    return F.pad(torch.cat(parts, dim=1), (0, dim % 2))
-
-
-def _init(layer: Any, scale: float = 1.0) -> Any:
-    """The paper's initialiser: uniform, variance scaling by fan average; biases 0. scale = 0 means
-    1e-10.
-    """
-    nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale or 1e-10))
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def _conv(
-    c_in: int, c_out: int, size: int = 3, *, stride: int = 1, padding: int | None = None, scale=1.0
-):
-    padding = size // 2 if padding is None else padding
-    return _init(nn.Conv2d(c_in, c_out, size, stride=stride, padding=padding), scale)
-
-
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm, then SiLU unless silu=False, as one op."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps)
-
-
-class ResnetBlock(nn.Module):
-    """x -> shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) +
-    temb_proj(silu(temb)))))).
-    """
-
-    def __init__(
-        self, c_in: int, c_out: int, temb_channels: int, num_groups: int, eps: float, dropout: float
-    ):
-        super().__init__()
-        self.norm1 = GroupNorm(num_groups, c_in, eps)
-        self.conv1 = _conv(c_in, c_out)
-        self.temb_proj = _init(nn.Linear(temb_channels, c_out))
-        self.norm2 = GroupNorm(num_groups, c_out, eps)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = _conv(c_out, c_out, scale=0.0)
-        if c_in != c_out:
-            self.nin_shortcut = _conv(c_in, c_out, 1)
-
-    def forward(self, x: torch.Tensor, silu_temb: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(self.norm1(x))
-        h = h + self.temb_proj(silu_temb)[:, :, None, None]
-        h = self.conv2(self.dropout(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
-
-
-class AttentionBlock(nn.Module):
-    """x + proj_out(softmax(q k^T / sqrt(d)) v) over all positions, q, k, v from GroupNorm(x)."""
-
-    def __init__(self, channels: int, num_groups: int, eps: float, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm = nn.GroupNorm(num_groups, channels, eps)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        for part in self.qkv.weight.detach().chunk(3):
-            nn.init.xavier_uniform_(part)
-        nn.init.zeros_(self.qkv.bias)
-        self.proj_out = _init(nn.Linear(channels, channels), scale=0.0)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.attention_block(
-            x,
-            self.norm.num_groups,
-            self.norm.weight,
-            self.norm.bias,
-            self.qkv.weight,
-            self.qkv.bias,
-            self.proj_out.weight,
-            self.proj_out.bias,
-            num_heads=self.num_heads,
-            eps=self.norm.eps,
-        )
-
-
-class Downsample(nn.Module):
-    """Halve by a stride-2 3x3 convolution; padding 0 means one row and column after the end only
-    (TF's SAME).
-    """
-
-    def __init__(self, channels: int, padding: int):
-        super().__init__()
-        self.conv = _conv(channels, channels, stride=2, padding=padding)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.conv.padding == (0, 0) else x)
-
-
-class Upsample(nn.Module):
-    """Double by nearest neighbour, then a 3x3 convolution.
-
-    In float32 on a CPU as one transposed 4x4 convolution of stride 2: the same sums with the
-    repeated pixels' weights added up first, so 4/9 of the products. Adding them up costs as much
-    as the products of some hundred pixels, whatever the channels, and forward and backward alike:
-    fewer pixels than FEW are convolved as they are. Pixels are a batch's in training and an image's
-    in eval mode, where its bits depend on no others."""
-
-    FEW = 4096  # one thread gains from 1024 on, many share the products only
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = _conv(channels, channels)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.conv.weight, self.conv.bias
-        plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-        images = x.shape[0] if self.training else 1
-        many = images * x.shape[2] * x.shape[3] >= self.FEW
-        if not (plain and many) or torch.is_autocast_enabled("cpu"):
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        taps, pairs = weight.flip(2, 3), weight.new_zeros(*weight.shape[:2], 4, 4)
-        for i, j in itertools.product((0, 1), (0, 1)):
-            pairs[:, :, i : i + 3, j : j + 3] += taps
-        return F.conv_transpose2d(x, pairs.transpose(0, 1), bias, stride=2, padding=1)
-
-
-class Level(nn.Module):
-    """The blocks of one resolution, an attention after each or none, and the way to the next."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block, self.attn = nn.ModuleList(), nn.ModuleList()
-        self.downsample: Downsample | None = None
-        self.upsample: Upsample | None = None
-
-    def append(self, block: ResnetBlock, attention: AttentionBlock | None) -> None:
-        self.block.append(block)
-        if attention is not None:
-            self.attn.append(attention)
-
-    def run(self, j: int, x: torch.Tensor, silu_temb: torch.Tensor) -> torch.Tensor:
-        """Block j and the attention after it."""
-        x = self.block[j](x, silu_temb)
-        return self.attn[j](x) if self.attn else x
-
-
-class Middle(nn.Module):
-    """Between the two ways: block, attention, block."""
-
-    def __init__(self, block_1: ResnetBlock, attn_1: AttentionBlock, block_2: ResnetBlock):
-        super().__init__()
-        self.block_1, self.attn_1, self.block_2 = block_1, attn_1, block_2
-
-    def forward(self, x: torch.Tensor, silu_temb: torch.Tensor) -> torch.Tensor:
-        return self.block_2(self.attn_1(self.block_1(x, silu_temb)), silu_temb)
-
-
-class TimeEmbedding(nn.Module):
-    """Two dense layers with SiLU between and after, as all that reads it wants silu(temb)."""
-
-    def __init__(self, channels: int, temb_channels: int):
-        super().__init__()
-        layers = (nn.Linear(channels, temb_channels), nn.Linear(temb_channels, temb_channels))
-        self.dense = nn.ModuleList([_init(layer) for layer in layers])
-
-    def forward(self, sinusoids: torch.Tensor) -> torch.Tensor:
-        return F.silu(self.dense[1](F.silu(self.dense[0](sinusoids))))
+__all__ = [
+    "AttentionBlock",
+    "Downsample",
+    "GroupNorm",
+    "Level",
+    "Middle",
+    "ResnetBlock",
+    "TimeEmbedding",
+    "UNet",
+    "Upsample",
+    "timestep_embedding",
+]
 
 
 class UNet(nn.Module):
@@ -273,7 +114,7 @@ class UNet(nn.Module):
             return AttentionBlock(c, num_groups, norm_eps, c // (head_dim or c))
 
         self.temb = TimeEmbedding(channels, temb)
-        self.conv_in = _conv(in_channels, channels)
+        self.conv_in = convolution(in_channels, channels)
 
         skips, c = [channels], channels
         down = [Level() for _ in widths]
@@ -301,16 +142,20 @@ class UNet(nn.Module):
         self.mid = mid
         self.up = cast(Sequence[Level], nn.ModuleList(up))
         self.norm_out = GroupNorm(num_groups, c, norm_eps)
-        self.conv_out = _conv(c, self.config["out_channels"], scale=0.0)
+        self.conv_out = convolution(c, self.config["out_channels"], scale=0.0)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The model's output for x_t (N, C, H, W) at the 0-based steps t (N,)."""
         self.check_input(x, t)
+        self._check_devices(x, t)
         dtype = self.conv_in.weight.dtype
         temb = self.temb(self.sinusoids(t).to(dtype))
 
-        h = self.conv_in(x.to(dtype, memory_format=torch.channels_last))
+        h = x.to(dtype, memory_format=torch.channels_last)
+        if unet_walk.is_taken(self, h):
+            return unet_walk.walk(self, h, temb).to(x.dtype)
+        h = self.conv_in(h)
         skips = [h]
         for level in self.down:
             for j in range(len(level.block)):
@@ -352,6 +197,12 @@ class UNet(nn.Module):
             raise ValueError(
                 f"t must be ({x.shape[0]},), a step for each image; got shape {tuple(t.shape)}"
             )
+
+    def _check_devices(self, x: torch.Tensor, t: torch.Tensor) -> None:
+        own = self.conv_in.weight.device
+        for name, tensor in (("x", x), ("t", t)):
+            if tensor.device != own:
+                raise ValueError(f"{name} must be on {own} like the model; got {tensor.device}")
 
     # ---- the paper's models ---------------------------------------------------------------------
 

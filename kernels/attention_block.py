@@ -1,10 +1,11 @@
 """attention_block: x + proj(softmax(q k^T / sqrt(d)) v), q, k, v = split(qkv(GroupNorm(x))), and
 its gradient.
 
-Four kernels forward: statistics; normalise and multiply by qkv; online softmax; proj and residual.
+Four kernels forward: norm; product with qkv; online softmax; product with proj, plus residual.
 Scores exist as tiles in registers only: the gradient computes them again from q, k and each row's
-log sum. A head wider than a tile is read in pieces of BD for the scores, and its outputs are shared
-out to programs of BV columns. No atomics: every sum has a fixed order.
+log sum. A program reads its own rows once, and all others a tile after the other; of a head wider
+than a tile both are read in pieces of BD for the scores, and its outputs are shared out to programs
+of BV columns. No atomics: every sum has a fixed order.
 """
 
 import math
@@ -13,10 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fastddpm.kernels.group_norm_silu import group_norm_silu_backward, statistics_of
-from fastddpm.kernels.linear import Tokens, linear, precision, weight_gradient
+from fastddpm.kernels.group_norm_silu import group_norm_silu, group_norm_silu_backward
+from fastddpm.kernels.linear import FEW, Tokens, linear, precision, weight_gradient
 from fastddpm.kernels.storage import INTERPRETED, dot, load, operand, rounded, store
-from fastddpm.kernels.tiles import like, power_of_two
+from fastddpm.kernels.tiles import like, power_of_two, registers
+
+WIDEST = 256  # channels of a head's outputs in one program
 
 
 @triton.jit
@@ -26,23 +29,34 @@ def rows_of(x, r, stride):
 
 
 @triton.jit
+def own_rows(a, m, stride, L, DIM: tl.constexpr, BD: tl.constexpr):
+    """(M, BD) tile of the rows m of a head, for `products`; the pointer of one wider than that."""
+    if DIM <= BD:
+        d = tl.arange(0, BD)[None, :]
+        mine = operand(rows_of(a, m, stride) + d, (m < L)[:, None] & (d < DIM), a.dtype.element_ty)
+    else:
+        mine = a
+    return mine
+
+
+@triton.jit
 def products(
     a, m, a_stride, b, n, b_stride, L,
     DIM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(M, N) tile of a b^T over a head's DIM columns, for the rows m of a and n of b."""
-    dtype: tl.constexpr = a.dtype.element_ty
-    d = tl.arange(0, BD)[None, :]
-    a, b = rows_of(a, m, a_stride), rows_of(b, n, b_stride)
-    in_a, in_b = (m < L)[:, None], (n < L)[:, None]
+    """(M, N) tile of a b^T over a head's DIM columns: rows m of a, from `own_rows`, and n of b."""
+    dtype: tl.constexpr = b.dtype.element_ty
+    d, in_b = tl.arange(0, BD)[None, :], (n < L)[:, None]
+    b = rows_of(b, n, b_stride)
     total = tl.zeros((m.shape[0], n.shape[0]), tl.float32)
     if DIM <= BD:
-        x, y = operand(a + d, in_a & (d < DIM), dtype), operand(b + d, in_b & (d < DIM), dtype)
-        return dot(x, tl.trans(y), total, PRECISION)
-    for start in range(0, DIM, BD):
-        k = start + d
-        x, y = operand(a + k, in_a & (k < DIM), dtype), operand(b + k, in_b & (k < DIM), dtype)
-        total = dot(x, tl.trans(y), total, PRECISION)
+        total = dot(a, tl.trans(operand(b + d, in_b & (d < DIM), dtype)), total, PRECISION)
+    else:
+        a, in_a = rows_of(a, m, a_stride), (m < L)[:, None]
+        for start in range(0, DIM, BD):
+            k = start + d
+            x, y = operand(a + k, in_a & (k < DIM), dtype), operand(b + k, in_b & (k < DIM), dtype)
+            total = dot(x, tl.trans(y), total, PRECISION)
     return total
 
 
@@ -74,9 +88,10 @@ def _attention_kernel(
     q = qkv + image * L * 3 * C + head * DIM
     highest, total = tl.full((BM,), -float("inf"), tl.float32), tl.zeros((BM,), tl.float32)
     result = tl.zeros((BM, BV), tl.float32)
+    mine = own_rows(q, m, 3 * C, L, DIM, BD)
     for start in range(0, L, BN):
         n = start + tl.arange(0, BN)
-        s = products(q, m, 3 * C, q + C, n, 3 * C, L, DIM, BD, PRECISION) * scale
+        s = products(mine, m, 3 * C, q + C, n, 3 * C, L, DIM, BD, PRECISION) * scale
         s = tl.where((n < L)[None, :], s, -float("inf"))
         higher = tl.maximum(highest, tl.max(s, 1))
         weights, fade = tl.exp2(s - higher[:, None]), tl.exp2(highest - higher)
@@ -109,21 +124,10 @@ def _delta_kernel(
 
 
 @triton.jit
-def weights_and_gradient(
-    qkv, dmixed, log_sum, delta, image, head, m, n, L, HEADS, scale,
-    DIM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(weights, gradient of the scaled scores) of the queries m and the keys n, (M, N)."""
-    C = HEADS * DIM
-    q = qkv + image * L * 3 * C + head * DIM
-    row = (image * HEADS + head) * L + m
-    s = products(q, m, 3 * C, q + C, n, 3 * C, L, DIM, BD, PRECISION) * scale
-    weights = tl.exp2(s - tl.load(log_sum + row, mask=m < L, other=0.0)[:, None])
-    weights = tl.where((m < L)[:, None] & (n < L)[None, :], weights, 0.0)
-    grad = dmixed + image * L * C + head * DIM
-    dweights = products(grad, m, C, q + 2 * C, n, 3 * C, L, DIM, BD, PRECISION)
-    ds = weights * (dweights - tl.load(delta + row, mask=m < L, other=0.0)[:, None])
-    return weights, ds
+def weights_and_gradient(s, dweights, log_sum, delta, inside, scale):
+    """(weights, gradient of the scaled scores) of queries and keys, of which either may be rows."""
+    weights = tl.where(inside, tl.exp2(s * scale - log_sum), 0.0)
+    return weights, weights * (dweights - delta)
 
 
 @triton.jit
@@ -133,15 +137,19 @@ def _dq_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     image, head, m, v = place(L, HEADS, DIM, BM, BV)
-    C = HEADS * DIM
-    k = qkv + image * L * 3 * C + C + head * DIM
+    C, row = HEADS * DIM, (image * HEADS + head) * L
+    q, grad = qkv + image * L * 3 * C + head * DIM, dmixed + image * L * C + head * DIM
+    queries, grads = own_rows(q, m, 3 * C, L, DIM, BD), own_rows(grad, m, C, L, DIM, BD)
+    sums = tl.load(log_sum + row + m, mask=m < L, other=0.0)[:, None]
+    deltas = tl.load(delta + row + m, mask=m < L, other=0.0)[:, None]
     dq = tl.zeros((BM, BV), tl.float32)
     for start in range(0, L, BN):
         n = start + tl.arange(0, BN)
-        _, ds = weights_and_gradient(
-            qkv, dmixed, log_sum, delta, image, head, m, n, L, HEADS, scale, DIM, BD, PRECISION
-        )
-        keys = columns(k, n, 3 * C, v, L, DIM)
+        s = products(queries, m, 3 * C, q + C, n, 3 * C, L, DIM, BD, PRECISION)
+        dweights = products(grads, m, C, q + 2 * C, n, 3 * C, L, DIM, BD, PRECISION)
+        inside = (m < L)[:, None] & (n < L)[None, :]
+        _, ds = weights_and_gradient(s, dweights, sums, deltas, inside, scale)
+        keys = columns(q + C, n, 3 * C, v, L, DIM)
         dq = dot(rounded(ds, qkv.dtype.element_ty), keys, dq, PRECISION)
     out = rows_of(dqkv + image * L * 3 * C + head * DIM, m, 3 * C) + v[None, :]
     store(out, dq * slope, (m < L)[:, None] & (v < DIM)[None, :])
@@ -154,78 +162,107 @@ def _dkv_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     image, head, n, v = place(L, HEADS, DIM, BN, BV)
-    C = HEADS * DIM
+    C, row = HEADS * DIM, (image * HEADS + head) * L
     dtype: tl.constexpr = qkv.dtype.element_ty
     q, grad = qkv + image * L * 3 * C + head * DIM, dmixed + image * L * C + head * DIM
+    keys = own_rows(q + C, n, 3 * C, L, DIM, BD)
+    values = own_rows(q + 2 * C, n, 3 * C, L, DIM, BD)
     dk, dv = tl.zeros((BN, BV), tl.float32), tl.zeros((BN, BV), tl.float32)
     for start in range(0, L, BM):
         m = start + tl.arange(0, BM)
-        weights, ds = weights_and_gradient(
-            qkv, dmixed, log_sum, delta, image, head, m, n, L, HEADS, scale, DIM, BD, PRECISION
-        )
-        grads = columns(grad, m, C, v, L, DIM)
-        dv = dot(tl.trans(rounded(weights, dtype)), grads, dv, PRECISION)
-        queries = columns(q, m, 3 * C, v, L, DIM)
-        dk = dot(tl.trans(rounded(ds, dtype)), queries, dk, PRECISION)
+        s = products(keys, n, 3 * C, q, m, 3 * C, L, DIM, BD, PRECISION)
+        dweights = products(values, n, 3 * C, grad, m, C, L, DIM, BD, PRECISION)
+        sums = tl.load(log_sum + row + m, mask=m < L, other=0.0)[None, :]
+        deltas = tl.load(delta + row + m, mask=m < L, other=0.0)[None, :]
+        inside = (n < L)[:, None] & (m < L)[None, :]
+        weights, ds = weights_and_gradient(s, dweights, sums, deltas, inside, scale)
+        dv = dot(rounded(weights, dtype), columns(grad, m, C, v, L, DIM), dv, PRECISION)
+        dk = dot(rounded(ds, dtype), columns(q, m, 3 * C, v, L, DIM), dk, PRECISION)
     out = rows_of(dqkv + image * L * 3 * C + C + head * DIM, n, 3 * C) + v[None, :]
     inside = (n < L)[:, None] & (v < DIM)[None, :]
     store(out, dk * slope, inside)
     store(out + C, dv, inside)
 
 
-def _tiles(tokens, dtype, dim, owned, looped, widest, results):
-    """(tile sizes, warps): rows a program owns and loops over, columns of scores and of results."""
-    half, width = dtype != torch.float32, max(power_of_two(dim), 16)
-    owned, looped = tokens.rows(owned if half else 32), tokens.rows(looped if half else 32)
-    bv = min(width, widest if half else 64)
-    looped = min(looped, 32) if bv > 128 else looped
-    bd = min(width, 128 if half else 64 // results)
-    return owned, looped, bd, bv, 8 if bv * results > 64 else 4
+def _forward_tiles(tokens, dtype, heads, dim):
+    """(BM, BN, BD, BV, warps) of the attention itself: a head that is a tile is read once."""
+    width = max(power_of_two(dim), 16)
+    if dtype == torch.float32:
+        return _rows(tokens, 32), _rows(tokens, 32), min(width, 64), min(width, 64), 4
+    programs = tokens.n * heads * triton.cdiv(tokens.length, 64)
+    owned, looped = 64 if programs >= FEW else 32, 64 if width <= 128 else 32
+    whole, warps = width <= WIDEST, 8 if width > 128 else 4
+    return (
+        _rows(tokens, owned),
+        _rows(tokens, looped),
+        width if whole else 128,
+        min(width, WIDEST),
+        warps,
+    )
+
+
+def _backward_tiles(tokens, dtype, dim):
+    """((BM, BN, BD) of dq, of dk and dv; BV, warps)"""
+    width = max(power_of_two(dim), 16)
+    if dtype == torch.float32:
+        tile = (_rows(tokens, 32), _rows(tokens, 32), min(width, 32))
+        return tile, tile, min(width, 64), 4 if width <= 32 else 8
+    owned, looped, bv = _rows(tokens, 64), _rows(tokens, 32), min(width, 128)
+    queries = min(looped, 16) if bv > 64 else looped  # more of them spill on sm_100
+    return (
+        (owned, looped, bv),
+        (queries, owned, min(width, 64)),  # two results: less room for operands
+        bv,
+        8 if bv > 32 else 4,
+    )
+
+
+def _rows(tokens, most):
+    """Tokens of an image in a tile: at most so many, at least what `dot` takes."""
+    return min(max(power_of_two(tokens.length), 16), most)
 
 
 class _Block:
-    """One call: the tokens, the statistics and the buffers that both directions need."""
+    """One call: the tokens, the normalised ones and the buffers that both directions need."""
 
     def __init__(
         self, x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias, heads, eps, *more
     ):
-        self.tokens = Tokens(x, *more)
+        normalised = group_norm_silu(x, num_groups, norm_weight, norm_bias, eps, silu=False)
+        self.tokens = Tokens(normalised, *more)
+        self.normalised, *self.images = self.tokens.images
         self.channels, self.heads, self.dim = x.shape[1], heads, x.shape[1] // heads
-        self.norm = (statistics_of(x, num_groups, eps), norm_weight, norm_bias)
         self.qkv = self.tokens.new(x, 3 * self.channels)
         self.mixed = self.tokens.new(x, self.channels)
         self.slope = 1 / math.sqrt(self.dim)
         self.scale = self.slope / math.log(2)
-        qkv = self.tokens.buffer(self.qkv)
-        linear(self.tokens, self.tokens.images[0], qkv_weight, qkv_bias, qkv, norm=self.norm)
+        linear(self.tokens, self.normalised, qkv_weight, qkv_bias, self.tokens.buffer(self.qkv))
 
     def attend(self, log_sum=None):
-        bm, bn, bd, bv, warps = _tiles(self.tokens, self.qkv.dtype, self.dim, 64, 64, 256, 1)
+        bm, bn, bd, bv, warps = _forward_tiles(self.tokens, self.qkv.dtype, self.heads, self.dim)
         _attention_kernel[self.grid(bm, bv)](
             self.qkv, self.mixed, log_sum, self.tokens.length, self.heads, self.scale,
             DIM=self.dim, PRECISION=precision(), BM=bm, BN=bn, BD=bd, BV=bv, num_warps=warps,
-            num_stages=2,
+            num_stages=2, maxnreg=registers(warps),
         )  # fmt: skip
 
     def attend_backward(self, log_sum, dmixed):
         """The gradient of qkv."""
         dqkv, delta = torch.empty_like(self.qkv), torch.empty_like(log_sum)
-        rows = self.tokens.rows(64 if INTERPRETED.value else 16)
+        rows = _rows(self.tokens, 64 if INTERPRETED.value else 16)
         columns = min(max(power_of_two(self.dim), 16), 128)
         _delta_kernel[self.grid(rows, self.dim)](
             self.mixed, dmixed, delta, self.tokens.length, self.heads,
             DIM=self.dim, BM=rows, BD=columns,
         )  # fmt: skip
-        owned, looped, bd, bv, warps = _tiles(self.tokens, self.qkv.dtype, self.dim, 64, 32, 128, 2)
-        queries = min(looped, 16) if bv > 64 else looped  # more of them spill on sm_100
-        for kernel, bm, bn, piece in (
-            (_dq_kernel, owned, looped, bd),
-            (_dkv_kernel, queries, owned, min(bd, 64)),  # two results: less room for operands
+        *tiles, bv, warps = _backward_tiles(self.tokens, self.qkv.dtype, self.dim)
+        for kernel, (bm, bn, bd), owned in zip(
+            (_dq_kernel, _dkv_kernel), tiles, (0, 1), strict=True
         ):
-            kernel[self.grid(owned, bv)](
+            kernel[self.grid((bm, bn)[owned], bv)](
                 self.qkv, dmixed, log_sum, delta, dqkv, self.tokens.length, self.heads,
                 self.scale, self.slope,
-                DIM=self.dim, PRECISION=precision(), BM=bm, BN=bn, BD=piece, BV=bv, num_warps=warps,
+                DIM=self.dim, PRECISION=precision(), BM=bm, BN=bn, BD=bd, BV=bv, num_warps=warps,
                 num_stages=2,
             )  # fmt: skip
         return dqkv
@@ -243,12 +280,11 @@ def attention_block(
     y = like(x)
     if y.numel():
         block = _Block(
-            x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias, num_heads, eps, y
+            x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias, num_heads, eps, x, y
         )
         block.attend()
-        tokens, (image, out) = block.tokens, block.tokens.images
-        mixed = tokens.buffer(block.mixed)
-        linear(tokens, mixed, proj_weight, proj_bias, out, residual=image)
+        tokens, (image, out) = block.tokens, block.images
+        linear(tokens, tokens.buffer(block.mixed), proj_weight, proj_bias, out, residual=image)
     return y
 
 
@@ -266,8 +302,7 @@ def attention_block_backward(
     block = _Block(
         x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias, num_heads, eps, grad, dy
     )
-    tokens, channels = block.tokens, block.channels
-    image, grads, out = tokens.images
+    tokens, channels, (grads, out) = block.tokens, block.channels, block.images
     log_sum = x.new_empty(tokens.n, num_heads, tokens.length, dtype=torch.float32)
     block.attend(log_sum)
 
@@ -276,9 +311,9 @@ def attention_block_backward(
     dmixed = torch.empty_like(block.mixed)
     linear(tokens, grads, proj_weight, None, tokens.buffer(dmixed), transposed=True)
     dqkv = tokens.buffer(block.attend_backward(log_sum, dmixed))
-    dweight, dbias = weight_gradient(tokens, dqkv, image, 3 * channels, channels, norm=block.norm)
+    dweight, dbias = weight_gradient(tokens, dqkv, block.normalised, 3 * channels, channels)
     linear(tokens, dqkv, qkv_weight, None, out, transposed=True)
-    dx, dnorm_weight, dnorm_bias, _, _ = group_norm_silu_backward(
+    dx, dnorm_weight, dnorm_bias, *_ = group_norm_silu_backward(
         dy, x, num_groups, norm_weight, norm_bias, eps, None, None, False, residual=grad
     )
     given = zip((dweight, dbias, dproj, dproj_bias), parameters[2:], strict=True)

@@ -1,8 +1,10 @@
-"""Products of the tokens of images with weights, for attention_block: y = f(x) W^T + b + residual,
-and the gradient of W. f is the identity or a GroupNorm whose statistics are known.
+"""Products of tokens with weights, for attention_block: y = x W^T + b + residual, and the gradient
+of W.
 
-The tokens of an image (N, C, H, W) are its pixels in any layout; a buffer (N, L, C) is one as well.
-Operands are rounded to the storage type of the tokens, sums are float32 and have a fixed order.
+The tokens of images (N, C, H, W) are their pixels in any layout, row m = n L + p of N L rows; a
+buffer (N L, C) is one as well. In NHWC all rows lie one stride apart, and a tile is read in whole
+vectors. Operands are rounded to the storage type of the tokens, sums are float32 and have a fixed
+order.
 """
 
 import torch
@@ -11,95 +13,80 @@ import triton.language as tl
 
 from fastddpm.kernels.group_norm_silu import pixels
 from fastddpm.kernels.storage import dot, load, operand, rounded, store
-from fastddpm.kernels.tiles import power_of_two, registers
+from fastddpm.kernels.tiles import MAX_PIXELS, merged, power_of_two, registers
+from fastddpm.precision import tf32_asked
 
 SPLITS = 128  # programs that a weight's gradient is cut into, about
+FEW = 128  # programs, for a GPU of about as many multiprocessors
 
 
 class Tokens:
-    """The images and buffers of a call as tuples (x, strides of n, c, b, d): B rows of D pixels."""
+    """The images and buffers of a call as tuples (x, strides of n, c, b, d): B rows of D pixels.
+
+    Where all tokens of all samples lie one stride apart (`flat`), d is that one.
+    """
 
     def __init__(self, *images):
         self.n = images[0].shape[0]
         (self.b, self.d), self.images = pixels(images)
         self.length = self.b * self.d
+        self.count = self.n * self.length
+        if self.count > MAX_PIXELS:
+            raise ValueError(f"{self.count} pixels in all samples are too many for one call")
+        walked = [[x.stride(k) for x in images] for k in (0, 2, 3)]
+        rows = merged([self.n, *images[0].shape[2:]], walked, False)
+        self.flat = len(rows) == 1
+        if self.flat:  # all of them are one row of pixels
+            self.images = [(*x[:4], rows[0][1][k]) for k, x in enumerate(self.images)]
 
     def buffer(self, x):
-        """The tuple of a contiguous (N, L, C)."""
-        c = x.shape[2]
+        """The tuple of a contiguous (N L, C)."""
+        c = x.shape[1]
         return (x, self.length * c, 1, self.d * c, c)
 
     def new(self, like, channels):
         """An uninitialised buffer."""
-        return like.new_empty(self.n, self.length, channels)
+        return like.new_empty(self.count, channels)
 
     def arguments(self):
-        return {"N": self.n, "B": self.b, "D": self.d, "FLAT": self.b == 1}
+        return {"M": self.count, "B": self.b, "D": self.d, "FLAT": self.flat}
 
-    def rows(self, most):
-        """Tokens of a tile: at most so many, at least what `dot` takes."""
-        return min(max(power_of_two(self.length), 16), most)
+    def tile(self, most):
+        """Rows of a tile: at most so many, at least what `dot` takes."""
+        return min(max(power_of_two(self.count), 16), most)
 
 
 def precision():
-    """How float32 operands are multiplied: as torch's own products are told to.
-
-    Since torch 2.9 by fp32_precision, which allow_tf32 writes as well, and which stands alone where
-    allow_tf32 raises because a setting of the one kind has followed a setting of the other.
-    """
-    matmul = torch.backends.cuda.matmul
-    asked = getattr(matmul, "fp32_precision", None)
-    tf32 = matmul.allow_tf32 if asked is None else asked == "tf32"
-    return "tf32" if tf32 else "ieee"
+    """How float32 operands are multiplied: as torch's own products are told to."""
+    return "tf32" if tf32_asked() else "ieee"
 
 
 @triton.jit
-def tokens_of(x, n, p, c, D, FLAT: tl.constexpr):
-    """(tokens, channels) pointers of the image n."""
-    p = p.to(tl.int64)
-    row = p * x[4] if FLAT else p // D * x[3] + p % D * x[4]
-    return (x[0] + n.to(tl.int64) * x[1] + row)[:, None] + (c.to(tl.int64) * x[2])[None, :]
-
-
-@triton.jit
-def normalised(x, statistics, weight, bias, n, c, inside, N, G, C):
-    """GroupNorm of a tile (tokens, channels) of the image n."""
-    at = statistics + n * G + c // (C // G)
-    shift = tl.load(at, mask=c < C, other=0.0)
-    mean = tl.load(at + N * G, mask=c < C, other=0.0)
-    gain = tl.load(at + 2 * N * G, mask=c < C, other=0.0)
-    x = x - shift[None, :] - mean[None, :]
-    if weight is not None:
-        gain = gain * load(weight[0] + c * weight[1], c < C)
-    x = x * gain[None, :]
-    if bias is not None:
-        x += load(bias[0] + c * bias[1], c < C)[None, :]
-    return tl.where(inside, x, 0.0)
+def tokens_of(x, m, c, B, D, FLAT: tl.constexpr):
+    """(tokens, channels) pointers at the rows m."""
+    if FLAT:
+        row = m.to(tl.int64) * x[4]
+    else:
+        p = m % (B * D)
+        row = (m // (B * D)).to(tl.int64) * x[1]
+        row += (p // D).to(tl.int64) * x[3] + (p % D).to(tl.int64) * x[4]
+    return (x[0] + row)[:, None] + (c.to(tl.int64) * x[2])[None, :]
 
 
 @triton.jit
 def _linear_kernel(
-    x, weight, bias, residual, y, statistics, norm_weight, norm_bias, G, N, B, D, I, O,
+    x, weight, bias, residual, y, M, B, D, I, O,
     PRECISION: tl.constexpr, FLAT: tl.constexpr,
     BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    program, L = tl.program_id(0), B * D
-    tiles_o, tiles_m = tl.cdiv(O, BO), tl.cdiv(L, BM)
-    n = program // tiles_o // tiles_m
-    p = program // tiles_o % tiles_m * BM + tl.arange(0, BM)
-    o = program % tiles_o * BO + tl.arange(0, BO)
+    tiles_o = tl.cdiv(O, BO)  # those of the same rows are neighbours
+    m = tl.program_id(0) // tiles_o * BM + tl.arange(0, BM)
+    o = tl.program_id(0) % tiles_o * BO + tl.arange(0, BO)
     dtype: tl.constexpr = x[0].dtype.element_ty
     total = tl.zeros((BM, BO), tl.float32)
     for start in range(0, I, BI):
         i = start + tl.arange(0, BI)
-        inside = (p < L)[:, None] & (i < I)[None, :]
-        a = tokens_of(x, n, p, i, D, FLAT)
-        if statistics is None:
-            a = operand(a, inside, dtype)
-        else:
-            a = load(a, inside)
-            a = normalised(a, statistics, norm_weight, norm_bias, n, i, inside, N, G, I)
-            a = rounded(a, dtype)
+        a = operand(tokens_of(x, m, i, B, D, FLAT), (m < M)[:, None] & (i < I)[None, :], dtype)
         w = (
             weight[0]
             + (o.to(tl.int64) * weight[1])[None, :]
@@ -107,64 +94,60 @@ def _linear_kernel(
         )
         w = operand(w, (o < O)[None, :] & (i < I)[:, None], dtype)
         total = dot(a, w, total, PRECISION)
-    inside = (p < L)[:, None] & (o < O)[None, :]
+    inside = (m < M)[:, None] & (o < O)[None, :]
     if bias is not None:
         total += load(bias[0] + o * bias[1], o < O)[None, :]
     if residual is not None:
-        total += load(tokens_of(residual, n, p, o, D, FLAT), inside)
-    store(tokens_of(y, n, p, o, D, FLAT), total, inside)
+        total += load(tokens_of(residual, m, o, B, D, FLAT), inside)
+    store(tokens_of(y, m, o, B, D, FLAT), total, inside)
 
 
-def linear(tokens, x, weight, bias, y, *, residual=None, norm=None, transposed=False):
-    """y = f(x) weight^T + bias + residual over the tokens; tuples but for weight and bias.
+def _linear_tiles(tokens, outputs, half):
+    """(BM, BO, BI, warps, stages): large tiles read operands less often, many keep a GPU busy."""
+    width = max(power_of_two(outputs), 16)
+    if not half:
+        return tokens.tile(64), min(width, 64), 16, 4, 3
+    many = triton.cdiv(tokens.count, 128) * triton.cdiv(outputs, 128) >= FEW
+    size, warps = (128, 8) if many else (64, 4)
+    return tokens.tile(size), min(width, size), 32, warps, 4
 
-    norm: None or (statistics, weight, bias) of a GroupNorm;  transposed: weight instead of weight^T
+
+def linear(tokens, x, weight, bias, y, *, residual=None, transposed=False):
+    """y = x weight^T + bias + residual over the tokens; tuples but for weight and bias.
+
+    transposed: weight instead of weight^T
     """
     outputs, inputs = weight.shape[::-1] if transposed else weight.shape
     strides = weight.stride()[::-1] if transposed else weight.stride()
-    statistics, norm_weight, norm_bias = (None, None, None) if norm is None else norm
     half = x[0].dtype != torch.float32
-    bm, bo, bi = tokens.rows(64), min(max(power_of_two(outputs), 16), 64), 32 if half else 16
-    grid = (tokens.n * triton.cdiv(tokens.length, bm) * triton.cdiv(outputs, bo),)
+    bm, bo, bi, warps, stages = _linear_tiles(tokens, outputs, half)
+    grid = (triton.cdiv(tokens.count, bm) * triton.cdiv(outputs, bo),)
     _linear_kernel[grid](
-        x, (weight, *strides), vector(bias), residual, y,
-        statistics, vector(norm_weight), vector(norm_bias),
-        1 if statistics is None else statistics.shape[2],
-        I=inputs, O=outputs, PRECISION=precision(), BM=bm, BO=bo, BI=bi, **tokens.arguments(),
+        x, (weight, *strides), None if bias is None else (bias, bias.stride(0)), residual, y,
+        I=inputs, O=outputs, PRECISION=precision(), BM=bm, BO=bo, BI=bi,
+        num_warps=warps, num_stages=stages, maxnreg=None if half else registers(warps),
+        **tokens.arguments(),
     )  # fmt: skip
-
-
-def vector(x):
-    """(pointer, stride) of a (C,) parameter; None as it is."""
-    return None if x is None else (x, x.stride(0))
 
 
 @triton.jit
 def _weight_gradient_kernel(
-    grad, x, statistics, norm_weight, norm_bias, dweight, dbias, G, N, B, D, O, I, STEPS,
+    grad, x, dweight, dbias, M, B, D, O, I, STEPS,
     PRECISION: tl.constexpr, FLAT: tl.constexpr,
     BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """This program's share of sum grad^T f(x) and of sum grad: STEPS tiles of tokens."""
-    program, L = tl.program_id(0), B * D
-    tiles_o, tiles_i, tiles_m = tl.cdiv(O, BO), tl.cdiv(I, BI), tl.cdiv(L, BM)
+    """This program's share of sum grad^T x and of sum grad: STEPS tiles of tokens."""
+    program = tl.program_id(0)
+    tiles_o, tiles_i = tl.cdiv(O, BO), tl.cdiv(I, BI)
     split = program // tiles_i // tiles_o
     i = program % tiles_i * BI + tl.arange(0, BI)
     o = program // tiles_i % tiles_o * BO + tl.arange(0, BO)
-    dtype: tl.constexpr = grad[0].dtype.element_ty
+    dtype: tl.constexpr = x[0].dtype.element_ty
     total, sums = tl.zeros((BO, BI), tl.float32), tl.zeros((BO,), tl.float32)
-    for step in range(split * STEPS, tl.minimum((split + 1) * STEPS, N * tiles_m)):
-        n, p = step // tiles_m, step % tiles_m * BM + tl.arange(0, BM)
-        inside = (p < L)[:, None] & (i < I)[None, :]
-        a = tokens_of(x, n, p, i, D, FLAT)
-        if statistics is None:
-            a = operand(a, inside, dtype)
-        else:
-            a = load(a, inside)
-            a = normalised(a, statistics, norm_weight, norm_bias, n, i, inside, N, G, I)
-            a = rounded(a, dtype)
-        g = tokens_of(grad, n, p, o, D, FLAT)
-        g = load(g, (p < L)[:, None] & (o < O)[None, :])
+    for step in range(split * STEPS, tl.minimum((split + 1) * STEPS, tl.cdiv(M, BM))):
+        m = step * BM + tl.arange(0, BM)
+        a = operand(tokens_of(x, m, i, B, D, FLAT), (m < M)[:, None] & (i < I)[None, :], dtype)
+        g = load(tokens_of(grad, m, o, B, D, FLAT), (m < M)[:, None] & (o < O)[None, :])
         sums += tl.sum(g, 0)
         total = dot(tl.trans(rounded(g, dtype)), a, total, PRECISION)
     inside = (o < O)[:, None] & (i < I)[None, :]
@@ -174,21 +157,19 @@ def _weight_gradient_kernel(
         tl.store(dbias + at, sums, mask=o < O)
 
 
-def weight_gradient(tokens, grad, x, outputs, inputs, *, norm=None):
-    """(sum grad^T f(x), sum grad) over all tokens: (outputs, inputs) and (outputs,), float32."""
-    statistics, norm_weight, norm_bias = (None, None, None) if norm is None else norm
+def weight_gradient(tokens, grad, x, outputs, inputs):
+    """(sum grad^T x, sum grad) over all tokens: (outputs, inputs) and (outputs,), float32."""
     half = x[0].dtype != torch.float32
-    bm = tokens.rows(32 if half else 16)
+    bm = tokens.tile(32 if half else 16)
     bo, bi = (min(max(power_of_two(size), 16), 64) for size in (outputs, inputs))
     tiles = triton.cdiv(outputs, bo) * triton.cdiv(inputs, bi)
-    steps = tokens.n * triton.cdiv(tokens.length, bm)
+    steps = triton.cdiv(tokens.count, bm)
     share = triton.cdiv(steps, min(steps, max(SPLITS // tiles, 1)))
     splits = triton.cdiv(steps, share)
     dweight = grad[0].new_empty(splits, outputs, inputs, dtype=torch.float32)
     dbias = grad[0].new_empty(splits, outputs, dtype=torch.float32)
     _weight_gradient_kernel[(splits * tiles,)](
-        grad, x, statistics, vector(norm_weight), vector(norm_bias), dweight, dbias,
-        1 if statistics is None else statistics.shape[2],
+        grad, x, dweight, dbias,
         O=outputs, I=inputs, STEPS=share, PRECISION=precision(), BM=bm, BO=bo, BI=bi,
         num_warps=8, num_stages=2, maxnreg=registers(8) if half else None, **tokens.arguments(),
     )  # fmt: skip

@@ -30,7 +30,6 @@ from fastddpm.kernels import (
     posterior_step,
 )
 
-HEADS = (1, 8)  # of 512 channels: wider than a tile, and a tile
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -111,7 +110,7 @@ def launch_every_kernel(dtype: torch.dtype) -> None:
     group_norm_silu.group_norm_silu_backward(x, x, 8, c, c, 1e-6, m, m, True)
     many_tiles = torch.zeros(2, 64, 64, 64, dtype=dtype)
     group_norm_silu.group_norm_silu_backward(many_tiles, many_tiles, 8, c, c, 1e-6, m, m, True)
-    launch_attention(image(1, 512, 8, 8, dtype=dtype), 32, HEADS[0])
+    launch_attention(image(128, 256, 8, 8, dtype=dtype), 32, 1)  # programs for a whole GPU
 
 
 def launch_other_ways(dtype: torch.dtype) -> None:
@@ -123,7 +122,9 @@ def launch_other_ways(dtype: torch.dtype) -> None:
     group_norm_silu.group_norm_silu(many_tiles, 8, c, c, scale=m, shift=m)
     for slab in (many_tiles, whole):
         group_norm_silu.group_norm_silu_backward(slab, slab, 8, c, c, 1e-6, m, m, True)
-    launch_attention(image(1, 512, 8, 8, dtype=dtype), 32, HEADS[1])
+    launch_attention(image(128, 256, 8, 8, dtype=dtype), 32, 2)
+    for heads in (1, 2, 8):  # wider than a tile, as wide, and narrow; few programs
+        launch_attention(image(1, 512, 8, 8, dtype=dtype), 32, heads)
     x = torch.zeros(1, 4, 1, 1, dtype=dtype)  # sizes of 1 are constants to the compiler
     noise.noise(x, t[:1], table, eps=x, flip=t[:1] > 0)
     posterior_step.posterior_step(x, x, t[:1], table[:1], seed=1, sample_index=t[:1])

@@ -14,7 +14,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `compare`: importlib mode adds no folder
 
-if not torch.cuda.is_available():  # Triton reads it when it is imported
+if os.environ.get("FASTDDPM_CUDA_ON_CPU"):  # a build of the emulator: no card is meant
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import card
+
+if not card.VISIBLE:  # Triton reads it when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -64,7 +69,7 @@ def backend(request) -> str:
     """
     with contextlib.ExitStack() as stack:
         reason = dispatch.load(request.param).missing
-        if request.param == "cuda" and not torch.cuda.is_available():
+        if request.param == "cuda" and not card.VISIBLE:
             try:
                 stack.enter_context(cuda_on_cpu.as_cuda_backend())
                 reason = None
@@ -82,12 +87,21 @@ def device(backend) -> torch.device:
     """Where the tensors of a test go for its backend to take them: without a GPU to the CPU, where
     the CUDA kernels are emulated and the Triton ones interpreted.
     """
-    on_gpu = torch.cuda.is_available() and (
-        backend == "cuda" or (backend == "triton" and not INTERPRETED)
-    )
-    return torch.device("cuda" if on_gpu else "cpu")
+    return torch.device("cuda" if backend in ON_CARD else "cpu")
 
 
+# The backends that a card is for.
+ON_CARD = ("cuda", *(() if INTERPRETED else ("triton",))) if card.VISIBLE else ()
+
+
+def _takes_card(item) -> bool:
+    """By its backend, or by the fixture that is the module of one."""
+    spec = getattr(item, "callspec", None)
+    given = spec.params.get("backend") if spec else None
+    return given in ON_CARD or ("triton" in ON_CARD and "triton" in item.fixturenames)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(config, items):
     """Of a product of three parameters or more, Triton's interpreter gets some: the diagonals,
     in which every pair of values is met. A GPU gets all. A test of some backends' promise, marked
@@ -100,6 +114,7 @@ def pytest_collection_modifyitems(config, items):
     ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+    card.mark(items, _takes_card)
 
 
 def _is_of_another_backend(item) -> bool:
@@ -130,9 +145,22 @@ def _seed():
 
 
 def pytest_configure(config):
-    config.pluginmanager.register(matrix)
+    for plugin in (card, matrix):
+        config.pluginmanager.register(plugin)
+    if card.VISIBLE:
+        for name in dispatch.BACKENDS:  # what they say is kept: not while the card is hidden
+            dispatch.load(name)
     unknown = set(REQUIRED) - set(dispatch.BACKENDS)
     if unknown:
         raise pytest.UsageError(
             f"FASTDDPM_REQUIRE_BACKENDS: {sorted(unknown)} are not among {dispatch.BACKENDS}"
         )
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What came of the backend "cuda" here: on a card there are no such lines."""
+    for build in cuda_on_cpu.BUILDS:
+        calls = {name: n for (made, name), n in cuda_on_cpu.CALLS.items() if made == build}
+        if calls:
+            counts = ", ".join(f"{name} {n}" for name, n in sorted(calls.items()))
+            terminalreporter.write_line(f"calls of CUDA on the CPU, build {build}: {counts}")

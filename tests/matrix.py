@@ -20,7 +20,6 @@ OPS = (
     "discretized_log_likelihood",
 )
 DIRECTIONS = ("forward", "backward")
-MISSING = {("attention_block", "cuda")}  # by design: Triton's is the GPU's
 
 _passed: dict[tuple, set[str]] = defaultdict(set)  # (op, backend, direction, dtype) -> layouts
 
@@ -41,7 +40,7 @@ def table(ops, backends) -> tuple[list[list[str]], int]:
     """The rows of the table, and how many of its cells are empty."""
     rows, empty = [], 0
     for op in ops:
-        for backend in (b for b in backends if (op, b) not in MISSING):
+        for backend in backends:
             for direction in DIRECTIONS:
                 row = [op, backend, direction]
                 for dtype in DTYPES:

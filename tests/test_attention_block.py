@@ -17,8 +17,6 @@ from torch.library import opcheck
 
 from fastddpm import _native, ops, reference
 
-pytestmark = pytest.mark.backends("reference", "cpu", "triton")  # Triton's is the GPU's
-
 # (N, C, H, W), groups, heads
 CASES = (
     ((1, 4, 1, 1), 2, 1),  # one pixel attends to itself

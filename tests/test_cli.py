@@ -519,7 +519,6 @@ def test_arguments_that_are_no_arguments(tmp_path, monkeypatch, capsys, argument
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_device(capsys):
     with pytest.raises(SystemExit):
         cli.main(["sample", "--device=cuda"])

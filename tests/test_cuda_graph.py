@@ -12,6 +12,7 @@ import fastddpm
 from fastddpm import Diffusion, Schedule, ops
 from fastddpm.engine import choose, cuda_graph
 from fastddpm.engine.cuda_graph import CudaGraph
+from fastddpm.engine.cuda_plan import CudaPlan
 from fastddpm.engine.eager import Eager
 
 CPU = torch.device("cpu")
@@ -56,9 +57,11 @@ class Recorder:
     def __init__(self):
         self.tapes, self.replays = 0, 0
 
-    def __call__(self, step, device):
+    def __call__(self, step, rewind, device):
         for _ in range(cuda_graph.WARM_UP):
+            rewind()
             step()
+        rewind()  # a tape's recording takes the step, a graph's does not
         tape = Tape()
         with tape:
             step()
@@ -151,10 +154,10 @@ def test_one_recording_serves_every_batch_of_its_shape():
     assert record.tapes == 2
     graph.run(*start()[:1], **start()[1])
     assert record.tapes == 2
-    x, stream = start(seed=6)
-    assert torch.equal(graph.run(x, **stream), eager.run(x, **stream))
-    assert record.tapes == 3
-    assert len(graph._recorded) == 1  # another seed is another set
+    for seed in (6, 2**64 - 1):
+        x, stream = start(seed=seed)
+        assert torch.equal(graph.run(x, **stream), eager.run(x, **stream))
+    assert record.tapes == 2
 
 
 def test_parts_of_the_chain():
@@ -226,7 +229,7 @@ def test_strictly_it_is_an_error(monkeypatch):
 
 
 def test_out_of_memory_is_for_the_caller_who_splits_the_batch():
-    def full(step, device):
+    def full(step, rewind, device):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     graph, _, _ = engines(wave, record=full)
@@ -255,7 +258,9 @@ def test_the_tape_is_a_fair_stand_in():
 
 def test_auto_takes_it_for_a_unet_on_a_gpu():
     cuda, unet = torch.device("cuda"), tiny_unet()
-    assert choose("auto", unet, cuda, "fp32") == (CudaGraph, "fp32")
+    assert choose("auto", unet, cuda, "fp32") == (CudaPlan, "fp32")
+    assert choose("cuda_plan", unet, cuda, "fp32") == (CudaPlan, "fp32")
+    assert choose("cuda_graph", unet, cuda, "fp32") == (CudaGraph, "fp32")
     assert choose("auto", wave, cuda, "fp32") == (Eager, "fp32")
     assert choose("cuda_graph", wave, cuda, "fp32") == (CudaGraph, "fp32")
     assert choose("eager", unet, cuda, "fp32") == (Eager, "fp32")
@@ -265,13 +270,3 @@ def test_auto_takes_it_for_a_unet_on_a_gpu():
 def test_a_cpu_has_none():
     with pytest.raises(ValueError, match="'cuda_graph' can't run here: CUDA graphs are for GPUs"):
         fastddpm.sample(tiny_unet(), 1, engine="cuda_graph", progress=False)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_on_a_gpu(precision):
-    model = tiny_unet().cuda()
-    options = {"precision": precision, "progress": False, "batch_size": 3}
-    drawn = fastddpm.sample(model, 8, engine="cuda_graph", **options)
-    expected = fastddpm.sample(model, 8, engine="eager", **options)
-    torch.testing.assert_close(drawn, expected, atol=1e-5 if precision == "fp32" else 0.05, rtol=0)

@@ -79,6 +79,7 @@ def test_every_mistake_is_found(name, build):
 def test_the_ops_pass_in_a_checking_build(build):
     available(lambda: cuda_on_cpu.library(build))
     options = {"FASTDDPM_CUDA_ON_CPU": build, "FASTDDPM_REQUIRE_BACKENDS": "cuda"}
+    options["CUDA_VISIBLE_DEVICES"] = ""  # a card would take the tensors and run its own kernels
     if build == "address":
         options["LD_PRELOAD"] = cuda_on_cpu.sanitizer_libraries()
     files = [
@@ -95,6 +96,11 @@ def test_the_ops_pass_in_a_checking_build(build):
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     assert re.search(r"\d+ passed", done.stdout)
     assert "skipped" not in done.stdout.splitlines()[-1]
+    called = re.findall(r"^calls of CUDA on the CPU, build (\w+): (.+)$", done.stdout, re.MULTILINE)
+    assert [name for name, _ in called] == [build]
+    counts = dict(part.split() for part in called[0][1].split(", "))
+    assert set(dispatch.OPS) - {"attention_block", "attention_block_backward"} <= counts.keys()
+    assert all(int(n) > 10 for n in counts.values())
 
 
 @pytest.fixture
@@ -105,6 +111,16 @@ def emulated(request):
     with cuda_on_cpu.as_cuda_backend(build) as module, dispatch.use_backend("cuda"):
         yield module
         module.set_device(227 << 10, 132)
+
+
+def test_what_is_forced_is_the_emulated_module(emulated):
+    """And no card's, where there is one: its kernels would not be looked at."""
+    before = cuda_on_cpu.CALLS["plain", "randn"]
+    x = ops.randn((2, 3), seed=1, step=2)
+    assert cuda_on_cpu.CALLS["plain", "randn"] == before + 1
+    assert x.device.type == "cpu"
+    assert dispatch.load("cuda").module.module is emulated
+    assert emulated.__name__ == cuda_on_cpu.NAME
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

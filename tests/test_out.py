@@ -200,8 +200,6 @@ def ops_of(device):
 @pytest.mark.parametrize("lazy", [negated, zeros])
 @pytest.mark.parametrize("name", list(ops_of("cpu")))
 def test_lazy_operands_and_gradients(backend, device, name, lazy):
-    if backend == "cuda" and name == "attention_block":
-        pytest.skip("attention_block has no cuda version")
     function, shapes = ops_of(device)[name]
     torch.manual_seed(3)
     inputs = [torch.randn(shape).to(device) / 2 for shape in shapes]

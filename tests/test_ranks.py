@@ -16,38 +16,61 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from on_ranks import draw
+from on_ranks import RECIPE, batch, draw, gradients
+from toy import tiny_unet
 
 import fastddpm
 from fastddpm import ranks
 from fastddpm.presence import Presence, RankError, Sign
+from fastddpm.training import Trainer
 
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory) -> list[dict]:
-    """What each of two ranks saw in on_ranks.py."""
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def by_torchrun(ranks: int, *arguments: object) -> None:
+    """on_ranks.py in so many processes; a card each, or on the CPU."""
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
-    out = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(HERE / "on_ranks.py"), str(out)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         f"--nproc-per-node={ranks}", str(HERE / "on_ranks.py"), *map(str, arguments)],
         env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def kind(request) -> str:
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("there are not two cards, one for each rank")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory, kind) -> list[dict]:
+    """What each of two ranks saw in on_ranks.py."""
+    out = tmp_path_factory.mktemp("ranks")
+    by_torchrun(2, "sample", out, kind)
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def test_two_ranks_draw_the_set_of_one_and_both_have_it(seen):
-    expected = draw(5, first_index=2)
+@pytest.fixture
+def drawn(kind):
+    """What one process draws there."""
+    return lambda *arguments, **options: draw(*arguments, device=kind, **options).cpu()
+
+
+def test_two_ranks_draw_the_set_of_one_and_both_have_it(seen, drawn):
+    expected = drawn(5, first_index=2)
     for rank in seen:
         assert rank["world"] == 2
         assert torch.equal(rank["images"], expected)
-        assert torch.equal(rank["one image"], draw(1))
+        assert torch.equal(rank["one image"], drawn(1))
         assert rank["closed"]
 
 
@@ -56,12 +79,12 @@ def test_each_rank_draws_its_own_range(seen):
     assert [rank["sizes"] for rank in seen] == [[2] * 12, [2] * 12 + [1] * 12]
 
 
-def test_a_rank_can_draw_alone(seen):
+def test_a_rank_can_draw_alone(seen, drawn):
     for count, rank in enumerate(seen, start=1):
-        assert torch.equal(rank["alone"], draw(count))
+        assert torch.equal(rank["alone"], drawn(count))
 
 
-def test_a_rank_that_fails_stops_all_and_the_group_lives_on(seen):
+def test_a_rank_that_fails_stops_all_and_the_group_lives_on(seen, drawn):
     assert (
         seen[0]["failing"] == "RankError: rank 1 failed: ZeroDivisionError: rank 1 has had enough"
     )
@@ -69,12 +92,31 @@ def test_a_rank_that_fails_stops_all_and_the_group_lives_on(seen):
     assert seen[0]["bad"].startswith("RankError: rank 1 failed: ValueError: steps must be")
     assert seen[1]["bad"].startswith("ValueError: steps must be")
     for rank in seen:
-        assert torch.equal(rank["still there"], draw(3))
+        assert torch.equal(rank["still there"], drawn(3))
 
 
 def test_ranks_that_disagree_are_told(seen):
     message = "RankError: all ranks must draw the same set; seed differs: 0, 1"
     assert [rank["seeds"] for rank in seen] == [message, message]
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_a_step_of_several_ranks_is_that_of_the_mean_of_their_gradients(kind, tmp_path):
+    """DistributedDataParallel under gloo, and under NCCL on as many cards as there are."""
+    world = torch.cuda.device_count() if kind == "cuda" else 2
+    by_torchrun(world, "train", tmp_path, kind)
+    seen = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    alone = [Trainer(tiny_unet(), **RECIPE) for _ in range(world)]
+    for rank, trainer in enumerate(alone):
+        loss = trainer.step(batch(rank))
+        torch.testing.assert_close(seen[rank]["loss"], loss, atol=1e-5, rtol=1e-5)
+    for name, first in seen[0]["gradients"].items():
+        mean = torch.stack([gradients(trainer)[name] for trainer in alone]).mean(dim=0)
+        atol = 1e-4 * max(mean.abs().max().item(), 1e-3)
+        torch.testing.assert_close(first, mean, atol=atol, rtol=0, msg=name)
+    for name, first in seen[0]["weights"].items():
+        for other in seen[1:]:
+            assert torch.equal(other["weights"][name], first), name
 
 
 @pytest.mark.parametrize(("n", "world"), [(0, 3), (1, 3), (7, 3), (50_000, 7)])

@@ -317,6 +317,7 @@ void def_cpu_ops(py::module_& m) {
   def_posterior_step<cpu::posterior_step>(m);
   def_group_norm_silu<cpu::group_norm_silu>(m);
   def_group_norm_silu_backward<cpu::group_norm_silu_backward>(m);
+  def_residual_sum<cpu::residual_sum>(m);
   def_attention_block<cpu::attention_block>(m);
   def_attention_block_backward(m);
   def_discretized_log_likelihood<cpu::discretized_log_likelihood>(m);

@@ -100,11 +100,11 @@ class Block {
     x.data = static_cast<char*>(x.data) + first * x.stride[0] * element_size(x.dtype);
     const Tensor y{
         normed.data, DType::f32, {pixels * channels, 1, op.shape.w * channels, channels}};
-    const Matrix none{nullptr, DType::f32, 0, 0};
-    const Shape shape{count, channels, op.shape.h, op.shape.w};
-    group_norm_silu({shape, op.groups, op.eps, false, x, y, op.norm_weight, op.norm_bias, none,
-                     none, nullptr, nullptr, nullptr},
-                    threads);
+    GroupNormSilu norm{};
+    norm.shape = {count, channels, op.shape.h, op.shape.w};
+    norm.groups = op.groups, norm.eps = op.eps;
+    norm.x = x, norm.y = y, norm.weight = op.norm_weight, norm.bias = op.norm_bias;
+    group_norm_silu(norm, threads);
   }
 
   // head: counted through all images that are at work.

@@ -116,25 +116,21 @@ class Backward {
     return {data, DType::f32, {pixels * channels, 1, shape.w * channels, channels}};
   }
 
-  void normalise(int64_t first, int64_t count) {
+  GroupNormSilu norm() const {
     const AttentionBlock& forward = op.forward;
-    Tensor x = forward.x;
+    GroupNormSilu norm{};
+    norm.shape = shape, norm.groups = forward.groups, norm.eps = forward.eps;
+    norm.x = forward.x, norm.weight = forward.norm_weight, norm.bias = forward.norm_bias;
+    return norm;
+  }
+
+  void normalise(int64_t first, int64_t count) {
+    Tensor x = op.forward.x;
     x.data = static_cast<char*>(x.data) + first * x.stride[0] * element_size(x.dtype);
-    const Matrix none{nullptr, DType::f32, 0, 0};
-    group_norm_silu({{count, channels, shape.h, shape.w},
-                     forward.groups,
-                     forward.eps,
-                     false,
-                     x,
-                     by_pixels(normed.data),
-                     forward.norm_weight,
-                     forward.norm_bias,
-                     none,
-                     none,
-                     nullptr,
-                     nullptr,
-                     nullptr},
-                    threads);
+    GroupNormSilu norm = this->norm();
+    norm.shape.n = count;
+    norm.x = x, norm.y = by_pixels(normed.data);
+    group_norm_silu(norm, threads);
   }
 
   // q, k, v, and dM of a tile of pixels.
@@ -247,31 +243,12 @@ class Backward {
 
   // dx = grad + the norm's gradient.
   void norm_backward() {
-    const AttentionBlock& forward = op.forward;
-    const Matrix none{nullptr, DType::f32, 0, 0};
-    const Tensor dy = by_pixels(dnormed.data);
     Scratch<float> result(shape.n * pixels * channels);
-    const Tensor dx = by_pixels(result.data);
-    group_norm_silu_backward({{shape,
-                               forward.groups,
-                               forward.eps,
-                               false,
-                               forward.x,
-                               {},
-                               forward.norm_weight,
-                               forward.norm_bias,
-                               none,
-                               none,
-                               nullptr,
-                               nullptr,
-                               nullptr},
-                              dy,
-                              dx,
-                              op.dnorm_weight,
-                              op.dnorm_bias,
-                              nullptr,
-                              nullptr},
-                             threads);
+    GroupNormSiluBackward backward{};
+    backward.forward = norm();
+    backward.grad = by_pixels(dnormed.data), backward.dx = by_pixels(result.data);
+    backward.dweight = op.dnorm_weight, backward.dbias = op.dnorm_bias;
+    group_norm_silu_backward(backward, threads);
     const int64_t count = pixels * channels;
     parallel_for(shape.n, shape.n * count, threads, [&](int64_t n, int) {
       float buffer[CHUNK], *sum = result.data + n * count;

@@ -97,6 +97,7 @@ struct Isa {
   decltype(&plain::posterior_step) posterior_step;
   decltype(&plain::group_norm_silu) group_norm_silu;
   decltype(&plain::group_norm_silu_backward) group_norm_silu_backward;
+  decltype(&plain::residual_sum) residual_sum;
   decltype(&plain::attention_block) attention_block;
   decltype(&plain::attention_block_backward) attention_block_backward;
   decltype(&plain::discretized_log_likelihood) discretized_log_likelihood;
@@ -113,6 +114,7 @@ struct Isa {
    base::posterior_step,                 \
    base::group_norm_silu,                \
    base::group_norm_silu_backward,       \
+   base::residual_sum,                   \
    base::attention_block,                \
    base::attention_block_backward,       \
    base::discretized_log_likelihood,     \
@@ -175,6 +177,11 @@ void check_divides(const char* name, int64_t parts, int64_t channels) {
                                 std::to_string(parts) + " and " + std::to_string(channels));
 }
 
+void check_sources(const GroupNormSilu& op) {
+  require(!op.x2.data || (op.c1 >= 1 && op.c1 < op.shape.c),
+          "group_norm_silu: c1 must lie in 1 .. C - 1");
+}
+
 }  // namespace
 
 void isas(bool available, const char* names[MAX_ISAS]) {
@@ -226,14 +233,27 @@ void posterior_step(const PosteriorStep& op, int threads) {
 
 void group_norm_silu(const GroupNormSilu& op, int threads) {
   check_divides("num_groups", op.groups, op.shape.c);
-  require(op.y.dtype != DType::u8, "group_norm_silu: y must be float32, bfloat16 or float16");
+  check_sources(op);
+  require(op.y.dtype != DType::u8 && op.u.dtype != DType::u8,
+          "group_norm_silu: y and u must be float32, bfloat16 or float16");
+  require(!op.residual.data == !op.u.data,
+          "group_norm_silu: residual and u must both be given, or neither");
   active().group_norm_silu(op, threads);
 }
 
 void group_norm_silu_backward(const GroupNormSiluBackward& op, int threads) {
   check_divides("num_groups", op.forward.groups, op.forward.shape.c);
-  require(op.dx.dtype != DType::u8, "group_norm_silu: dx must be float32, bfloat16 or float16");
+  check_sources(op.forward);
+  require(op.dx.dtype != DType::u8 && op.dx2.dtype != DType::u8,
+          "group_norm_silu: dx and dx2 must be float32, bfloat16 or float16");
+  require(!op.forward.x2.data == !op.dx2.data,
+          "group_norm_silu: x2 and dx2 must both be given, or neither");
   active().group_norm_silu_backward(op, threads);
+}
+
+void residual_sum(const ResidualSum& op, int threads) {
+  require(op.u.dtype != DType::u8, "residual_sum: u must be float32, bfloat16 or float16");
+  active().residual_sum(op, threads);
 }
 
 void attention_block(const AttentionBlock& op, int threads) {

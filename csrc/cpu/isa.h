@@ -25,6 +25,7 @@
   void posterior_step(const PosteriorStep&, int threads);                        \
   void group_norm_silu(const GroupNormSilu&, int threads);                       \
   void group_norm_silu_backward(const GroupNormSiluBackward&, int threads);      \
+  void residual_sum(const ResidualSum&, int threads);                            \
   void attention_block(const AttentionBlock&, int threads);                      \
   void attention_block_backward(const AttentionBlockBackward&, int threads);     \
   void discretized_log_likelihood(const DiscretizedLogLikelihood&, int threads); \

@@ -35,34 +35,56 @@ inline Words multiply_words(uint32_t m, Words x, Words& low) {
   return Words((even >> 32) | (odd & ~uint64_t(0xffffffffu)));
 }
 
-// philox4x32 of blocks first .. first + count, WIDTH of them at a time.
+// philox4x32 of WIDTH blocks.
+inline void philox_vector(const Philox& stream, Words block, int64_t at,
+                          uint32_t words[4][PADDED]) {
+  Words c[4] = {block, Words{} + stream.step, Words{} + stream.index_low,
+                Words{} + stream.index_high};
+  uint32_t k0 = stream.key_low, k1 = stream.key_high;
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    Words low0, low1;
+    const Words high0 = multiply_words(0xD2511F53u, c[0], low0);
+    const Words high1 = multiply_words(0xCD9E8D57u, c[2], low1);
+    c[0] = high1 ^ c[1] ^ k0, c[1] = low1, c[2] = high0 ^ c[3] ^ k1, c[3] = low0;
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  for (int j = 0; j < 4; ++j) __builtin_memcpy(&words[j][at], &c[j], sizeof c[j]);
+}
+
+// philox4x32 of blocks first .. first + count.
 inline void philox_words(const Philox& stream, int64_t first, int64_t count,
                          uint32_t words[4][PADDED]) {
   Words lane{};
   for (int64_t j = 0; j < WIDTH; ++j) lane[j] = uint32_t(j);
+  for (int64_t i = 0; i < count; i += WIDTH)
+    philox_vector(stream, lane + uint32_t(first + i), i, words);
+}
+
+// philox4x32 of any blocks; those up to a multiple of WIDTH are read.
+inline void philox_words_at(const Philox& stream, const uint32_t blocks[PADDED], int64_t count,
+                            uint32_t words[4][PADDED]) {
   for (int64_t i = 0; i < count; i += WIDTH) {
-    Words c[4] = {lane + uint32_t(first + i), Words{} + stream.step, Words{} + stream.index_low,
-                  Words{} + stream.index_high};
-    uint32_t k0 = stream.key_low, k1 = stream.key_high;
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      Words low0, low1;
-      const Words high0 = multiply_words(0xD2511F53u, c[0], low0);
-      const Words high1 = multiply_words(0xCD9E8D57u, c[2], low1);
-      c[0] = high1 ^ c[1] ^ k0, c[1] = low1, c[2] = high0 ^ c[3] ^ k1, c[3] = low0;
-      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
-    for (int j = 0; j < 4; ++j) __builtin_memcpy(&words[j][i], &c[j], sizeof c[j]);
+    Words block;
+    __builtin_memcpy(&block, blocks + i, sizeof block);
+    philox_vector(stream, block, i, words);
   }
 }
 #else
-inline void philox_words(const Philox& stream, int64_t first, int64_t count,
-                         uint32_t words[4][PADDED]) {
+inline void philox_words_at(const Philox& stream, const uint32_t blocks[PADDED], int64_t count,
+                            uint32_t words[4][PADDED]) {
   for (int64_t i = 0; i < count; ++i) {
     uint32_t word[4];
-    philox4x32(stream, uint32_t(first + i), word);
+    philox4x32(stream, blocks[i], word);
     for (int j = 0; j < 4; ++j) words[j][i] = word[j];
   }
+}
+
+inline void philox_words(const Philox& stream, int64_t first, int64_t count,
+                         uint32_t words[4][PADDED]) {
+  uint32_t blocks[PADDED];
+  for (int64_t i = 0; i < count; ++i) blocks[i] = uint32_t(first + i);
+  philox_words_at(stream, blocks, count, words);
 }
 #endif
 

@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 import torch
 
 from fastddpm.diffusion import Diffusion, Model
-from fastddpm.engine import cpu_plan, cuda_graph
+from fastddpm.engine import cpu_plan, cuda_graph, cuda_plan
 from fastddpm.engine.cpu_plan import CpuPlan
 from fastddpm.engine.cuda_graph import CudaGraph
+from fastddpm.engine.cuda_plan import CudaPlan
 from fastddpm.engine.eager import Eager
 from fastddpm.ops import dispatch
 from fastddpm.precision import resolve_precision
@@ -22,7 +23,7 @@ from fastddpm.schedule import Sampler, check_choice
 from fastddpm.unet import UNet
 from fastddpm.wrapped import unwrap
 
-EngineName = Literal["auto", "cpu_plan", "cuda_graph", "eager"]
+EngineName = Literal["auto", "cpu_plan", "cuda_plan", "cuda_graph", "eager"]
 
 
 def make_engine(
@@ -66,20 +67,29 @@ def choose(
     precision = resolve_precision(precision, device)
     if planned:
         return CpuPlan, precision
+    if name == "cuda_plan":
+        if reason := cuda_plan.unsupported(model, device):
+            raise ValueError(f"engine 'cuda_plan' can't run here: {reason}")
+        return CudaPlan, precision
     if name == "cuda_graph":
         if reason := cuda_graph.unsupported(device):
             raise ValueError(f"engine 'cuda_graph' can't run here: {reason}")
         return CudaGraph, precision
-    if name == "auto":
-        if device.type == "cuda" and isinstance(model, UNet):
+    if name == "auto" and isinstance(model, UNet):
+        if device.type == "cuda":
+            refused = cuda_plan.unsupported(model, device)
+            if refused is None:
+                return CudaPlan, precision
+            _report_fallback("cuda_graph", "cuda_plan", refused)
             return CudaGraph, precision
-        expected = isinstance(model, UNet) and device.type == "cpu"
-        if expected and dispatch.forced() in ("auto", "cpu"):
-            _report_fallback(str(refused))
+        if device.type == "cpu" and dispatch.forced() in ("auto", "cpu"):
+            _report_fallback("eager", "cpu_plan", str(refused))
     return Eager, precision
 
 
 @functools.cache
-def _report_fallback(reason: str) -> None:
+def _report_fallback(engine: str, expected: str, reason: str) -> None:
     """Say once that a U-Net that should run as a plan does not."""
-    dispatch.report_slower(f"fastddpm samples with the engine 'eager', not 'cpu_plan': {reason}")
+    dispatch.report_slower(
+        f"fastddpm samples with the engine {engine!r}, not {expected!r}: {reason}"
+    )

@@ -4,32 +4,19 @@ Here stands what a U-Net becomes; lifetimes, the arena and the kernels are csrc/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastddpm import _native
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine.eager import Eager
+from fastddpm.engine.plannable import unplannable
+from fastddpm.engine.time_table import time_offsets, time_rows
 from fastddpm.ops import checks, dispatch
 from fastddpm.precision import resolve_precision
-from fastddpm.unet import (
-    AttentionBlock,
-    Downsample,
-    GroupNorm,
-    Level,
-    Middle,
-    ResnetBlock,
-    TimeEmbedding,
-    UNet,
-    Upsample,
-)
-
-_OWN = (UNet, Level, Middle, TimeEmbedding, ResnetBlock, AttentionBlock, Downsample, Upsample)
-_PARTS = (*_OWN, GroupNorm, nn.GroupNorm, nn.Conv2d, nn.Linear, nn.Dropout, nn.ModuleList)
+from fastddpm.unet import AttentionBlock, Level, ResnetBlock, UNet
 
 
 def unsupported(model: Model, device: torch.device) -> str | None:
@@ -40,16 +27,9 @@ def unsupported(model: Model, device: torch.device) -> str | None:
         return f"plans are for the CPU, not {device.type}"
     if dispatch.forced() not in ("auto", "cpu"):
         return f"the backend {dispatch.forced()!r} is forced"
-    if not isinstance(model, UNet):
-        return f"{type(model).__name__} is not a fastddpm.UNet"
-    for name, module in model.named_modules():
-        where = f"{name or 'the model'} ({type(module).__name__})"
-        if type(module) not in _PARTS:
-            return f"{where} is not a part that a plan knows"
-        if "forward" in vars(module):  # as accelerate and others replace it
-            return f"{where} has a forward that is not its class's"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{where} has a forward hook"
+    if reason := unplannable(model):
+        return reason
+    assert isinstance(model, UNet)
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             return f"{name} is {parameter.dtype}, not float32"
@@ -151,17 +131,6 @@ class CpuPlan(Eager):
 
 
 @torch.no_grad()
-def time_rows(model: UNet, t: torch.Tensor) -> torch.Tensor:
-    """What every residual block adds to its channels at the steps t: (len(t), K) float32, in the
-    order of `build_plan`. Summed in float64, whose products no setting of the host rounds."""
-    weights = {name: p.double() for name, p in model.temb.named_parameters()}
-    temb = torch.func.functional_call(model.temb, weights, model.sinusoids(t).double())
-    layers = [m.temb_proj for m in model.modules() if isinstance(m, ResnetBlock)]
-    rows = [F.linear(temb, layer.weight.double(), layer.bias.double()) for layer in layers]
-    return torch.cat(rows, dim=1).float()
-
-
-@torch.no_grad()
 def build_plan(
     model: UNet, height: int, width: int, algorithm: str = "auto", precision: str = "fp32"
 ) -> Any:
@@ -172,7 +141,7 @@ def build_plan(
     native: Any = _native.C
     plan = native.cpu.Plan(height, width, model.in_channels, bf16=precision == "bf16")
     names = {module: name for name, module in model.named_modules()}
-    offsets = _time_offsets(model)
+    offsets = time_offsets(model)
 
     def norm_of(norm: Any, silu: bool) -> tuple:
         weight, bias = norm.weight.tolist(), norm.bias.tolist()
@@ -228,16 +197,3 @@ def build_plan(
             h = conv([h], level.upsample.conv, repeat=2)
     plan.finish(conv([h], model.conv_out, norm=norm_of(model.norm_out, True)))
     return plan
-
-
-def _time_offsets(model: UNet) -> dict[nn.Module, int]:
-    """Where each residual block's channels begin in a row of `time_rows`."""
-
-    def offsets() -> Iterator[tuple[nn.Module, int]]:
-        at = 0
-        for module in model.modules():
-            if isinstance(module, ResnetBlock):
-                yield module, at
-                at += module.temb_proj.weight.shape[0]
-
-    return dict(offsets())

@@ -1,5 +1,5 @@
 """The engine of a GPU: model and posterior step recorded once as a CUDA graph and replayed for
-every step, with the step counter on the device, so that the host waits for nothing.
+every step, with seed and step counter on the device, so that the host waits for nothing.
 
 What is recorded is here, and what a recording needs; the step itself is eager.py's."""
 
@@ -15,10 +15,16 @@ from fastddpm.batching import is_out_of_memory
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine.eager import Eager, OnStep
 from fastddpm.host import evaluating
+from fastddpm.ops import checks
 from fastddpm.ops.dispatch import report_slower
+from fastddpm.presence import first_line
+from fastddpm.unet import UNet
+from fastddpm.wrapped import parts
 
-Record = Callable[[Callable[[], None], torch.device], Callable[[], None]]
+Action = Callable[[], None]
+Record = Callable[[Action, Action, torch.device], Action]
 WARM_UP = 3  # steps before a recording: libraries choose their kernels in the first
+AHEAD = 8  # steps between two marks on the device; the host waits for the last but one
 
 
 def unsupported(device: torch.device) -> str | None:
@@ -26,19 +32,58 @@ def unsupported(device: torch.device) -> str | None:
     return None if device.type == "cuda" else f"CUDA graphs are for GPUs, not {device.type}"
 
 
-def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The work that `step` queues on the device, as a function that queues it again."""
-    with torch.cuda.device(device):
+def record(step: Action, rewind: Action, device: torch.device) -> Action:
+    """The work that `step` queues on the device, as a function that queues it again. rewind: what
+    makes another step possible, queued before each that runs."""
+    # A recording that fails leaves torch on the stream of the recording: the outer block leaves it.
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
+                rewind()
                 step()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
+        graph, first = torch.cuda.CUDAGraph(), None
+        try:
+            # thread_local: another thread may allocate, on another device say, while this records.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                try:
+                    step()
+                except Exception as error:
+                    first = error
+                    raise
+        except Exception as last:  # the end of the recording fails as well, and says less
+            try:
+                raise first or last from None
+            finally:
+                first = None  # it holds this frame, and so the memory of the step
         return graph.replay
+
+
+def mark(device: torch.device) -> Any:
+    """An event after all that is queued on the device by now; None on a CPU, where nothing is."""
+    if device.type != "cuda":
+        return None
+    with torch.cuda.device(device):
+        event = torch.cuda.Event()
+        event.record()
+    return event
+
+
+class _Pace:
+    """Called after each step: keeps the host at most 2 AHEAD of them before the device, so that who
+    counts them tells the truth."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._steps, self._mark = device, 0, None
+
+    def __call__(self) -> None:
+        self._steps += 1
+        if self._steps % AHEAD == 0:
+            before, self._mark = self._mark, mark(self._device)
+            if before is not None:
+                before.synchronize()
 
 
 class CudaGraph(Eager):
@@ -46,10 +91,13 @@ class CudaGraph(Eager):
 
     The model runs at the memory addresses and with the Python decisions of the recording: it may
     depend on x and t in no other way than through tensors on the device. One that can't be recorded
-    runs step by step, which a warning says once. x and its shape are those of `run`; what on_step
-    gets are the recording's own tensors, good until the next step."""
+    runs step by step, which a warning says once. Weights may change from run to run; where they lie
+    elsewhere than before, a run is recorded anew. A U-Net's smaller batches are filled up to the
+    one that is recorded, whose results for an image are the same. What on_step gets are the
+    recording's own tensors, good until the next step."""
 
     name = "cuda_graph"
+    records_xt = True  # whether the recording itself keeps x_t
 
     def __init__(
         self,
@@ -62,7 +110,8 @@ class CudaGraph(Eager):
     ):
         super().__init__(model, diffusion, device=device, **options)
         self._record = record
-        self._recorded: dict[tuple[Any, ...], _Step] = {}
+        self._recorded: dict[tuple[int, ...], Step] = {}
+        self._places: list[tuple[Any, ...]] = []
         self._refused = False
 
     @torch.no_grad()
@@ -76,73 +125,138 @@ class CudaGraph(Eager):
         stop: int = 0,
         on_step: OnStep | None = None,
     ) -> torch.Tensor:
-        """As Eager's, which see; a seed and a shape that were not met before are recorded first."""
+        """As Eager's, which see; a shape that was not met before is recorded first."""
         start = self.diffusion.T if start is None else start
-        recorded = self._get(xt, seed) if start > stop else None
-        if recorded is None:
-            return super().run(
-                xt, seed=seed, sample_index=sample_index, start=start, stop=stop, on_step=on_step
-            )
-        clip = bool(self.step_options["clip"])
-        recorded.begin(xt, sample_index, start)
+        try:
+            recorded = self._get(xt) if start > stop and len(xt) else None
+            if recorded is not None:
+                return self._replay(recorded, xt, seed, sample_index, start, stop, on_step)
+        except (RuntimeError, MemoryError, OSError) as error:
+            if is_out_of_memory(error):  # a smaller batch may fit where this is not
+                self._recorded = {}
+            raise
+        return super().run(
+            xt, seed=seed, sample_index=sample_index, start=start, stop=stop, on_step=on_step
+        )
+
+    def _replay(
+        self,
+        recorded: Step,
+        xt: torch.Tensor,
+        seed: int,
+        sample_index: torch.Tensor,
+        start: int,
+        stop: int,
+        on_step: OnStep | None,
+    ) -> torch.Tensor:
+        clip, n, pace = bool(self.step_options["clip"]), len(xt), _Pace(self.device)
+        # Who only counts steps says so, and spares the copy of x_t that predict_x0 needs.
+        shown = on_step is not None and getattr(on_step, "reads_x0", True)
+        recorded.begin(xt, seed, sample_index, start)
         for i in reversed(range(stop, start)):
+            if shown and not self.records_xt:
+                recorded.keep()
             recorded.replay()
             if on_step is not None:
-                predict = functools.partial(
-                    self.diffusion.predict_x0, recorded.xt, recorded.output, recorded.t, clip=clip
-                )
-                on_step(i, recorded.x, predict)
-        return torch.empty_like(xt).copy_(recorded.x)
+                pace()
+                seen = (recorded.xt[:n], recorded.output[:n], recorded.t[:n])
+                predict = functools.partial(self.diffusion.predict_x0, *seen, clip=clip)
+                on_step(i, recorded.x[:n], predict)
+        return torch.empty_like(xt).copy_(recorded.x[:n])
 
-    def _get(self, xt: torch.Tensor, seed: int) -> _Step | None:
-        """The recording for this shape and seed; None where none can be made."""
-        key = (tuple(xt.shape), seed)
-        if key in self._recorded or self._refused:
-            return self._recorded.get(key)
+    def advance(self, step: Step) -> torch.Tensor:
+        """The recorded work of a step: x <- x_{t-1} of x_t = x; what the model said of it."""
+        step.keep()
+        output = self.output(step.xt, -1, step.t)
+        self.diffusion.p_step(
+            step.xt, output, step.t, seed=step.seed, sample_index=step.sample_index, out=step.x,
+            **self.step_options,
+        )  # fmt: skip
+        return output
+
+    def _get(self, xt: torch.Tensor) -> Step | None:
+        """The recording for this shape; None where none can be made."""
+        self.follow()
+        if self._refused:
+            return None
+        if self._places != (places := _places(self.model)):
+            self._recorded, self._places = {}, places
+        recorded = self._find(tuple(xt.shape))
+        return self._make(xt) if recorded is None else recorded
+
+    def _find(self, shape: tuple[int, ...]) -> Step | None:
+        if not isinstance(self._given, UNet):  # another model may mix the images of a batch
+            return self._recorded.get(shape)
+        for (n, *size), recorded in self._recorded.items():
+            if n >= shape[0] and tuple(size) == shape[1:]:
+                return recorded
+        return None
+
+    def _make(self, xt: torch.Tensor) -> Step | None:
+        shape = tuple(xt.shape)
+        if isinstance(self._given, UNet):  # the smaller one's memory is given back first
+            kept = {key: step for key, step in self._recorded.items() if key[1:] != shape[1:]}
+            self._recorded = kept
         try:
             with evaluating(self.model):
-                self._recorded = {**_of_seed(self._recorded, seed), key: _Step(self, xt, seed)}
+                self._recorded[shape] = Step(self, xt)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            self._refused = True
-            why = str(error).strip().splitlines()[0]
-            report_slower(f"fastddpm samples with the engine 'eager', not 'cuda_graph': {why}")
+            self._refuse(first_line(error))
             return None
-        return self._recorded[key]
+        return self._recorded[shape]
+
+    def _refuse(self, why: str) -> None:
+        """From here on, steps are not recorded."""
+        self._refused = True
+        report_slower(f"fastddpm samples with the engine 'eager', not '{self.name}': {why}")
 
 
-def _of_seed(recorded: dict[tuple[Any, ...], _Step], seed: int) -> dict[tuple[Any, ...], _Step]:
-    """The recordings of this seed: the others' memory is given back, as a set has one seed."""
-    return {key: step for key, step in recorded.items() if key[1] == seed}
+def _places(model: Model) -> list[tuple[Any, ...]]:
+    """Where in memory the model has its weights, and how: what a recording reads them by."""
+    plain = (torch.Tensor, torch.nn.Parameter)  # others may have no memory of their own
+    modules = (part for part in parts(model) if isinstance(part, torch.nn.Module))
+    return [
+        (x.data_ptr(), x.device, x.dtype, x.shape, x.stride()) if type(x) in plain else (id(x),)
+        for module in modules
+        for x in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    ]
 
 
-class _Step:
-    """A recording: t <- t - 1, x_t <- x, output <- model(x_t, t), x <- x_{t-1}, on tensors of its
-    own."""
+class Step:
+    """A recording: t <- t - 1, x <- x_{t-1}, on tensors of its own; of at most as many images as xt
+    has."""
 
-    def __init__(self, engine: CudaGraph, xt: torch.Tensor, seed: int):
+    def __init__(self, engine: CudaGraph, xt: torch.Tensor):
         n, device = xt.shape[0], engine.device
         self.x = xt.to(device, memory_format=torch.channels_last, copy=True)
         self.xt = torch.empty_like(self.x)
-        self.t = torch.full((n,), engine.diffusion.T, dtype=torch.int64, device=device)
+        self.t = torch.empty(n, dtype=torch.int64, device=device)
         self.sample_index = torch.zeros(n, dtype=torch.int64, device=device)
+        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.output = torch.empty(0, device=device)  # the recording's, once it is made
 
         def step() -> None:
-            self.t.sub_(1).clamp_(min=0)  # warming up may take more steps than there are
-            self.xt.copy_(self.x)
-            self.output = engine.output(self.xt, -1, self.t)
-            x = engine.diffusion.p_step(
-                self.xt, self.output, self.t, seed=seed, sample_index=self.sample_index,
-                **engine.step_options,
-            )  # fmt: skip
-            self.x.copy_(x)
+            self.t.sub_(1)
+            self.output = engine.advance(self)
 
-        self.replay = engine._record(step, device)
+        self.replay = engine._record(step, lambda: self._rewind(engine.diffusion.T), device)
 
-    def begin(self, xt: torch.Tensor, sample_index: torch.Tensor, start: int) -> None:
-        """From x at chain index `start` on."""
+    def _rewind(self, start: int) -> None:
+        self.t.fill_(start)
+
+    def begin(self, xt: torch.Tensor, seed: int, sample_index: torch.Tensor, start: int) -> None:
+        """From xt at chain index `start` on. Fewer images than there is room for are repeated."""
+        n, room = len(xt), len(self.x)
+        if n < room:
+            row = torch.arange(room, device=xt.device) % n
+            xt, sample_index = xt.index_select(0, row), sample_index.index_select(0, row)
         self.x.copy_(xt)
         self.sample_index.copy_(sample_index)
-        self.t.fill_(start)
+        self.seed.fill_(checks.seed_word(seed))
+        self._rewind(start)
+
+    def keep(self) -> None:
+        """x_t, which the step may write over."""
+        self.xt.copy_(self.x)

@@ -8,13 +8,13 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.host import evaluating
-from fastddpm.precision import autocast, resolve_precision
+from fastddpm.precision import autocast, float32_kept, resolve_precision
 from fastddpm.schedule import Sampler
 from fastddpm.unet import UNet
 
@@ -26,7 +26,9 @@ class Eager:
 
     precision "bf16": a UNet runs as a bfloat16 copy, any other module under autocast; "auto" is
     bf16 for a UNet where the hardware multiplies it, float32 for everything else. x_t and the
-    update stay float32."""
+    update stay float32. On a GPU "fp32" is float32, in convolutions too, unless torch is told to
+    take TF32 in matrix products (fastddpm.precision). Weights are those that the model has when a
+    run begins."""
 
     name = "eager"
 
@@ -46,12 +48,34 @@ class Eager:
         self.precision = resolve_precision(precision, device)
         self.diffusion, self.device = diffusion, device
         self.step_options: dict[str, Any] = {"sampler": sampler, "eta": eta, "clip": clip}
-        self.model = model
-        self._context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-        if isinstance(model, UNet) and self.precision == "bf16":
-            self.model = copy.deepcopy(model).to(device, torch.bfloat16).eval()
+        self._given = self.model = model
+        self._context: Callable[[], contextlib.AbstractContextManager] = functools.partial(
+            float32_kept, self.precision, device
+        )
+        if isinstance(model, UNet):
+            self.model = self._running()
         elif self.precision == "bf16":
             self._context = lambda: autocast("bf16", device)
+
+    def _running(self) -> Model:
+        """What stands for the given U-Net in steps."""
+        if self.precision == "bf16":
+            return copy.deepcopy(cast(UNet, self._given)).to(self.device, torch.bfloat16).eval()
+        return self._given
+
+    def follow(self) -> None:
+        """Take over the weights that the model has now, where steps run a copy of it."""
+        if self.model is self._given:
+            return
+        ours, theirs = (
+            [*m.parameters(), *m.buffers()]
+            for m in (cast(UNet, self.model), cast(UNet, self._given))
+        )
+        if [x.shape for x in ours] != [x.shape for x in theirs]:
+            self.model = self._running()
+            return
+        for mine, given in zip(ours, theirs, strict=True):
+            mine.copy_(given)
 
     def output(self, xt: torch.Tensor, i: int, t: torch.Tensor) -> torch.Tensor:
         """What the model says of x_t at chain index i; t: the same as a tensor (N,)."""
@@ -87,6 +111,7 @@ class Eager:
         on_step(i, x, x0): after the step at chain index i, with its result and a function for the
         x0 prediction."""
         diffusion, clip = self.diffusion, bool(self.step_options["clip"])
+        self.follow()
         with evaluating(self.model):
             for i in reversed(range(stop, diffusion.T if start is None else start)):
                 t = torch.full((xt.shape[0],), i, dtype=torch.int64, device=self.device)

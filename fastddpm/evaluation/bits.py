@@ -11,6 +11,7 @@ from fastddpm.batching import Batches, batch_size_for
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine import runnable
 from fastddpm.host import evaluating, own_state
+from fastddpm.precision import float32_kept
 from fastddpm.progress import tqdm
 from fastddpm.sampling import Steps
 from fastddpm.schedule import check_count
@@ -18,7 +19,8 @@ from fastddpm.schedule import check_count
 
 @dataclass(frozen=True)
 class BitsPerDim:
-    """The bound of each image and its parts; float32 on the model's device.
+    """The bound of each image and its parts; float32 on the model's device, or on that of the
+    images for a callable that has none.
 
     total (N,) = prior (N,) + terms.sum(1);  terms (N, T): column 0 the decoder L_0, column t the KL
     L_t; mse (N, T): mean squared error of the x0 prediction at t, for images in [-1, 1]. All but
@@ -57,13 +59,17 @@ def bits_per_dim(
         raise ValueError(f"x0 must be (N, C, H, W) uint8, N >= 1; got {tuple(x0.shape)} {x0.dtype}")
     arguments.check_pixels("x0", x0)
     process = Diffusion.of(model, diffusion).respace(steps)
-    x0 = x0.to(arguments.device_of(model, None))
+    x0 = x0.to(arguments.device_of(model, None, x0.device))
     seed = arguments.seed(seed)
     index = arguments.sample_indices(len(x0), first_index).to(x0.device)
     if batch_size is None:
         batch_size = min(64, batch_size_for(runnable(model), x0.shape[1:], "fp32", x0.device))
     batches = Batches(check_count("batch_size", batch_size))
-    with tqdm(unit="step", desc="bits/dim", disable=not progress) as bar, evaluating(model):
+    with (
+        tqdm(unit="step", desc="bits/dim", disable=not progress) as bar,
+        evaluating(model),
+        float32_kept("fp32", x0.device),
+    ):
 
         def terms_of(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return process.vlb_terms(

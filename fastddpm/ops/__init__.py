@@ -317,8 +317,9 @@ def attention_block(
     checks.parameter("qkv_bias", qkv_bias, (3 * c,), device)
     checks.parameter("proj_weight", proj_weight, (c, c), device)
     checks.parameter("proj_bias", proj_bias, (c,), device)
-    if torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
+    kind = device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
         qkv_weight, proj_weight = qkv_weight.to(dtype), proj_weight.to(dtype)
     return library.attention_block(
         x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,

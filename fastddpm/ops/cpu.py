@@ -9,6 +9,8 @@ from fastddpm.ops.native import Native, unbuilt
 
 
 class _Cpu(Native):
+    fuses = True
+
     def call(self, name, x, *args):
         getattr(self.module, name)(*args, torch.get_num_threads())
 

@@ -1,4 +1,5 @@
-"""The CUDA backend, on torch's current stream: all ops but attention_block.
+"""The CUDA backend, on torch's current stream. attention_block is its norm, cuBLAS and torch's
+fused attention.
 
 No CUDA call happens at import.
 """
@@ -8,7 +9,14 @@ from __future__ import annotations
 import torch
 
 from fastddpm import _native
+from fastddpm.ops import attention
 from fastddpm.ops.native import Native, unbuilt
+
+# Whose kernels an op runs on that has none of its own.
+_KERNELS_OF = {
+    "attention_block": "group_norm_silu",
+    "attention_block_backward": "group_norm_silu_backward",
+}
 
 
 class _Cuda(Native):
@@ -21,8 +29,15 @@ class _Cuda(Native):
         size = self.module.group_norm_workspace(x.shape[0], x.shape[1], num_groups, backward)
         return torch.empty(size, dtype=torch.float32, device=x.device)
 
+    def attention_block(self, x, *arguments, **options):
+        return attention.attention_block(self.group_norm_silu, x, *arguments, **options)
+
+    def attention_block_backward(self, grad, x, *arguments):
+        norm = self.group_norm_silu, self.group_norm_silu_backward
+        return attention.attention_block_backward(*norm, grad, x, *arguments)
+
     def unsupported(self, op, *tensors, **options):
-        reason = super().unsupported(op, *tensors, **options)
+        reason = super().unsupported(_KERNELS_OF.get(op, op), *tensors, **options)
         if reason is None and len({x.device for x in tensors if x is not None}) > 1:
             return "the tensors are on different devices"
         return reason
@@ -44,6 +59,8 @@ noise = _cuda.noise
 posterior_step = _cuda.posterior_step
 group_norm_silu = _cuda.group_norm_silu
 group_norm_silu_backward = _cuda.group_norm_silu_backward
+attention_block = _cuda.attention_block
+attention_block_backward = _cuda.attention_block_backward
 residual_sum = _cuda.residual_sum
 discretized_log_likelihood = _cuda.discretized_log_likelihood
 unsupported = _cuda.unsupported

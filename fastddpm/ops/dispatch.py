@@ -80,9 +80,12 @@ def load(name: str) -> Backend:
     return Backend(name)
 
 
-def choose(op: str, *tensors: torch.Tensor | None, **options: Any) -> Any:
+def choose(
+    op: str, *tensors: torch.Tensor | None, order: tuple[str, ...] | None = None, **options: Any
+) -> Any:
     """The backend module that runs `op` on `tensors`, the first of which is given.
 
+    order: backends to try, where this case has an order of its own, fastest first
     options: what else the op was told that a backend may not be able to do, such as dtype
 
     Raises RuntimeError if the forced backend is missing, ValueError if it can't do this case.
@@ -91,7 +94,7 @@ def choose(op: str, *tensors: torch.Tensor | None, **options: Any) -> Any:
         check_forced()
         return _require(_forced, op, *tensors, **options).module
     device = tensors[0].device.type  # type: ignore[union-attr]
-    for name in _PREFERENCE.get(device, ()):
+    for name in order or _PREFERENCE.get(device, ()):
         backend = load(name)
         if backend.unsupported(op, *tensors, **options) is None:
             return backend.module

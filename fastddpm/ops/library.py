@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from fastddpm import reference
-from fastddpm.ops import dispatch
+from fastddpm.ops import attention, dispatch
 from fastddpm.ops.checks import INDEX_END, STEP_END, is_lazy, values_in
 from fastddpm.ops.dispatch import choose
 from fastddpm.ops.overlap import check_written
@@ -563,7 +563,8 @@ def _attention_block(
     num_heads, eps, *, choose=choose,
 ):  # fmt: skip
     parameters = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
-    backend = choose("attention_block", x, *parameters)
+    order = attention.order(x, qkv_weight, num_heads, gradient=False) if x.is_cuda else None
+    backend = choose("attention_block", x, *parameters, order=order)
     return backend.attention_block(x, num_groups, *parameters, num_heads=num_heads, eps=eps)
 
 
@@ -606,7 +607,8 @@ attention_block = Op(
 
 def _attention_block_gradients(grad, x, num_groups, *parameters_and_options, choose=choose):
     *parameters, num_heads, eps = parameters_and_options
-    backend = choose("attention_block_backward", x, grad, *parameters)
+    order = attention.order(x, parameters[2], num_heads, gradient=True) if x.is_cuda else None
+    backend = choose("attention_block_backward", x, grad, *parameters, order=order)
     dx, *others = backend.attention_block_backward(grad, x, num_groups, *parameters, num_heads, eps)
     given = zip(others, parameters, strict=True)
     return dx, *(x.new_empty(0) if p is None else g.to(p.dtype) for g, p in given)

@@ -21,6 +21,8 @@ STORAGE = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int6
 class Native:
     """The ops of one device type. `module` is _C.cpu or _C.cuda, None if it was not built."""
 
+    fuses = False  # whether group_norm_silu takes in what stands before it
+
     def __init__(self, module: ModuleType | None, device_type: str, missing: str):
         self.module = module
         self.is_here = operator.attrgetter(f"is_{device_type}")  # a third of x.device.type's cost
@@ -52,7 +54,7 @@ class Native:
         dtype = options.get("dtype")
         if dtype is not None and dtype not in STORAGE:
             return _unsupported_dtype(dtype)
-        if options.get("fused"):
+        if options.get("fused") and not self.fuses:
             return "what stands before the norm, and dropout, it can't take in"
         return None
 

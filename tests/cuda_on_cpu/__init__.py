@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +42,7 @@ KERNEL_FLAGS = {
 EMULATOR_FLAGS = {"plain": ("-O2",), "address": ("-O1", *SANITIZE), "races": ("-O2",)}
 LINK_FLAGS = {"plain": (), "address": SANITIZE, "races": ()}
 BUILDS = tuple(KERNEL_FLAGS)
+CALLS: Counter[tuple[str, str]] = Counter()  # of the backend's, by build and name
 
 
 class Unavailable(Exception):
@@ -185,12 +187,16 @@ def sanitizer_libraries() -> str:
     )
 
 
+def default_build() -> str:
+    return os.environ.get("FASTDDPM_CUDA_ON_CPU", "plain")
+
+
 @functools.cache
 def module(build: str | None = None) -> ModuleType:
-    """The loaded build, by default FASTDDPM_CUDA_ON_CPU or "plain". Raises Unavailable."""
+    """The loaded build, by default `default_build`. Raises Unavailable."""
     if importlib.util.find_spec("pybind11") is None:
         raise Unavailable("pybind11 is not installed")
-    file = library(build or os.environ.get("FASTDDPM_CUDA_ON_CPU", "plain"))
+    file = library(build or default_build())
     spec = importlib.util.spec_from_file_location(NAME, file)
     assert spec is not None
     assert spec.loader is not None
@@ -230,6 +236,7 @@ def as_cuda_backend(build: str | None = None) -> Iterator[ModuleType]:
 
     class OnCpu(cuda._Cuda):
         def call(self, name, x, *args):
+            CALLS[build or default_build(), name] += 1
             getattr(self.module, name)(*args, 0)
 
     native = OnCpu(module(build), "cpu", "")

@@ -1,0 +1,120 @@
+"""Whether a U-Net computes what its own parts say and nothing besides, so that it may be computed
+in another way. Nothing is computed here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as torch_module
+
+from fastddpm.unet_parts import (
+    AttentionBlock,
+    Downsample,
+    GroupNorm,
+    Level,
+    Middle,
+    ResnetBlock,
+    TimeEmbedding,
+    Upsample,
+    changed,
+)
+
+# What each part consists of: name -> its classes, or in brackets those of a list's members. The
+# norm of an attention is read and not called; what begins with "?" may be missing.
+_NORM, _CONV, _LINEAR = (GroupNorm,), (nn.Conv2d,), (nn.Linear,)
+_UNET: dict[str, Any] = {
+    "temb": (TimeEmbedding,), "conv_in": _CONV, "down": [Level], "mid": (Middle,), "up": [Level],
+    "norm_out": _NORM, "conv_out": _CONV,
+}  # fmt: skip
+_PARTS: dict[type, dict[str, Any]] = {
+    TimeEmbedding: {"dense": [nn.Linear]},
+    Level: {
+        "block": [ResnetBlock], "attn": [AttentionBlock],
+        "?downsample": (Downsample,), "?upsample": (Upsample,),
+    },
+    Middle: {"block_1": (ResnetBlock,), "attn_1": (AttentionBlock,), "block_2": (ResnetBlock,)},
+    ResnetBlock: {
+        "norm1": _NORM, "conv1": _CONV, "temb_proj": _LINEAR, "norm2": _NORM,
+        "dropout": (nn.Dropout,), "conv2": _CONV, "?nin_shortcut": _CONV,
+    },
+    AttentionBlock: {"norm": (nn.GroupNorm, GroupNorm), "qkv": _LINEAR, "proj_out": _LINEAR},
+    Downsample: {"conv": _CONV},
+    Upsample: {"conv": _CONV},
+}  # fmt: skip
+_WEIGHTED = frozenset((nn.Conv2d, nn.Linear))
+_WEIGHTS = frozenset((torch.Tensor, nn.Parameter, FakeTensor))  # no quantised or sharded ones
+
+# As they are when nobody has replaced them for all of their class.
+_METHODS = tuple(
+    (kind, name, getattr(kind, name))
+    for kind, name in (
+        *((kind, "forward") for kind in _PARTS if kind is not Level),
+        *((kind, "forward") for kind in (GroupNorm, nn.Conv2d, nn.Linear, nn.Dropout)),
+        *((Level, "run"), (nn.Conv2d, "_conv_forward"), (nn.Module, "__call__")),
+    )
+)
+
+
+def foreign(model: nn.Module) -> str | None:
+    """What in the U-Net is not its own, the part named; None for a plain one.
+
+    Its own are the exact classes of unet_parts.py and torch's in them, each in its place, without
+    hooks or replaced forwards, with plain tensors as weights and 1x1 convolutions as shortcuts.
+    `model` itself may be of any class: what it does around the parts is not asked."""
+    found = _find(model)
+    if found is None:
+        return None
+    part, what = found
+    name = next((name for name, module in model.named_modules() if module is part), "")
+    return f"{name or 'the model'} ({type(part).__name__}) {what}"
+
+
+def _find(model: nn.Module) -> tuple[nn.Module, str] | None:
+    """The first part that is not plain, and why. Some 0.1 ms for the paper's networks."""
+    if torch_module._has_any_global_hook():
+        return model, "has hooks that are every module's"
+    for kind, name, method in _METHODS:
+        if getattr(kind, name) is not method:
+            return model, f"has parts whose {kind.__name__}.{name} was replaced"
+    waiting: list[tuple[nn.Module, dict[str, Any]]] = [(model, _UNET)]
+    while waiting:
+        module, names = waiting.pop()
+        have = module._modules
+        for name, kinds in names.items():
+            part = have.get(name.lstrip("?"))
+            if part is None:
+                if name[0] == "?":
+                    continue
+                return module, f"has no part {name!r}"
+            several = type(kinds) is list
+            if several:
+                if type(part) is not nn.ModuleList:
+                    return part, "is not a part that a plan knows"
+                members: Any = part._modules.values()
+            else:
+                members = (part,)
+            for member in members:
+                kind = type(member)
+                if kind not in kinds:
+                    return member, "is not a part that a plan knows"
+                if what := changed(member):
+                    return member, what
+                if inner := _PARTS.get(kind):
+                    waiting.append((member, inner))
+                elif kind in _WEIGHTED and type(member._parameters.get("weight")) not in _WEIGHTS:
+                    return member, "has a weight that is no plain tensor"
+            if name == "?nin_shortcut" and not _is_pointwise(part):
+                return part, "is not a 1x1 convolution"
+    return None
+
+
+def _is_pointwise(conv: Any) -> bool:
+    pads = set(conv.padding)
+    return (
+        conv.kernel_size == conv.stride == conv.dilation == (1, 1)
+        and conv.groups == 1
+        and (pads == {0} or conv.padding == "valid")
+    )

@@ -1,0 +1,402 @@
+"""The fused walk of a U-Net: what it computes is what its modules compute one by one, and what is
+not plain is left to them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy import generator, tiny_unet
+
+from fastddpm import UNet, reference, unet_walk
+from fastddpm.unet_parts import AttentionBlock, ResnetBlock
+from fastddpm.unet_plain import foreign
+from fastddpm.unet_walk import Walk, dropout_stream, is_taken
+
+NETWORKS = [
+    {},
+    {"downsample_padding": 1, "head_dim": 4, "freq_shift": 0, "flip_sin_to_cos": True},
+    {"in_channels": 3, "channel_mult": (1, 2, 2), "num_res_blocks": 2, "attention_levels": (0, 2)},
+    {"in_channels": 9, "channel_mult": (2, 1, 3), "attention_levels": (), "out_channels": 18},
+    {"channel_mult": (1,), "image_size": (3, 5), "attention_levels": (0,)},
+]
+
+
+@pytest.fixture
+def walking(monkeypatch):
+    """forward takes the fused walk on a CPU, too."""
+    monkeypatch.setattr(unet_walk, "DEVICES", ("cpu",))
+
+
+@pytest.fixture(params=["at once", "in parts"])
+def attention(request, monkeypatch):
+    """How an attention is computed: as one op, or as norm, products and torch's attention."""
+    whole = request.param == "at once"
+    monkeypatch.setattr(Walk, "attends_at_once", lambda *_: whole)
+
+
+def inputs(model, n=3, seed=1):
+    x = torch.randn(n, model.in_channels, *model.image_size, generator=generator(seed))
+    return x, torch.tensor([7, 0, 11])[:n]
+
+
+@contextlib.contextmanager
+def one_by_one():
+    before, unet_walk.DEVICES = unet_walk.DEVICES, ()
+    try:
+        yield
+    finally:
+        unet_walk.DEVICES = before
+
+
+def results(model, x, t, **options):
+    """The output and its gradient for x and every parameter."""
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, **options) if options else contextlib.nullcontext():
+        y = model(x, t)
+    grad = torch.randn(y.shape, generator=generator(9)).to(y.dtype)
+    return [y, *torch.autograd.grad(y, [x, *model.parameters()], grad)]
+
+
+def assert_as_exact(got, expected, truth, factor=1.5):
+    """The distance to the truth is at most `factor` times that of what is expected, and a few
+    roundings of it."""
+    for a, b, c in zip(got, expected, truth, strict=True):
+        eps = torch.finfo(b.dtype).eps
+        error, allowed = (a - c).norm(), (b - c).norm()
+        assert error <= factor * allowed + 8 * eps * c.norm()
+
+
+@pytest.mark.parametrize("options", NETWORKS, ids=str)
+def test_it_says_what_the_modules_say(options, walking, attention):
+    """Output and all gradients, in float64, whose rounding hides no mistake."""
+    model = tiny_unet(**options).double()
+    x, t = inputs(model)
+    got = results(model, x.double(), t)
+    assert is_taken(model, x)
+    with one_by_one():
+        expected = results(model, x.double(), t)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    with torch.no_grad():  # products are added up in place
+        torch.testing.assert_close(model(x.double(), t), expected[0], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("options", NETWORKS[1:3], ids=str)
+def test_it_is_as_exact_as_the_modules(options, kind, walking, attention):
+    model = tiny_unet(**options)
+    x, t = inputs(model)
+    truth = results(copy.deepcopy(model).double(), x.double(), t)
+    if kind == "bfloat16":
+        model = model.bfloat16()
+    own = {"enabled": True} if kind == "autocast" else {}
+    got = results(model, x, t, **own)
+    with one_by_one():
+        expected = results(model, x, t, **own)
+    assert [y.dtype for y in got] == [y.dtype for y in expected]
+    if kind == "float32":
+        assert_as_exact(got, expected, truth, factor=3)
+        return
+    whole = [torch.cat([y.detach().double().flatten() for y in r]) for r in (got, expected, truth)]
+    assert (whole[0] - whole[2]).norm() <= 1.1 * (whole[1] - whole[2]).norm()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        torch.testing.assert_close(model(x, t), got[0].detach(), atol=0.02, rtol=0.02)
+
+
+def test_images_in_the_other_layout(walking):
+    """A network whose weights were made contiguous computes NCHW images."""
+    model = tiny_unet(in_channels=3).double()
+    x, t = inputs(model)
+    expected = results(model, x.double(), t)
+    got = results(model.to(memory_format=torch.contiguous_format), x.double(), t)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_parts_may_have_no_bias_and_norms_no_weights(walking, attention):
+    model = tiny_unet().double()
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.bias = None
+        elif isinstance(module, nn.GroupNorm):
+            module.weight = module.bias = None
+    x, t = inputs(model)
+    got = results(model, x.double(), t)
+    with one_by_one():
+        expected = results(model, x.double(), t)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+class Images(TorchDispatchMode):
+    """The ops that make an image, or a sum of images, by name."""
+
+    def __init__(self, pixels):
+        super().__init__()
+        self.calls, self.pixels = Counter(), pixels
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        first = out[0] if isinstance(out, (tuple, list)) else out
+        if isinstance(first, torch.Tensor) and first.numel() >= self.pixels:
+            self.calls[func.overloadpacket.__name__] += 1
+        return out
+
+
+def test_nothing_stands_between_convolutions_but_norms_and_sums(walking):
+    model = tiny_unet(image_size=16, attention_levels=())
+    x, t = torch.randn(4, 1, 16, 16), torch.arange(4)
+    with torch.no_grad(), Images(4 * 8 * 8 * 8) as seen:
+        model(x, t)
+    passes = {"cat", "add", "add_", "silu", "clone", "copy_", "mul"}
+    assert passes & seen.calls.keys() == set()
+    with one_by_one(), torch.no_grad(), Images(4 * 8 * 8 * 8) as seen:
+        model(x, t)
+    assert {"cat", "add"} <= seen.calls.keys()
+
+
+# ---- what is not plain ---------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """A layer with a low-rank term beside it, as adapters are; `weight` is the layer's own."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        out, into = layer.weight.shape[:2]
+        self.a, self.b = nn.Parameter(torch.randn(2, into)), nn.Parameter(torch.randn(out, 2) / 9)
+
+    @property
+    def weight(self):
+        return self.layer.weight
+
+    @property
+    def bias(self):
+        return self.layer.bias
+
+    def forward(self, x):
+        if x.dim() == 4 and isinstance(self.layer, nn.Conv2d):
+            low = torch.einsum("oi,nihw->nohw", self.b @ self.a, x)
+            return self.layer(x) + low
+        return self.layer(x) + x @ (self.b @ self.a).mT
+
+
+class Halved(ResnetBlock):
+    def forward(self, x, silu_temb):
+        return super().forward(x, silu_temb) / 2
+
+
+def replace(name, make):
+    def change(model):
+        parent, _, leaf = name.rpartition(".")
+        part = model.get_submodule(name)
+        setattr(model.get_submodule(parent), leaf, make(part))
+
+    return change
+
+
+def set_class(model):
+    model.mid.block_1.__class__ = Halved
+
+
+def set_forward(model):
+    part = model.mid.block_2
+    plain = part.forward
+    part.forward = lambda *a: 2 * plain(*a)
+
+
+def on(name, register):
+    return lambda model: getattr(model.get_submodule(name), register)(lambda m, a, *out: None)
+
+
+CHANGES = {
+    "adapted convolution": replace("down.0.block.0.conv2", Adapted),
+    "adapted product": replace("mid.attn_1.qkv", Adapted),
+    "adapted embedding": replace("mid.block_1.temb_proj", Adapted),
+    "another block": set_class,
+    "another forward": set_forward,
+    "forward hook": on("up.0.block.0.conv1", "register_forward_hook"),
+    "hook before": on("mid.attn_1", "register_forward_pre_hook"),
+    "backward hook": on("up.1", "register_full_backward_hook"),
+    "norm without silu": replace("mid.block_1.norm2", lambda n: nn.GroupNorm(4, 16)),
+    "other dropout": replace("mid.block_1.dropout", lambda d: nn.Dropout2d(0.5).eval()),
+    "wide shortcut": replace("up.0.block.0.nin_shortcut", lambda s: nn.Conv2d(24, 8, 3, padding=1)),
+    "parametrized": lambda m: parametrizations.weight_norm(m.mid.block_1.conv1),
+    "no such list": replace("down", lambda down: nn.Sequential(*down)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_is_not_plain_goes_module_by_module(change, walking):
+    model = tiny_unet(dropout=0.5)
+    x, t = inputs(model)
+    assert is_taken(model, x)
+    change(model)
+    assert foreign(model)
+    assert not is_taken(model, x)
+    with one_by_one(), torch.no_grad():
+        expected = model(x, t)
+    with torch.no_grad():
+        assert torch.equal(model(x, t), expected)
+
+
+def test_what_is_for_all_of_a_class_is_seen(monkeypatch):
+    model = tiny_unet()
+    assert foreign(model) is None
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert foreign(model) == "the model (UNet) has hooks that are every module's"
+    handle.remove()
+    plain = nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: plain(self, x))
+    assert foreign(model) == "the model (UNet) has parts whose Conv2d.forward was replaced"
+
+
+def test_an_adapter_in_an_attention_has_a_say():
+    """The block reads the weights of its layers, but only of those that are nothing else."""
+    block = AttentionBlock(8, 4, 1e-6, 2).double()
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.5)
+    x = torch.randn(2, 8, 3, 5, dtype=torch.float64)
+    before = block(x)
+    adapted = copy.deepcopy(block)
+    adapted.qkv = Adapted(adapted.qkv).double()
+    nn.init.zeros_(adapted.qkv.b)
+    torch.testing.assert_close(adapted(x), before)
+    nn.init.ones_(adapted.qkv.b)
+    merged = copy.deepcopy(block)
+    with torch.no_grad():
+        merged.qkv.weight += adapted.qkv.b @ adapted.qkv.a
+    torch.testing.assert_close(adapted(x), merged(x))
+
+
+def test_convolutions_keep_their_own_way_around_the_border(walking):
+    model = tiny_unet().double()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.padding_mode = "circular"
+    x, t = inputs(model)
+    assert is_taken(model, x)
+    got = results(model, x.double(), t)
+    with one_by_one():
+        expected = results(model, x.double(), t)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+# ---- around it -----------------------------------------------------------------------------------
+
+
+def test_copies_pickles_and_other_weights(walking):
+    model = tiny_unet()
+    x, t = inputs(model)
+    with torch.no_grad():
+        expected = model(x, t)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin(x, t), expected)
+        buffer = io.BytesIO()
+        torch.save(model.state_dict(), buffer)
+        fresh = UNet(**{**model.config, "diffusion": model.diffusion}).eval()
+        fresh.load_state_dict(torch.load(io.BytesIO(buffer.getvalue())))
+        assert torch.equal(fresh(x, t), expected)
+        other = {name: p * 0.9 for name, p in model.named_parameters()}
+        got = torch.func.functional_call(model, other, (x, t))
+        assert not torch.allclose(got, expected, atol=1e-3)
+        for p in model.parameters():
+            p.mul_(0.9)
+        assert torch.equal(model(x, t), got)
+
+
+def test_what_traces_or_transforms_goes_module_by_module(walking):
+    model = tiny_unet()
+    x, t = inputs(model)
+    with torch.no_grad():
+        expected = model(x, t)
+        compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+        torch.testing.assert_close(compiled(x, t), expected)
+    tangent = torch.randn_like(x)
+    double = copy.deepcopy(model).double()
+    _, slope = torch.func.jvp(lambda a: double(a, t), (x.double(),), (tangent.double(),))
+    step = 1e-6 * tangent.double()
+    with torch.no_grad():
+        difference = (double(x.double() + step, t) - double(x.double() - step, t)) / 2e-6
+    torch.testing.assert_close(slope, difference, atol=1e-6, rtol=1e-6)
+
+
+# ---- dropout -------------------------------------------------------------------------------------
+
+
+def test_torchs_dropout_without_a_stream(walking):
+    model = tiny_unet(dropout=0.5).train()
+    x, t = inputs(model)
+    torch.manual_seed(5)
+    got = model(x, t)
+    with one_by_one():
+        torch.manual_seed(5)
+        torch.testing.assert_close(got, model(x, t), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(model(x, t), got)
+
+
+def test_dropout_of_a_stream_is_a_function_of_seed_and_index():
+    model = tiny_unet(dropout=0.3).double().train()
+    x, t = (y.double() if y.is_floating_point() else y for y in inputs(model))
+
+    def draw(rows, seed=4, index=(5, 2**40, 7)):
+        with dropout_stream(model, seed=seed, sample_index=torch.tensor(index)[rows]):
+            return model(x[rows], t[rows])
+
+    everything = torch.arange(3)
+    whole = draw(everything)
+    assert torch.equal(draw(everything), whole)
+    torch.testing.assert_close(draw(torch.tensor([2, 0])), whole[[2, 0]])
+    for other in (draw(everything, seed=5), draw(everything, index=(5, 2**40, 8))):
+        assert not torch.allclose(other[2], whole[2])
+    model.eval()
+    evaluated = draw(everything)
+    assert torch.equal(evaluated, draw(everything, seed=5))
+    assert not torch.allclose(evaluated, whole)
+
+
+def test_each_block_has_a_mask_of_its_own(monkeypatch):
+    """Block k's is that of the step word 2^32 - 2 - k, in the order of the walk."""
+    model = tiny_unet(dropout=0.5).train()
+    x, t = inputs(model)
+    seen = []
+    plain = Walk.normed
+
+    def normed(self, norm, h, x2=None, **options):
+        y = plain(self, norm, h, x2, **options)
+        if options.get("dropout"):
+            seen.append((options["step"].tolist(), y.eq(0)))
+            assert options["dropout"] == 0.5
+        return y
+
+    monkeypatch.setattr(Walk, "normed", normed)
+    index = torch.tensor([3, 1, 2])
+    with dropout_stream(model, seed=9, sample_index=index):
+        model(x, t)
+    assert [step for step, _ in seen] == [[2**32 - 2 - k] * 3 for k in range(8)]
+    for step, dropped in seen:
+        kept = reference.dropout_factors(
+            torch.ones(dropped.shape), 0.5, seed=9, step=step[0], sample_index=index
+        )
+        assert torch.equal(dropped, kept.eq(0))
+
+
+def test_a_stream_is_for_its_network_and_its_block_of_code():
+    model, other = tiny_unet(dropout=0.5).train(), tiny_unet(dropout=0.5).train()
+    x, t = inputs(model)
+    with dropout_stream(model, seed=1, sample_index=torch.arange(3)):
+        assert is_taken(model, x)
+        assert not is_taken(other, x)
+        assert not torch.equal(other(x, t), other(x, t))
+    assert not is_taken(model, x)
