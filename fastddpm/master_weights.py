@@ -71,6 +71,11 @@ class MasterWeights:
         fp16 = any(p.dtype == torch.float16 for p in self.parameters.values())
         self.loss_scale = LOSS_SCALE if fp16 else 1.0
 
+    @property
+    def has_halves(self) -> bool:
+        """Whether a parameter is a rounded copy of its master."""
+        return bool(self._halves)
+
     def check(self) -> None:
         """ValueError if a parameter was replaced, moved or cast since; a half-precision one that
         was written to is taken up.

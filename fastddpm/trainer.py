@@ -1,11 +1,11 @@
 """Algorithm 1, one step at a time, and its whole state on disk.
 
-Everything random in step k (t, flips, eps, dropout) is a function of (seed, k), so a run that was
-killed and resumed from a checkpoint takes the very same steps."""
+Everything random in a step (t, flips, eps, a UNet's dropout) is a function of (seed, number of the
+example), and another network's dropout of (seed, step): a run that was killed and resumed from a
+checkpoint takes the very same steps. On a GPU the host only queues them, and waits now and then."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
@@ -14,28 +14,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from fastddpm import _native, ops
+from fastddpm import _native
 from fastddpm.arguments import check_one_device, check_pixels
 from fastddpm.checkpoint import named, read_tensors, write_tensors
 from fastddpm.diffusion import Diffusion
+from fastddpm.engine import cuda_graph
+from fastddpm.engine.cuda_graph import Record
 from fastddpm.guard import SLACK, Guard
-from fastddpm.host import callers_level, own_state, plain, seeded, training
+from fastddpm.host import callers_level, own_state, plain, training
 from fastddpm.master_weights import DTYPES, MasterWeights
 from fastddpm.ops import dispatch
 from fastddpm.options import check_flag, check_integer, check_number
-from fastddpm.precision import Precision, autocast, float32_kept, resolve_precision
+from fastddpm.precision import Precision, float32_kept, resolve_precision
 from fastddpm.pretrained import save_config, save_model
 from fastddpm.run_folder import STATE
 from fastddpm.run_settings import architecture, compare, differing, read_settings
 from fastddpm.trainer_state import check_tensors, take, tensors_of
+from fastddpm.training_graph import Recordings
+from fastddpm.training_step import take_step
 from fastddpm.unet import UNet
 from fastddpm.upload import uploaded
 from fastddpm.working_copies import WorkingCopies
 from fastddpm.wrapped import unwrap
 
-CHOICES_STEP = 2**32 - 1  # the RNG contract's step word of t and flip, which no chain reaches
 READ_EVERY = 50  # steps, on a device that the host has to wait for
 
 
@@ -59,6 +63,8 @@ class Trainer:
                short run's average is not the initial weights; the paper has none
     flip:      mirror half of the images
 
+    record:     what records the steps of a plain UNet on a GPU, to launch each as one: see
+                engine/cuda_graph.py; None: they are made one operation after the other
     read_every: steps between two looks at whether all were finite, for which the host waits until
                 they are done; None: each on a CPU, else every 50th
 
@@ -81,6 +87,7 @@ class Trainer:
         flip: bool = True,
         seed: int = 0,
         read_every: int | None = None,
+        record: Record | None = cuda_graph.record,
     ):
         self.lr = check_number("lr", lr, lambda x: 0 < x < math.inf, "above 0")
         self.ema_decay = check_number("ema_decay", ema_decay, lambda x: 0 <= x < 1, "in [0, 1)")
@@ -109,11 +116,15 @@ class Trainer:
         if read_every is None:
             read_every = 1 if self.device.type == "cpu" else READ_EVERY
         self.read_every = check_integer("read_every", read_every, 1)
-        self._guard = Guard(self.device)
+        self.guard = Guard(self.device)
         self._unread: list[tuple[int, int]] = []  # the counts before each step since the last look
         self.optimizer = torch.optim.Adam(self._masters, lr=self.lr, fused=True)
-        plain_bf16 = self.precision == "bf16" and type(model) is UNet
-        self._copies = WorkingCopies(self.network) if plain_bf16 else None
+        self.copies = None
+        if self.precision == "bf16" and type(model) is UNet:
+            self.copies = WorkingCopies(self.network)
+        if record is cuda_graph.record and cuda_graph.unsupported(self.device) is not None:
+            record = None
+        self.recordings = Recordings(record, self.device, self.guard)
         if isinstance(self.network, UNet):
             self._check_outputs(self.network)
             self.network.diffusion = self.diffusion  # what its weights are for, in all its copies
@@ -150,12 +161,13 @@ class Trainer:
         self._check()
         x0 = uploaded(plain(self._checked(x0)), self.device)
         n, k = x0.shape[0], self.step_count
-        index = torch.arange(self.example_count, self.example_count + n, device=self.device)
-        rate = self.lr * min((k + 1) / max(self.warmup, 1), 1.0)
+        rate = _float32(self.lr * min((k + 1) / max(self.warmup, 1), 1.0))
         decay = min(self.ema_decay, (1 + k) / (10 + k)) if self.ema_warmup else self.ema_decay
         module = self.model if isinstance(self.model, torch.nn.Module) else self.network
         with training(module), float32_kept(self.precision, self.device):
-            loss = self._compute(x0, index, rate, 1 - decay)
+            loss = take_step(self, x0, rate, _float32(1 - decay))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self._unread.append((k, self.example_count))
         self.step_count += 1
         self.example_count += n
@@ -163,69 +175,21 @@ class Trainer:
             self.check_finite()
         return loss
 
-    def _compute(
-        self, x0: torch.Tensor, index: torch.Tensor, rate: float, share: float
-    ) -> torch.Tensor:
-        """The step as work for the device, whose values nothing here reads; returns its loss.
-
-        index: (N,) int64, the numbers of the examples;  rate: Adam's;  share: of the weights in
-        their average"""
-        t, flip = ops.choices(index, seed=self.seed, step=CHOICES_STEP, levels=self.diffusion.T)
-        self.weights.zero_gradients()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._dropout(index))
-            if self._copies is not None:
-                stack.enter_context(self._copies.in_place())
-            stack.enter_context(autocast(self.precision, self.device))
-            loss = self.diffusion.loss(
-                self.model, x0, t=t, flip=flip if self.flip else None, seed=self.seed,
-                sample_index=index,
-            ).mean()  # fmt: skip
-        if not loss.requires_grad:
-            raise ValueError(
-                "the loss depends on no weight that may be trained: every parameter is frozen "
-                "(requires_grad=False), or the model computes without gradients"
-            )
-        scale = self.weights.loss_scale
-        (loss if scale == 1 else loss * scale).backward()
-        if self._copies is not None:
-            self._copies.take_gradients()
-        loss = loss.detach()
-        norm = _norm(self.weights.take_gradients(), self.device) / scale
-        self._guard.look(loss, norm, x0)
-        # Adam divides the gradients, by what clips them, and leaves all as it is after a step that
-        # was refused.
-        self.optimizer.grad_scale = (  # type: ignore[attr-defined]
-            ((norm + 1e-6) / self.grad_clip).clamp(min=1).float() * scale
-        )
-        self.optimizer.found_inf = self._guard.refused  # type: ignore[attr-defined]
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.weights.round()
-        self.weights.move_average(share, self._guard.refused)
-        return loss
-
-    def _dropout(self, index: torch.Tensor) -> contextlib.AbstractContextManager:
-        """What makes the dropout of a step a function of the seed and the step."""
-        devices = {p.device for p in self.weights.parameters.values()}
-        seed = (self.seed * 0x9E3779B97F4A7C15 + self.step_count) % 2**63
-        return seeded(seed, *devices)
-
     def check_finite(self) -> None:
         """Wait for the steps so far, and see whether each counts: `step` does it every
-        `read_every`th time, and save, load, ema_model and ema_weights.
+        `read_every`th time, and save, ema_model and ema_weights.
 
         Raises FloatingPointError where a step's loss or gradient was not finite, ValueError where
         its pixels were out of range. The steps after it were left out, too: weights, averages,
         moments and counts are those before it, whenever it is found, and the next step takes its
         place. (Buffers, which a network writes itself, are as its last forward left them.)"""
-        refused, counts = self._guard.read(), self._unread
+        refused, counts = self.guard.read(), self._unread
         self._unread = []
         if refused is None:
             return
+        last = self.step_count - 1
         self.step_count, self.example_count = counts[len(counts) - refused.steps]
-        also = f"; {refused.steps - 1} steps after it were left out, too"
+        also = f"; steps {self.step_count + 1} .. {last} were left out, too"
         what = (
             f"step {self.step_count}: loss {refused.loss}, gradient norm {refused.norm}; the "
             f"weights are those before this step{also if refused.steps > 1 else ''}"
@@ -353,7 +317,8 @@ class Trainer:
                             for k in moved),
                 stacklevel=callers_level(),
             )  # fmt: skip
-        self._guard.reset()  # what steps were taken here is no matter any more
+        self.recordings.forget()
+        self.guard.reset()  # what steps were taken here is no matter any more
         self._unread = []
         take(tensors, self.weights, self.optimizer)
         self.step_count, self.example_count = counts["step_count"], counts["example_count"]
@@ -398,16 +363,13 @@ def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _norm(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """The norm of all gradients in one, on `device`."""
-    if not gradients:
-        return torch.zeros((), dtype=torch.float32, device=device)
-    norms = [norm.to(device, non_blocking=True) for norm in torch._foreach_norm(gradients)]
-    return torch.linalg.vector_norm(torch.stack(norms))
-
-
 def _out_of_range(low: float, high: float) -> str:
     return (
         f"images of floats must lie in [-1, 1]; got {low:.6g} .. {high:.6g}: of 0 .. 255, give "
         "uint8, or x / 127.5 - 1"
     )
+
+
+def _float32(x: float) -> float:
+    """x as a float32 on a device holds it."""
+    return float(np.float32(x))

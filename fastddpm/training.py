@@ -36,7 +36,8 @@ from fastddpm.run_folder import (
     locked,
 )  # fmt: skip
 from fastddpm.sampling import sample
-from fastddpm.trainer import CHOICES_STEP, Trainer
+from fastddpm.trainer import Trainer
+from fastddpm.training_step import CHOICES_STEP
 from fastddpm.unet import UNet
 from fastddpm.upload import staged, uploaded
 

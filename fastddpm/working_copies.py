@@ -18,9 +18,10 @@ class WorkingCopies:
     places while it computes.
 
     Under autocast each product makes such a copy of its weight, and each gradient is widened by
-    itself: here all are made in one go, and the gradients of all widened in one go, with the very
-    same roundings. The network computes under autocast still, which has nothing left to cast but
-    small biases."""
+    itself: here all are made in one go, and the gradients of all widened in one go, with the same
+    roundings (but that of a weight which is multiplied by twice, whose gradients are added up in
+    bfloat16). The network computes under autocast still, which has nothing left to cast but small
+    biases."""
 
     def __init__(self, network: nn.Module):
         self._places: list[tuple[dict, str, torch.Tensor, nn.Parameter]] = []
@@ -42,8 +43,9 @@ class WorkingCopies:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """The network computes with copies of its weights as they are now."""
-        with torch.no_grad():
-            torch._foreach_copy_(self._copies, self._weights)
+        if self._copies:  # torch takes no empty list
+            with torch.no_grad():
+                torch._foreach_copy_(self._copies, self._weights)
         for weight, copy in zip(self._weights, self._copies, strict=True):
             copy.grad = None
             copy.requires_grad_(weight.requires_grad)

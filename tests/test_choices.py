@@ -1,4 +1,4 @@
-"""t and mirroring of a batch: the words of the random number contract, the same on every backend."""
+"""t and mirroring of a batch: words of the random number contract, the same on every backend."""
 
 from __future__ import annotations
 

@@ -68,10 +68,11 @@ void def_choices(py::module_& m) {
     const Shape shape = read.set_shape(sample_index, "sample_index");
     if (levels < 1 || levels >= MAX_LEVELS)
       throw py::value_error("levels must be in 1 .. 2^31 - 1");
+    if (seed.is_none()) throw py::value_error("seed must be given");
     const Random random = read.random(seed, sample_index, sample_index);
     launch(run,
-           Choices{shape.n, levels, random.seed, step, random.sample_index,
-                   read.words_out(t, "t"), read.flags_out(flip, "flip")},
+           Choices{shape.n, levels, random.seed, step, random.sample_index, read.words_out(t, "t"),
+                   read.flags_out(flip, "flip")},
            where);
   });
 }
