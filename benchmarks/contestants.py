@@ -20,6 +20,7 @@ from fastddpm import UNet
 from fastddpm.engine import EngineName, choose, make_engine
 from fastddpm.engine.eager import Eager
 from fastddpm.integrations.diffusers import to_diffusers
+from fastddpm.precision import convolutions_take_tf32, float32_kept, tf32_asked
 
 Eps = Callable[[Tensor, Tensor], Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -215,6 +216,21 @@ def versions() -> dict[str, str]:
         package: importlib.metadata.version(package)
         for package in packages
         if importlib.util.find_spec(package) is not None
+    }
+
+
+def settings(device: torch.device) -> dict[str, str]:
+    """What torch is told of a GPU while a float32 contestant runs: nobody sets it here, so it is
+    what `fastddpm.sample` runs with. All of them are called inside `float32_kept`.
+    """
+    if device.type != "cuda":
+        return {}
+    with float32_kept("fp32", device):
+        taken = {"products": tf32_asked(), "convolutions": convolutions_take_tf32()}
+    where = [name for name, there in taken.items() if there]
+    return {
+        "TF32": f"in {', '.join(where)}" if where else "nowhere",
+        "cudnn.benchmark": "on" if torch.backends.cudnn.benchmark else "off",
     }
 
 

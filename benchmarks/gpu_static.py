@@ -1,10 +1,12 @@
-"""What is known of the GPU kernels without a GPU: `python benchmarks/gpu_static.py [--arch 90]`.
+"""What is known of the GPU kernels without a GPU: `python benchmarks/gpu_static.py [--arch 90]
+[--step]`.
 
 For each architecture, of every CUDA kernel (csrc/cuda, compiled by nvcc) and every Triton kernel
 (kernels/, through tests/compile_triton.py where that is there): registers, spills, shared memory
 and the occupancy that these allow. Then, for the ops at a U-Net's shapes, the bytes that the
 kernels move against the least possible, and the time that this takes at the device's bandwidth,
 beside the same count for eager torch's unfused sequence. These times are *modelled, not measured*.
+--step goes on with the whole step of sampling and of training, which gpu_step.py counts.
 
 Exit code 1 if a kernel spills registers. --json FILE writes everything.
 """
@@ -302,6 +304,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=GPUS, default=list(GPUS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--source", nargs="+", help="file stems of csrc/cuda; all by default")
+    parser.add_argument(
+        "--step", action="store_true", help="then run gpu_step.py, for some minutes"
+    )
     options = parser.parse_args(arguments)
     if shutil.which("nvcc") is None:
         parser.error("nvcc is not on the PATH")
@@ -312,6 +317,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(text(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if options.step:  # in a process of its own, which must not have imported torch
+        sys.stdout.flush()
+        subprocess.run([sys.executable, Path(__file__).with_name("gpu_step.py")], check=True)
     spilling = [k["name"] for k in result["kernels"] if k["spills"]]
     if spilling:
         print(f"\nspills: {', '.join(spilling)}", file=sys.stderr)

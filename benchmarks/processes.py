@@ -47,8 +47,6 @@ class Runner:
 
     def __init__(self, job: Job):
         torch.set_num_threads(job.threads)
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.benchmark = True
         self.device = torch.device(job.device)
         self.engine = contestants.build(job)
         self.index = torch.arange(job.batch, device=self.device)

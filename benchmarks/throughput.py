@@ -54,8 +54,9 @@ EQUAL = (
     "the same number of threads. Each lives in a process of its own and all of a batch size and "
     "precision at the same time, so that they take turns; only one works at a time. Peers are "
     "called in inference mode and take fastddpm's fused posterior step, so that they differ in the "
-    "network alone. float32 is float32: no TF32. Peak memory is the process's largest resident set "
-    "while it was timed, the libraries' code in it; on a GPU the most that torch's allocator held."
+    "network alone. float32 is float32; torch's switches (TF32, cudnn.benchmark) are left as they "
+    "come, as in sample(). Peak memory is the process's largest resident set while it was timed, "
+    "the libraries' code in it; on a GPU the most that torch's allocator held."
 )
 # rms(error) / rms(eps) at most: all may round as they like, but not compute something else. In
 # bf16 a multiple of what PyTorch's own network in bfloat16 errs.
@@ -303,21 +304,22 @@ def main(arguments: list[str] | None = None) -> int:
     facts |= contestants.versions()
     if device.type == "cuda":
         facts["device"] = torch.cuda.get_device_name(device)
+        facts |= contestants.settings(device)
     for name, value in facts.items():
-        print(f"{name:<12} {value}")
+        print(f"{name:<15} {value}")
     ceilings: dict[str, float | None] = {}
     for precision in chosen:
         rate, what = ceiling(DTYPES[precision], device, options.threads, quick=options.quick)
         ceilings[precision] = rate
         known = f"{rate / 1e12:.3g} TFLOP/s" if rate else "unknown"
-        print(f"{'ceiling':<12} {known}, {precision}: {what}")
+        print(f"{'ceiling':<15} {known}, {precision}: {what}")
 
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         shape = (model.in_channels, *model.image_size)
         per_image = flop(model)
-        print(f"{'model':<12} {per_image / 1e9:.4g} GFLOP an image-step\n\n{EQUAL}\n")
+        print(f"{'model':<15} {per_image / 1e9:.4g} GFLOP an image-step\n\n{EQUAL}\n")
         for batch, (precision, taking_part) in itertools.product(options.batches, entries.items()):
             jobs = []
             for name in taking_part:

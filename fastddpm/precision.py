@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -111,7 +111,7 @@ def _forbid_tf32() -> Callable[[], None]:
     """
     if not convolutions_take_tf32():
         return lambda: None
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
     try:
         older = bool(cudnn.allow_tf32)
     except RuntimeError:

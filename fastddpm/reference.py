@@ -281,7 +281,7 @@ def dropout_factors(y, p: float, *, seed, step, sample_index) -> Tensor:
     n, c, *sizes = y.shape
     numel = c * math.prod(sizes)
     words = random_words(numel, seed=seed, step=step, sample_index=sample_index)[:, :numel]
-    words = words.reshape(n, -1, c).transpose(1, 2).reshape(y.shape)
+    words = words.reshape(n, math.prod(sizes), c).transpose(1, 2).reshape(y.shape)
     return (words >= int(p * 2**32)).to(y.dtype) * (1 / (1 - p))
 
 

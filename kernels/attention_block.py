@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastddpm.kernels.group_norm_silu import group_norm_silu, group_norm_silu_backward
+from fastddpm.kernels.group_norm_silu import group_norm_silu
+from fastddpm.kernels.group_norm_silu_backward import group_norm_silu_backward
 from fastddpm.kernels.linear import FEW, Tokens, linear, precision, weight_gradient
 from fastddpm.kernels.storage import INTERPRETED, dot, load, operand, rounded, store
 from fastddpm.kernels.tiles import like, power_of_two, registers
@@ -314,7 +315,7 @@ def attention_block_backward(
     dweight, dbias = weight_gradient(tokens, dqkv, block.normalised, 3 * channels, channels)
     linear(tokens, dqkv, qkv_weight, None, out, transposed=True)
     dx, dnorm_weight, dnorm_bias, *_ = group_norm_silu_backward(
-        dy, x, num_groups, norm_weight, norm_bias, eps, None, None, False, residual=grad
+        dy, x, num_groups, norm_weight, norm_bias, eps, None, None, False, grad_u=grad
     )
     given = zip((dweight, dbias, dproj, dproj_bias), parameters[2:], strict=True)
     return dx, dnorm_weight, dnorm_bias, *(None if p is None else d.to(p.dtype) for d, p in given)

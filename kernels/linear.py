@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastddpm.kernels.group_norm_silu import pixels
+from fastddpm.kernels.group_norm import pixels
 from fastddpm.kernels.storage import dot, load, operand, rounded, store
 from fastddpm.kernels.tiles import MAX_PIXELS, merged, power_of_two, registers
 from fastddpm.precision import tf32_asked
@@ -106,7 +106,7 @@ def _linear_tiles(tokens, outputs, half):
     """(BM, BO, BI, warps, stages): large tiles read operands less often, many keep a GPU busy."""
     width = max(power_of_two(outputs), 16)
     if not half:
-        return tokens.tile(64), min(width, 64), 16, 4, 3
+        return tokens.tile(64), min(width, 64), 16, 8, 3
     many = triton.cdiv(tokens.count, 128) * triton.cdiv(outputs, 128) >= FEW
     size, warps = (128, 8) if many else (64, 4)
     return tokens.tile(size), min(width, size), 32, warps, 4

@@ -82,6 +82,21 @@ def box_muller(w0, w1):
 
 
 @triton.jit
+def stream_words(seed, step, index, n, inside):
+    """(key low, key high, step, index low, index high) of the samples n, uint32.
+
+    seed: 64 bits, or a pointer at them;  step, index: (pointer, stride)
+    """
+    if seed.dtype.is_ptr():
+        seed = tl.load(seed)
+    seed, n = seed.to(tl.int64), n.to(tl.int64)
+    sample_step = tl.load(step[0] + n * step[1], mask=inside, other=0)
+    sample_index = tl.load(index[0] + n * index[1], mask=inside, other=0)
+    low, high = sample_index.to(tl.uint32), (sample_index >> 32).to(tl.uint32)
+    return seed.to(tl.uint32), (seed >> 32).to(tl.uint32), sample_step.to(tl.uint32), low, high
+
+
+@triton.jit
 def normals(
     seed, step, index, n, a, p, N, A, PIXELS,
     BN: tl.constexpr, BA: tl.constexpr, BP: tl.constexpr, WHOLE: tl.constexpr,
@@ -91,12 +106,8 @@ def normals(
     WHOLE: no block of four reaches over the end of a row, so that a tile draws each block once;
     else each element draws its own block.
     """
-    seed = seed.to(tl.int64)
-    sample_step = tl.load(step[0] + n.to(tl.int64) * step[1], mask=n < N, other=0)
-    sample_index = tl.load(index[0] + n.to(tl.int64) * index[1], mask=n < N, other=0)
-    c1 = sample_step.to(tl.uint32)[:, None]
-    c2, c3 = sample_index.to(tl.uint32)[:, None], (sample_index >> 32).to(tl.uint32)[:, None]
-    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    k0, k1, c1, c2, c3 = stream_words(seed, step, index, n, n < N)
+    c1, c2, c3 = c1[:, None], c2[:, None], c3[:, None]
     first = a.to(tl.int64)[:, None] * PIXELS
     if WHOLE:
         start = tl.program_id(0) % tl.cdiv(PIXELS, BP) * (BP // 4)
@@ -124,13 +135,16 @@ def _randn_kernel(
 
 
 class Stream:
-    """The random numbers of a call: seed, step (an int or (N,)) and sample_index (N,)."""
+    """The random numbers of a call: seed (an int or its 64 bits as (1,) int64 on the device), step
+    (an int or (N,)) and sample_index (N,).
+    """
 
     def __init__(self, seed, step, sample_index):
         if not isinstance(step, torch.Tensor):
             step = torch.full_like(sample_index[:1], step).expand_as(sample_index)
-        # As the int64 of the same bits: a kernel's integers have few types then.
-        self.seed = seed - (1 << 64) if seed >= 1 << 63 else seed
+        if not isinstance(seed, torch.Tensor) and seed >= 1 << 63:
+            seed -= 1 << 64  # the int64 of the same bits: a kernel's integers have few types then
+        self.seed = seed
         self.step, self.index = per_sample(step), per_sample(sample_index)
 
     def arguments(self, tiles):

@@ -45,7 +45,9 @@ def posterior_step(
     z=None, seed=None, step=None, sample_index=None,
     clip=True, prediction="eps", log_variance=None, out=None,
 ):  # fmt: skip
-    """x_{t-1}. A z that is not given is drawn in float32, step t by default. out may be xt."""
+    """x_{t-1}. A z that is not given is drawn in float32, step t by default; its seed may be (1,)
+    int64 on the device, read when the kernel runs. out may be xt.
+    """
     stream = None if z is not None else Stream(seed, t if step is None else step, sample_index)
     out = like(xt) if out is None else out
     if out.numel():

@@ -3,7 +3,8 @@
 An image is (A, B, D), outermost first: what is left of (C, H, W) once dimensions that every tensor
 of the call can walk with one stride are merged. NCHW gives (1, 1, C H W), NHWC (C, 1, H W), a slice
 (C, H, W). The order of elements is that of a contiguous (C, H, W) image in all three. A tensor is
-the tuple (pointer, strides of n, a, b, d); a program handles BN BA rows (n, a) of BP pixels (b, d).
+the tuple (pointer, strides of n, a, b, d); a program handles BN BA rows (n, a) of BP pixels (b, d),
+how many of each being a matter of a sample's shape alone.
 """
 
 import torch
@@ -45,7 +46,7 @@ class Tiles:
         else:
             self.bp = min(max(power_of_two(pixels), 4), block)
             self.ba = min(power_of_two(a), block // self.bp)
-        self.bn = min(power_of_two(self.n), max(block // (self.ba * self.bp), 1))
+        self.bn = max(block // (self.ba * self.bp), 1)
         self.grid = (
             triton.cdiv(self.n, self.bn) * triton.cdiv(a, self.ba) * triton.cdiv(pixels, self.bp),
         )

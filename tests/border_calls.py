@@ -181,6 +181,7 @@ def op_calls() -> dict:
             *(z, x1, 2, c, c, 1e-6, nc, nc, True, nc[:, 1:], x2, z1, 0.5, *drawn),
             *(f(2, 3, 3, 5), f(4), f(4), f(2, 4), f(2, 4), f(2, 3), f(2, 1, 3, 5), None, 2),
         ),
+        "residual_sum": (x, z, nc, y, 2),
         "attention_block": (x, y, *attention, 2),
         "attention_block_backward": (
             *(z, x, *attention, y, f(4), f(4), f(12, 4), f(12), f(4, 4), f(4), 2),

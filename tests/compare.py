@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
 from fastddpm import Schedule
+from fastddpm.ops import dispatch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("nchw", "nhwc", "slice", "nhwc_slice")
@@ -79,6 +81,17 @@ def timesteps(n: int, T: int = 1000) -> Tensor:
 
 def table(**options) -> Tensor:
     return Schedule.linear().table(**options)
+
+
+def require(op: str, backend: str, **options) -> None:
+    """Skip the test with the reason if `backend` says that it can't run `op` so, or fail it if
+    FASTDDPM_REQUIRE_BACKENDS names the backend.
+    """
+    from conftest import REQUIRED
+
+    reason = dispatch.load(backend).unsupported(op, **options)
+    if reason is not None:
+        (pytest.fail if backend in REQUIRED else pytest.skip)(f"{backend}: {reason}")
 
 
 def assert_same_for_any_thread_count(function: Callable[[], Tensor]) -> None:

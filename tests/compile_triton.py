@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from fastddpm.kernels import (
     posterior_step,
 )
 
+WIDE = re.compile(r"cp\.async\.c[ag]\S* \[.*\], \[.*\], 0x10|ld\.global\S*\.v4\.[bu]32")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -71,6 +73,7 @@ def report(kernel: CompiledKernel, dtype: str) -> None:
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
     }
+    line["wide"] = len(WIDE.findall(kernel.asm["ptx"]))  # loads of 16 bytes a thread
     line |= {"registers": int(words["REG"]), "stack": int(words["STACK"])}
     print(json.dumps(line), flush=True)
 

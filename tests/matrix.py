@@ -16,6 +16,8 @@ OPS = (
     "noise",
     "posterior_step",
     "group_norm_silu",
+    "group_norm_silu_fused",  # with what it takes in beside its norm
+    "residual_sum",
     "attention_block",
     "discretized_log_likelihood",
 )

@@ -73,13 +73,58 @@ def test_nothing_is_timed_that_computes_something_else(benchmark, monkeypatch, c
         return reference.group_norm_silu(x, 4, None, None)
 
     if who == "fastddpm":
-        monkeypatch.setattr(benchmark.ops, "group_norm_silu", wrong)
+        monkeypatch.setattr(fastddpm.ops, "group_norm_silu", wrong)
     else:
-        monkeypatch.setattr(benchmark.F, "group_norm", wrong)
+        monkeypatch.setattr(torch.nn.functional, "group_norm", wrong)
     assert benchmark.main([*QUICK, "--only", "group_norm_silu"]) == 1
     captured = capsys.readouterr()
     assert f"{who} is off by" in captured.err
     assert "ms" not in captured.out
+
+
+def test_without_a_gpu_one_line_says_so(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert benchmark.main(["--device", "cuda"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        "there is nothing to time: --device cuda: torch finds no CUDA device here"
+    ]
+
+
+def test_events_time_the_calls_and_not_the_writes_between(benchmark):
+    """Queued on a device of one counter: a write takes 100 ms, a call what it says."""
+    queue, now = [], [0.0]
+
+    class Event:
+        def record(self):
+            queue.append(lambda: setattr(self, "at", now[0]))
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    def takes(ms):
+        return lambda: queue.append(lambda: now.__setitem__(0, now[0] + ms))
+
+    def wait():
+        while queue:
+            queue.pop(0)()
+
+    clock = benchmark.EventClock(Event, takes(100.0), wait)
+    seconds = benchmark.timed({"slow": takes(4.0), "fast": takes(2.0)}, 3, 0.02, clock)
+    assert seconds == {"slow": pytest.approx([4e-3] * 3), "fast": pytest.approx([2e-3] * 3)}
+    assert now[0] > 100 * 3 * (5 + 10)  # as many calls as fill 20 ms, each after a write
+
+
+def test_sizes_on_a_gpu_exceed_its_cache(benchmark):
+    """The largest tensors of each op are past 50 MB, an H100's L2 cache."""
+    largest = {}
+    for make in benchmark.cases(False, torch.device("cuda")):
+        function, (shape, dtype, *_) = make.func.__name__, make.args
+        size = torch.Size(shape).numel() * dtype.itemsize
+        largest[function, dtype] = max(size, largest.get((function, dtype), 0))
+    assert len(largest) == 2 * 7
+    assert min(largest.values()) >= 50e6
 
 
 def test_unknown_peers(benchmark, capsys):

@@ -115,3 +115,16 @@ def test_spills_are_an_error(gpu_static, monkeypatch, capsys):
     monkeypatch.setattr(gpu_static.shutil, "which", lambda name: name)
     assert gpu_static.main(["--arch", "90"]) == 1
     assert "spills: " in capsys.readouterr().err
+
+
+def test_the_step_is_counted_in_a_process_of_its_own(gpu_static, monkeypatch):
+    ran = []
+    monkeypatch.setattr(gpu_static, "cuda_kernels", lambda *_: [])
+    monkeypatch.setattr(gpu_static, "triton_kernels", lambda *_: [])
+    monkeypatch.setattr(gpu_static.shutil, "which", lambda name: name)
+    monkeypatch.setattr(gpu_static.subprocess, "run", lambda command, **_: ran.append(command))
+    assert gpu_static.main(["--arch", "90"]) == 0
+    assert ran == []
+    assert gpu_static.main(["--arch", "90", "--step"]) == 0
+    assert ran == [[sys.executable, FILE.with_name("gpu_step.py")]]
+    assert ran[0][1].is_file()

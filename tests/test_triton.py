@@ -31,6 +31,10 @@ KERNELS = {
 ELEMENTWISE = {
     f"_{op}_kernel" for op in ("randn", "noise", "posterior_step", "discretized_log_likelihood")
 }
+TOKENS = {  # whose tiles are tokens in NHWC, or their buffers
+    "_linear_kernel", "_weight_gradient_kernel", "_attention_kernel", "_delta_kernel",
+    "_dq_kernel", "_dkv_kernel",
+}  # fmt: skip
 DTYPES = "bfloat16", "float32", "float16"  # the first in every way that a kernel is compiled
 COMPILED = {80: DTYPES, 90: DTYPES, 100: DTYPES[:1]}  # by compute capability
 ARCHITECTURES = 80, 86, 89, 90, 100, 120
@@ -293,7 +297,9 @@ def compiled(tmp_path_factory):
     ("capability", "dtype"), [(c, dtype) for c, dtypes in COMPILED.items() for dtype in dtypes]
 )
 def test_every_kernel_compiles(compiled, capability, dtype):
-    check_compiled([k for k in compiled if (k["sm"], k["dtype"]) == (capability, dtype)])
+    those = [k for k in compiled if (k["sm"], k["dtype"]) == (capability, dtype)]
+    check_compiled(those)
+    assert {k["kernel"] for k in those if k["wide"]} >= TOKENS
 
 
 @needs_triton

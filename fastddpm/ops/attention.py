@@ -9,6 +9,7 @@ the same composition runs, and is tested, on any device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,8 @@ def attention_block(
         return out
     y = norm(x, num_groups, norm_weight, norm_bias, eps, silu=False)
     qkv = reference._linear(_tokens(y, x, qkv_weight), qkv_weight, qkv_bias)
-    mixed = _merged(F.scaled_dot_product_attention(*_heads(qkv, x, num_heads)))
+    q, k, v = _heads(qkv, x, num_heads)
+    mixed = _merged(F.scaled_dot_product_attention(q, k, v))
     y = _image(reference._linear(mixed, proj_weight, proj_bias), x)
     fits = y.dtype == x.dtype and y.stride() == out.stride()
     return torch.add(x, y, out=y if fits else out)
@@ -127,8 +129,8 @@ def fused_gradient(q: Tensor, k: Tensor, v: Tensor) -> Fused | None:
     if not q.is_cuda:
         return None
     with torch.enable_grad():
-        leaves = (x.detach().requires_grad_() for x in (q, k, v))
-        parameters = SDPAParams(*leaves, None, 0.0, False, False)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        parameters: Any = SDPAParams(*leaves, None, 0.0, False, False)  # type: ignore[call-arg, arg-type]
         if q.shape[-1] % 8 == 0 and can_use_flash_attention(parameters):
             return _flash
         return _efficient if can_use_efficient_attention(parameters) else None

@@ -16,9 +16,11 @@ from fastddpm.kernels import attention_block as _attention
 from fastddpm.kernels import choices as _choices
 from fastddpm.kernels import discretized_log_likelihood as _likelihood
 from fastddpm.kernels import group_norm_silu as _group_norm
+from fastddpm.kernels import group_norm_silu_backward as _group_norm_backward
 from fastddpm.kernels import noise as _noise
 from fastddpm.kernels import philox as _philox
 from fastddpm.kernels import posterior_step as _posterior
+from fastddpm.kernels import residual_sum as _residual
 from fastddpm.kernels.storage import INTERPRETED
 from fastddpm.kernels.tiles import MAX_PIXELS
 from fastddpm.ops.checks import is_lazy
@@ -41,32 +43,13 @@ def _on_device(function: Callable) -> Callable:
     return wrapper
 
 
-@_on_device
-def group_norm_silu(
-    x, num_groups, weight, bias, eps=1e-6, *,
-    scale=None, shift=None, silu=True, before=None, residual=None, x2=None,
-    dropout=0.0, seed=None, step=None, sample_index=None,
-):  # fmt: skip
-    return _group_norm.group_norm_silu(
-        x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu
-    )
-
-
-@_on_device
-def group_norm_silu_backward(
-    grad, x, num_groups, weight, bias, eps, scale, shift, silu, before=None, x2=None, grad_u=None,
-    dropout=0.0, seed=None, step=None, sample_index=None,
-):  # fmt: skip
-    grads = _group_norm.group_norm_silu_backward(
-        grad, x, num_groups, weight, bias, eps, scale, shift, silu
-    )
-    return *grads, None, None
-
-
 randn = _on_device(_philox.randn)
 choices = _on_device(_choices.choices)
 noise = _on_device(_noise.noise)
 posterior_step = _on_device(_posterior.posterior_step)
+group_norm_silu = _on_device(_group_norm.group_norm_silu)
+group_norm_silu_backward = _on_device(_group_norm_backward.group_norm_silu_backward)
+residual_sum = _on_device(_residual.residual_sum)
 attention_block = _on_device(_attention.attention_block)
 attention_block_backward = _on_device(_attention.attention_block_backward)
 discretized_log_likelihood = _on_device(_likelihood.discretized_log_likelihood)
@@ -76,10 +59,6 @@ def unsupported(op: str, *tensors: torch.Tensor | None, **options) -> str | None
     """Why this backend can't run `op` on these tensors, or None if it can."""
     if DEVICE == "cuda" and not torch.cuda.is_available():
         return "torch finds no CUDA device, and TRITON_INTERPRET=1 is not set"
-    if op == "residual_sum":
-        return "residual_sum has no such version"
-    if options.get("fused"):
-        return "what stands before the norm, and dropout, it can't take in"
     given = [x for x in tensors if x is not None]
     for dtype in (options.get("dtype"), *(x.dtype for x in given)):
         if dtype is not None and dtype not in STORAGE:
