@@ -39,6 +39,7 @@ _module = None if _native.C is None else _native.C.cpu
 _cpu = _Cpu(_module, "cpu", unbuilt())
 
 randn = _cpu.randn
+choices = _cpu.choices
 noise = _cpu.noise
 posterior_step = _cpu.posterior_step
 group_norm_silu = _cpu.group_norm_silu

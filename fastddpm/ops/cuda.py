@@ -69,6 +69,7 @@ else:
 _cuda = _Cuda(_module, "cuda", _missing)
 
 randn = _cuda.randn
+choices = _cuda.choices
 noise = _cuda.noise
 posterior_step = _cuda.posterior_step
 group_norm_silu = _cuda.group_norm_silu

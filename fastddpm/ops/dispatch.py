@@ -16,6 +16,7 @@ from fastddpm.schedule import check_choice
 
 OPS = (
     "randn",
+    "choices",
     "noise",
     "posterior_step",
     "group_norm_silu",

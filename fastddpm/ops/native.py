@@ -63,6 +63,13 @@ class Native:
         self.call("randn", out, out, seed, _step(step, sample_index), sample_index)
         return out
 
+    def choices(self, sample_index, *, seed, step, levels):
+        """(t, flip), (N,) int64 and (N,) bool."""
+        t = torch.empty(sample_index.shape, dtype=torch.int64, device=sample_index.device)
+        flip = torch.empty_like(t, dtype=torch.bool)
+        self.call("choices", sample_index, sample_index, seed, step, levels, t, flip)
+        return t, flip
+
     def noise(
         self, x0, t, table, *,
         eps=None, seed=None, step=None, sample_index=None, flip=None, dtype=None,
