@@ -24,6 +24,7 @@ from triton.compiler.compiler import CompiledKernel
 from fastddpm import Schedule, _native  # noqa: F401  lets fastddpm.kernels be found
 from fastddpm.kernels import (
     attention_block,
+    choices,
     discretized_log_likelihood,
     group_norm_silu,
     group_norm_silu_backward,
@@ -144,6 +145,7 @@ def launch_every_kernel(dtype: torch.dtype) -> None:
     stream["sample_index"] = torch.arange(2)
     x = image(2, 64, 8, 8, dtype=dtype)
     philox.randn(x.shape, step=5, dtype=dtype, **stream)
+    choices.choices(stream["sample_index"], seed=3, step=5, levels=1000)
     noise.noise(x.byte(), t, table, dtype=dtype, flip=t > 0, **stream)
     posterior_step.posterior_step(x, x, t, table, out=x, **stream)
     discretized_log_likelihood.discretized_log_likelihood(x, x, x)

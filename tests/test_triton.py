@@ -21,7 +21,8 @@ from fastddpm.ops import dispatch
 
 HERE = Path(__file__).parent
 KERNELS = {
-    "_randn_kernel", "_noise_kernel", "_posterior_step_kernel", "_group_norm_silu_kernel",
+    "_randn_kernel", "_choices_kernel", "_noise_kernel", "_posterior_step_kernel",
+    "_group_norm_silu_kernel",
     "_group_norm_silu_backward_kernel", "_partial_statistics_kernel", "_gradient_sums_kernel",
     "_gradient_kernel", "_parameter_gradients_kernel", "_residual_sum_kernel", "_linear_kernel",
     "_weight_gradient_kernel", "_attention_kernel", "_delta_kernel", "_dq_kernel", "_dkv_kernel",
