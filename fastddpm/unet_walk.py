@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastddpm import ops
+from fastddpm.ops import attention, dispatch
 from fastddpm.unet_parts import (
     AttentionBlock,
     Downsample,
@@ -73,9 +74,9 @@ class Walk:
         h = self.first(model.conv_in, x)
         skips = [h]
         for level in model.down:
-            for block, attention in _blocks(level):
-                h = self.resnet(block, h)
-                h = h if attention is None else self.attention(attention, h)
+            for block, attn in _blocks(level):
+                h = self.resnet(block, h, whole=attn is None)
+                h = h if attn is None else self.attention(attn, h)
                 skips.append(h)
             if level.downsample is not None:
                 h = self.downsample(level.downsample, h.value())
@@ -86,9 +87,9 @@ class Walk:
         h = self.resnet(mid.block_2, h)
 
         for level in reversed(model.up):
-            for block, attention in _blocks(level):
-                h = self.resnet(block, h, skips.pop().value(), whole=attention is not None)
-                h = h if attention is None else self.attention(attention, h)
+            for block, attn in _blocks(level):
+                h = self.resnet(block, h, skips.pop().value())
+                h = h if attn is None else self.attention(attn, h)
             if level.upsample is not None:
                 h = self.upsample(level.upsample, h.value())
         return self.last(model.conv_out, self.normed(model.norm_out, h))
@@ -96,17 +97,15 @@ class Walk:
     # ---- blocks ---------------------------------------------------------------------------------
 
     def resnet(
-        self, block: ResnetBlock, h: Image, skip: Tensor | None = None, *, whole: bool = True
+        self, block: ResnetBlock, h: Image, skip: Tensor | None = None, *, whole: bool = False
     ) -> Image:
-        """ResnetBlock's of cat(h, skip). whole: others read the sum than norms and shortcuts, so
-        that the shortcut is not added to the convolution's own result."""
+        """ResnetBlock's of cat(h, skip). whole: a skip, whose sum the next norm is to write; else a
+        shortcut is added to the convolution's own result."""
         c = Image(self.convolution(block.conv1, self.normed(block.norm1, h, skip)))
         c.before = self.time(block)
         out = self.convolution(block.conv2, self.dropped(block, c))
         if "nin_shortcut" not in block._modules:
-            return Image(out, h.value(), self.bias(block.conv2))
-        if h.residual is not None:
-            h.value()
+            return Image(out, h.x, self.bias(block.conv2, h.before))
         before = self.shortcut_bias(block, h.before)
         sources = (h.x,) if skip is None else (h.x, skip)
         if whole:
@@ -116,11 +115,17 @@ class Walk:
     def attention(self, block: AttentionBlock, h: Image) -> Image:
         """AttentionBlock's of h."""
         if self.attends_at_once(block, h.x):
-            return Image(block(h.value()))
+            return Image(
+                ops.attention_block(
+                    h.value(), block.norm.num_groups, *self.affine(block.norm),
+                    *self.linear(block.qkv), *self.linear(block.proj_out),
+                    num_heads=block.num_heads, eps=block.norm.eps,
+                )
+            )  # fmt: skip
         y = self.normed(block.norm, h, silu=False)
-        qkv = self.product(block.qkv, tokens(y), block.qkv.bias)
-        out = self.product(block.proj_out, attend(qkv, block.num_heads), None)
-        return Image(image(out, y), h.value(), self.bias(block.proj_out))
+        qkv = F.linear(tokens(y), *self.linear(block.qkv))
+        out = F.linear(attend(qkv, block.num_heads), self.linear(block.proj_out)[0])
+        return Image(image(out, y), h.x, self.bias(block.proj_out, h.before))
 
     def dropped(self, block: ResnetBlock, h: Image) -> Tensor:
         """dropout(norm2(h))."""
@@ -147,9 +152,12 @@ class Walk:
     def affine(self, norm: Any) -> tuple[Tensor | None, Tensor | None]:
         return norm.weight, norm.bias
 
-    def bias(self, layer: Any) -> Tensor | None:
-        """What is added to the layer's result where that is read."""
-        return layer.bias
+    def bias(self, layer: Any, before: Tensor | None = None) -> Tensor | None:
+        """What is added to the layer's result where that is read: its bias and `before`."""
+        return sum_of(layer.bias, before)
+
+    def linear(self, layer: Any) -> tuple[Tensor, Tensor | None]:
+        return layer.weight, layer.bias
 
     def first(self, conv: nn.Conv2d, x: Tensor) -> Image:
         return Image(conv(x))
@@ -161,9 +169,6 @@ class Walk:
         """Without the bias."""
         return conv._conv_forward(x, conv.weight, None)
 
-    def product(self, layer: Any, rows: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(rows, layer.weight, bias)
-
     def downsample(self, part: Downsample, x: Tensor) -> Image:
         return Image(part(x))
 
@@ -174,7 +179,7 @@ class Walk:
         """What is added to conv1's result: its bias and the time embedding."""
         layer = block.temb_proj
         return F.linear(
-            cast(Tensor, self.silu_temb), layer.weight, _sum(layer.bias, block.conv1.bias)
+            cast(Tensor, self.silu_temb), layer.weight, sum_of(layer.bias, block.conv1.bias)
         )
 
     def shortcut_bias(self, block: Any, before: Tensor | None) -> Tensor | None:
@@ -186,9 +191,14 @@ class Walk:
         """onto + the 1x1 convolution of the sources; onto may be written."""
         return products(sources, block.nin_shortcut.weight, onto)
 
-    def attends_at_once(self, block: AttentionBlock, x: Tensor) -> bool:
-        """Whether the whole block is one op: on a CPU it is one kernel, on a GPU several."""
-        return x.device.type == "cpu"
+    def attends_at_once(self, block: Any, x: Tensor) -> bool:
+        """Whether the whole block is one op: on a CPU it is one kernel; on a GPU it is as many as
+        its parts, which take in what stands before and after it, but where Triton's is better."""
+        if not x.is_cuda or dispatch.forced() not in ("auto", "cuda"):
+            return True
+        gradient = torch.is_grad_enabled()
+        order = attention.order(x, block.qkv.weight, block.num_heads, gradient=gradient)
+        return order[0] == "triton"
 
 
 def products(sources: tuple[Tensor, ...], weight: Tensor, onto: Tensor | None) -> Tensor:
@@ -218,7 +228,7 @@ def shortcut_bias(block: Any, before: Tensor | None) -> Tensor | None:
     weight, moved = block.nin_shortcut.weight.flatten(1), None
     if before is not None:
         moved = F.linear(before, weight[:, : len(before)].to(before.dtype))
-    return _sum(block.conv2.bias, block.nin_shortcut.bias, moved)
+    return sum_of(block.conv2.bias, block.nin_shortcut.bias, moved)
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -226,7 +236,7 @@ def _pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
-def _sum(*terms: Tensor | None) -> Any:
+def sum_of(*terms: Tensor | None) -> Any:
     given = [x for x in terms if x is not None]
     return functools.reduce(operator.add, given) if given else None
 
@@ -287,11 +297,12 @@ def is_taken(model: UNet, x: Tensor) -> bool:
     parts, and with nothing that traces or transforms what runs."""
     if torch.compiler.is_compiling():
         return False
+    draws = _stream_of(model) is not None  # for a step of training, whose weights have no tangents
     return (
-        (x.device.type in DEVICES or _stream_of(model) is not None)
+        (x.device.type in DEVICES or draws)
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and (forward_ad._current_level < 0 or draws)
         and foreign(model) is None
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastddpm.engine.time_table import time_offsets, time_rows
 from fastddpm.unet import UNet
-from fastddpm.unet_parts import AttentionBlock, Downsample, Upsample, regrouped
+from fastddpm.unet_parts import Downsample, Upsample, regrouped
 from fastddpm.unet_walk import Image, Walk, products, shortcut_bias
 
 WIDTH = 8  # channels of an image's ends are padded to a multiple: what tensor cores take in NHWC
@@ -86,8 +86,11 @@ class Network(Walk):
     def affine(self, norm: Any) -> tuple[Tensor | None, Tensor | None]:
         return self._wide(norm, "weight"), self._wide(norm, "bias")
 
-    def bias(self, layer: Any) -> Tensor | None:
-        return self._wide(layer, "bias")
+    def bias(self, layer: Any, before: Tensor | None = None) -> Tensor | None:
+        own = self._wide(layer, "bias")
+        if own is None or before is None:
+            return before if own is None else own
+        return self._kept(layer, "bias and before", self.wide, lambda: own + before)
 
     def _wide(self, layer: Any, name: str) -> Tensor | None:
         if getattr(layer, name) is None:
@@ -117,10 +120,11 @@ class Network(Walk):
     def convolution(self, conv: Any, x: Tensor) -> Tensor:
         return F.conv2d(x, self._weight(conv), padding=conv.padding)
 
-    def product(self, layer: Any, rows: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(self, layer: Any) -> tuple[Tensor, Tensor | None]:
+        bias = layer.bias
         if bias is not None:
             bias = self._kept(layer, "bias", self.dtype, lambda: layer.bias)
-        return F.linear(rows, self._weight(layer), bias)
+        return self._weight(layer), bias
 
     def downsample(self, part: Downsample, x: Tensor) -> Image:
         conv: Any = part.conv
@@ -155,8 +159,8 @@ class Network(Walk):
     def shortcut(self, block: Any, sources: tuple[Tensor, ...], onto: Tensor | None) -> Tensor:
         return products(sources, self._weight(block.nin_shortcut), onto)
 
-    def attends_at_once(self, block: AttentionBlock, x: Tensor) -> bool:
-        return False
+    def attends_at_once(self, block: Any, x: Tensor) -> bool:
+        return x.is_cuda and super().attends_at_once(block, x)
 
 
 def _up(channels: int) -> int:
