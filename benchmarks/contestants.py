@@ -202,8 +202,9 @@ def missing(name: str, precision: str, device: str) -> str | None:
     """Why `name` can't take part, as far as can be said before it is built; or None."""
     if name in PEERS:
         return PEERS[name].missing(precision, device)
+    any_unet = UNet(channels=32, channel_mult=(1,), attention_levels=(), image_size=8)
     try:
-        choose(OURS[name], nn.Identity(), torch.device(device), precision)
+        choose(OURS[name], any_unet, torch.device(device), precision)
     except ValueError as error:
         return str(error)
     return None

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastddpm.ops import library
+from fastddpm.precision import tf32_asked
 
 OURS = {
     "randn": "posterior", "noise": "posterior", "drawn_noise": "posterior",
@@ -61,7 +62,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def precision(x: Tensor) -> str:
-    if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    if x.dtype == torch.float32 and tf32_asked():
         return "tf32"
     return DTYPES.get(x.dtype, "fp32")
 
@@ -325,6 +326,12 @@ def copy(counter: Counter, func: Any, args: tuple, kwargs: dict, out: Tensor) ->
     counter.add("copy", "other", source, out)
 
 
+def rows(counter: Counter, func: Any, args: tuple, kwargs: dict, out: Tensor) -> None:
+    """What is picked from a table is read, not the table."""
+    indices = [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor)]
+    counter.add(func._schema.name, "other", (out, indices), out)
+
+
 def foreach(counter: Counter, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
     """Multi-tensor kernels: blocks of a fixed size, so many tensors and blocks a launch."""
     a = Assumptions()
@@ -351,6 +358,7 @@ SPECIAL: dict[str, Callable[[Counter, Any, tuple, dict, Any], None]] = {
     "constant_pad_nd": pad, "copy_": copy, "clone": copy, "_to_copy": copy,
 }  # fmt: skip
 SPECIAL |= dict.fromkeys(PRODUCTS, product)
+SPECIAL |= dict.fromkeys(("index", "index_select", "gather", "embedding"), rows)
 SPECIAL |= {
     name.split("::")[-1]: foreach
     for name in torch._C._dispatch_get_all_op_names()

@@ -87,7 +87,7 @@ def resident(channels: int, plane: int, per_group: int, size: int, kept: int) ->
     threads = 128 if vectors <= 512 else 256
     entries = threads // 32
     groups = channels // per_group
-    floats = 2 * channels * entries + 2 * channels + 3 * groups + 3 * channels
+    floats = 2 * channels * entries + 2 * channels + 5 * groups + 3 * channels
     return threads, kept * channels * plane * size + 4 * floats
 
 
@@ -116,12 +116,12 @@ def cases() -> list[Case]:
             images, 12, 12, x0 + mean + (4, 4 + 4, 8 + 4),
         ),
         Case(
-            "group_norm_silu", "group_norm_silu_resident<BF16, pixels>",
+            "group_norm_silu", "group_norm_silu_resident<BF16, pixels, false>",
             "bfloat16 128x128x32x32 NHWC, 32 groups",
             features, 4, 4, norm + act, forward, threads,
         ),
         Case(
-            "group_norm_silu", "group_norm_silu_apply<BF16, pixels>",
+            "group_norm_silu", "group_norm_silu_apply<BF16, pixels, false>",
             "bfloat16 8x128x256x256 NHWC, 32 groups, two passes",
             large, 6, 4, norm + act,
         ),

@@ -41,7 +41,13 @@ def flop(model: UNet) -> int:
         total += sum(2 * places * layer.weight.numel() for layer in layers)
 
     kinds = (nn.Conv2d, nn.Linear, AttentionBlock)
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
+    blocks = [m for m in model.modules() if isinstance(m, AttentionBlock)]
+    counted_there = {layer for block in blocks for layer in (block.qkv, block.proj_out)}
+    hooks = [
+        m.register_forward_hook(count)
+        for m in model.modules()
+        if isinstance(m, kinds) and m not in counted_there
+    ]
     x = torch.zeros(1, model.in_channels, *model.image_size, dtype=torch.float64)
     with torch.inference_mode():
         model.double()(x, torch.zeros(1, dtype=torch.int64))

@@ -162,39 +162,39 @@ def norm_case(shape, dtype, device, backward: bool) -> Case:
     )  # fmt: skip
 
 
-def fused_norm_case(shape, dtype, device) -> Case:
-    """A norm with all that stands before it in a U-Net: a bias and embedding per sample, a residual
-    whose sum is wanted too, and a skip as its second source."""
-    x, residual, skip = (images(shape, dtype, device) for _ in range(3))
+def fused_case(shape, dtype, device, sources: bool) -> Case:
+    """The norm with what stands before it: a bias and a residual, their sum written too; or two
+    sources of `shape` each.
+    """
     n, c = shape[:2]
+    x, other = images(shape, dtype, device), images(shape, dtype, device)
     before = torch.randn(n, c, device=device).to(dtype)
-    weight, bias = (torch.randn(2 * c, device=device).to(dtype) for _ in range(2))
+    channels = 2 * c if sources else c
+    weight, bias = (torch.randn(channels, device=device).to(dtype) for _ in range(2))
+    given = {"x2": other} if sources else {"before": before, "residual": other}
 
     def fused():
-        return ops.group_norm_silu(
-            x, GROUPS, weight, bias, before=before, residual=residual, x2=skip
-        )
+        return ops.group_norm_silu(x, GROUPS, weight, bias, **given)
 
     def eager():
-        u = x + residual + before[:, :, None, None]
-        h = torch.cat((u, skip), dim=1)
-        return F.silu(F.group_norm(h, GROUPS, weight, bias, 1e-6)), u
+        if sources:
+            h = torch.cat((x, other), 1)
+        else:
+            h = x + before[:, :, None, None] + other
+        y = F.silu(F.group_norm(h, GROUPS, weight, bias, 1e-6))
+        return y if sources else (y, h)
 
-    def formula(x=x, residual=residual, before=before, skip=skip, weight=weight, bias=bias):
-        return reference.group_norm_silu(
-            x, GROUPS, weight, bias, before=before, residual=residual, x2=skip
-        )
+    def formula(x=x, weight=weight, bias=bias, given=given):
+        return reference.group_norm_silu(x, GROUPS, weight, bias, **given)
 
     def truth():
-        # u is rounded to x's dtype before it is normed, which is part of what is asked for.
-        u = (x.double() + residual.double() + before.double()[:, :, None, None]).to(dtype)
-        exact = [y.double() for y in (skip, weight, bias)]
-        return reference.group_norm_silu(u.double(), GROUPS, *exact[1:], x2=exact[0])
+        exact = {name: value.double() for name, value in given.items()}
+        return formula(x.double(), weight.double(), bias.double(), exact)
 
     return Case(
-        "group_norm_silu, all before it", shape, dtype,
+        "group_norm_silu, " + ("two sources" if sources else "bias and residual"), shape, dtype,
         {"fastddpm": fused, "eager": eager, "compile": formula}, truth,
-        x.numel() * 6 * dtype.itemsize,
+        x.numel() * 4 * dtype.itemsize,
     )  # fmt: skip
 
 
@@ -301,6 +301,8 @@ def cases(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
     ]
     feature_maps += [(n, 128, 32, 32) for n in large[1:]]
     attention_maps = [(n, 32, 4, 4) if quick else (n, 256, 16, 16) for n in batches]
+    if device.type == "cuda":
+        attention_maps += [(n, 256, 16, 16) for n in large[1:]]
     for dtype in dtypes:
         for drawn in (False, True):
             for shape in pixels:
@@ -312,8 +314,10 @@ def cases(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
                 yield functools.partial(norm_case, shape, dtype, device, backward)
             for shape in attention_maps:
                 yield functools.partial(attention_case, shape, dtype, device, backward)
-        for make in (fused_norm_case, sum_case):
+        for sources in (False, True):
             for shape in feature_maps:
-                yield functools.partial(make, shape, dtype, device)
+                yield functools.partial(fused_case, shape, dtype, device, sources)
+        for shape in feature_maps:
+            yield functools.partial(sum_case, shape, dtype, device)
         for shape in pixels:
             yield functools.partial(likelihood_case, shape, dtype, device)

@@ -57,6 +57,19 @@ struct Randn {
   Random random;
 };
 
+// Algorithm 1's choices for example n, of block 0 of the stream (seed, step, sample_index[n]):
+// t = floor(word_0 levels / 2^32) and flip, the lowest bit of word_1.
+struct Choices {
+  int64_t n, levels;  // levels in 1 .. MAX_LEVELS - 1
+  uint64_t seed;
+  uint32_t step;
+  PerSample sample_index;
+  int64_t* t;     // (N,) contiguous
+  uint8_t* flip;  // (N,) contiguous, 0 or 1
+};
+
+constexpr int64_t MAX_LEVELS = int64_t(1) << 31;
+
 // x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps   (DDPM Eq. 4).
 // x0: u8 0 .. 255, scaled to [-1, 1] first, or float; mirrored along W where flip[n] is not 0.
 // eps: read, or, if generate_eps, drawn from `random`, rounded to its storage type and written.
@@ -119,7 +132,8 @@ constexpr int64_t GROUP_NORM_CHUNKS = 32;
 
 inline int64_t group_norm_workspace(const Shape& shape, int64_t groups, bool backward) {
   const int64_t statistics = 3 * groups * GROUP_NORM_CHUNKS;
-  return shape.n * (statistics + (backward ? 2 * shape.c * (GROUP_NORM_CHUNKS + 1) : 0));
+  const int64_t sums = shape.c * (3 * GROUP_NORM_CHUNKS + 2);
+  return shape.n * (statistics + (backward ? sums : 0));
 }
 
 // The gradient of group_norm_silu; statistics and dropout's mask are computed again. Sums have a
@@ -173,6 +187,7 @@ struct DiscretizedLogLikelihood {
 
 namespace cpu {
 void randn(const Randn& op, int threads);
+void choices(const Choices& op, int threads);
 void noise(const Noise& op, int threads);
 void posterior_step(const PosteriorStep& op, int threads);
 void group_norm_silu(const GroupNormSilu& op, int threads);
@@ -185,6 +200,7 @@ void discretized_log_likelihood(const DiscretizedLogLikelihood& op, int threads)
 
 namespace cuda {
 void randn(const Randn& op, void* stream);
+void choices(const Choices& op, void* stream);
 void noise(const Noise& op, void* stream);
 void posterior_step(const PosteriorStep& op, void* stream);
 void group_norm_silu(const GroupNormSilu& op, void* stream);

@@ -47,5 +47,13 @@ FASTDDPM_HD void normal4(const Philox& stream, uint32_t block, float z[4]) {
   box_muller(words[2], words[3], z[2], z[3]);
 }
 
+// What `choices` of ops.h is for one example: t of `levels` and whether it is mirrored.
+FASTDDPM_HD void choose(const Philox& stream, int64_t levels, int64_t& t, uint8_t& flip) {
+  uint32_t words[4];
+  philox4x32(stream, 0, words);
+  t = int64_t(uint64_t(words[0]) * uint64_t(levels) >> 32);
+  flip = uint8_t(words[1] & 1);
+}
+
 }  // namespace
 }  // namespace fastddpm

@@ -80,6 +80,30 @@ def build_info() -> dict[str, Any]:
     return {} if C is None else {**C.build_info(), "file": C.__file__}
 
 
+def runs_on(architectures: str, capability: tuple[int, int]) -> str | None:
+    """What of CMake's list of architectures a card of this capability runs; None for nothing.
+
+    Machine code of x.y is for x.z, z >= y, and PTX of it, compiled at the first use, for all that
+    came after; an "a" at its end binds either to that very card, an "f" to its family."""
+    major, minor = capability
+    best: dict[str, tuple[int, int]] = {}
+    for part in architectures.replace(";", ",").split(","):
+        if part.strip() in ("all", "all-major", "native"):
+            return f"what CMake makes of {part.strip()!r}"
+        match = re.fullmatch(r"(\d+)(\d)([af]?)(?:-(real|virtual))?", part.strip())
+        if match is None:
+            continue
+        made, bound = (int(match[1]), int(match[2])), match[3]
+        same = made[0] == major and made[1] <= minor
+        if match[4] != "virtual" and (made == capability or (same and bound != "a")):
+            best["sm"] = max(made, best.get("sm", made))
+        if match[4] != "real" and made <= capability and not bound:
+            best["ptx"] = max(made, best.get("ptx", made))
+    if "sm" in best:
+        return "machine code of sm_{}{}".format(*best["sm"])
+    return "PTX of compute_{}{}, compiled at its first use".format(*best["ptx"]) if best else None
+
+
 def isa() -> str | None:
     """The instruction set in use: the best of this machine, or what FASTDDPM_ISA names."""
     return None if C is None else C.isa()

@@ -179,25 +179,28 @@ class Batches:
         while len(index):
             part = index[: self.size]
             progress.begin(-(-len(index) // self.size) - (-later // self.size))
+            why = None
             try:
                 images.append(draw(part))
             except (RuntimeError, MemoryError, OSError) as error:
                 if not is_out_of_memory(error) or len(part) == 1:
                     raise
-                self._halve(len(part), error)
-            else:
+                why = first_line(error)
+            if why is None:
                 index = index[len(part) :]
                 progress.end()
+            else:  # and not above, where the error still holds what the batch took
+                self._halve(len(part), why)
         return images
 
-    def _halve(self, failed: int, error: BaseException) -> None:
+    def _halve(self, failed: int, why: str) -> None:
         self.size = -(-failed // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if not self._told:
             self._told = True
             warnings.warn(
-                f"memory is too small for batches of {failed} images ({first_line(error)}): "
+                f"memory is too small for batches of {failed} images ({why}): "
                 f"fastddpm goes on with half as many, or less; batch_size={self.size} asks for it",
                 RuntimeWarning,
                 stacklevel=callers_level(),

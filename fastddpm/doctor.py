@@ -5,14 +5,13 @@ nothing else.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 
 import torch
 from tabulate import tabulate
 
-from fastddpm import _native
+from fastddpm import _native, cards
 from fastddpm.diffusion import Model
 from fastddpm.engine import choose, cpu_plan, cuda_graph
 from fastddpm.ops import dispatch
@@ -59,15 +58,16 @@ def what_runs(model: Model, engine: str, precision: str) -> str:
     return f"engine {chosen.name}, {precision}, {where}"
 
 
-def _versions() -> list[tuple[str, str]]:
-    def version(name: str) -> str:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed"
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
+
+def _versions() -> list[tuple[str, str]]:
     names = ("fastddpm", "torch", "triton", "numpy", "safetensors", "pillow", "lmdb", "diffusers")
-    return [("python", platform.python_version()), *((name, version(name)) for name in names)]
+    return [("python", platform.python_version()), *((name, _version(name)) for name in names)]
 
 
 def _native_build() -> list[tuple[str, str]]:
@@ -85,19 +85,16 @@ def _native_build() -> list[tuple[str, str]]:
 
 
 def _devices() -> list[tuple[str, str]]:
-    cuda = "available" if torch.cuda.is_available() else "no device"
-    if torch.version.cuda is None:
-        cuda = "torch was built without CUDA"
-    elif torch.cuda.is_available():
-        cuda = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    triton = "installed" if importlib.util.find_spec("triton") else "not installed"
+    triton = _version("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1" and triton != "not installed":
+        triton += ", interpreted on the CPU (TRITON_INTERPRET=1)"
     bf16 = (
         "bf16" if has_fast_bf16(torch.device("cpu")) else "fp32: this CPU has no bfloat16 products"
     )
     return [
         ("cpu", f"{torch.get_num_threads()} threads, torch uses {_torch_isa()}"),
         ("cpu precision 'auto'", bf16),
-        ("cuda", cuda),
+        *cards.rows(UNet(channels=32)),
         ("triton", triton),
     ]
 

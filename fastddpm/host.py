@@ -88,13 +88,15 @@ _seeding = threading.RLock()  # the generators are the process's: one at a time
 
 
 @contextlib.contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's generators of the CPU and of `device` begin with `seed`, then are as they were."""
+def seeded(seed: int, *devices: torch.device) -> Iterator[None]:
+    """torch's generators of the CPU and of these devices begin with `seed`, then are as they were.
+    Those of other devices are not touched."""
     generators = [torch.default_generator]
-    if device.type == "cuda":
+    if any(device.type == "cuda" for device in devices):
         torch.cuda.init()
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generators.append(torch.cuda.default_generators[index])
+        here = torch.cuda.current_device()
+        used = {here if d.index is None else d.index for d in devices if d.type == "cuda"}
+        generators += [torch.cuda.default_generators[index] for index in sorted(used)]
     with _seeding:
         states = [generator.get_state() for generator in generators]
         try:

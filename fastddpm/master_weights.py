@@ -3,9 +3,12 @@ network's buffers as they are when they are asked for. No steps and no files."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from fastddpm.working_copies import widen
 from fastddpm.wrapped import is_sharded
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -54,10 +57,24 @@ class MasterWeights:
                     "tensors can"
                 )
         self.average = {name: m.detach().clone() for name, m in self.masters.items()}
+        groups: dict[tuple, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for name, average in self.average.items():
+            key = average.dtype, average.device
+            for tensors, tensor in zip(
+                groups.setdefault(key, ([], [])), (average, self.masters[name]),
+                strict=True,
+            ):  # fmt: skip
+                tensors.append(tensor)
+        self._alike = list(groups.values())  # (averages, masters) that one launch may take
         self._halves = [name for name, p in self.parameters.items() if p.dtype in HALVES]
         self._versions = {name: self.parameters[name]._version for name in self._halves}
         fp16 = any(p.dtype == torch.float16 for p in self.parameters.values())
         self.loss_scale = LOSS_SCALE if fp16 else 1.0
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether a parameter is a rounded copy of its master."""
+        return bool(self._halves)
 
     def check(self) -> None:
         """ValueError if a parameter was replaced, moved or cast since; a half-precision one that
@@ -81,28 +98,37 @@ class MasterWeights:
         for p in (*self.parameters.values(), *self.masters.values()):
             p.grad = None
 
-    def take_gradients(self) -> None:
-        """The parameters' gradients of the scaled loss become the masters' of the loss."""
-        for name, master in self.masters.items():
-            p = self.parameters[name]
-            if p is not master:
-                master.grad, p.grad = None if p.grad is None else p.grad.float(), None
-            if master.grad is not None and self.loss_scale != 1:
-                master.grad /= self.loss_scale
+    def take_gradients(self) -> list[torch.Tensor]:
+        """The parameters' gradients become the masters', which are returned: of the scaled loss."""
+        halves: list[torch.Tensor] = [self.parameters[name] for name in self._halves]
+        widen(halves, [self.masters[name] for name in self._halves])
+        return [master.grad for master in self.masters.values() if master.grad is not None]
 
     @torch.no_grad()
     def round(self) -> None:
         """The half-precision parameters become their masters' rounded copies."""
-        for name in self._halves:
-            p = self.parameters[name]
-            p.copy_(self.masters[name])
+        if not self._halves:
+            return
+        halves: list[torch.Tensor] = [self.parameters[name] for name in self._halves]
+        torch._foreach_copy_(halves, [self.masters[name] for name in self._halves])
+        for name, p in zip(self._halves, halves, strict=True):
             self._versions[name] = p._version
 
     @torch.no_grad()
-    def move_average(self, decay: float) -> None:
-        """average <- decay average + (1 - decay) masters."""
-        masters = [master.detach() for master in self.masters.values()]
-        torch._foreach_lerp_(list(self.average.values()), masters, 1 - decay)
+    def move_average(
+        self, share: float | torch.Tensor, refused: torch.Tensor | None = None
+    ) -> None:
+        """average <- average + share (masters - average), unless `refused` is 1.
+
+        share: the weight of the present, 1 - ema_decay, or a () float32 tensor that holds it"""
+        # A step of gradient descent, as torch's fused one is what a tensor on the device can skip.
+        for averages, masters in self._alike:
+            away = torch._foreach_sub(averages, masters)
+            torch._fused_sgd_(
+                averages, away, [], weight_decay=0.0, momentum=0.0,
+                lr=_on(share, averages[0]), dampening=0.0, nesterov=False, maximize=False,
+                is_first_step=False, grad_scale=None, found_inf=_on(refused, averages[0]),
+            )  # fmt: skip
 
     def averaged_state(self) -> dict[str, torch.Tensor]:
         """The network's state_dict with the averages in the parameters' places: tied names all have
@@ -138,6 +164,11 @@ class MasterWeights:
                 buffer.copy_(value)  # type: ignore[union-attr]
             else:
                 module._buffers[leaf] = value.to(device if buffer is None else buffer.device)
+
+
+def _on(value: Any, like: torch.Tensor) -> Any:
+    """A tensor among `value`s on the device of `like`."""
+    return value.to(like.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
 
 def _overlaps_itself(tensor: torch.Tensor | None) -> bool:

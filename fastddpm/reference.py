@@ -58,6 +58,15 @@ def random_words(numel: int, *, seed: int, step: Tensor | int, sample_index: Ten
     return philox4x32(torch.stack(torch.broadcast_tensors(*words), dim=-1), seed).flatten(1)
 
 
+def choices(sample_index, *, seed, step, levels):
+    """Algorithm 1's choices for each example: (t, flip), (N,) int64 in 0 .. levels - 1 and bool.
+
+    t = floor(word_0 levels / 2^32), and flip is the lowest bit of word_1.
+    """
+    words = random_words(2, seed=seed, step=step, sample_index=sample_index)
+    return (words[:, 0] * levels) >> 32, (words[:, 1] & 1).bool()
+
+
 def randn(shape, *, seed, step, sample_index, dtype=torch.float32):
     """Standard normals of the RNG contract; (N, ...) in the order of a contiguous sample.
 

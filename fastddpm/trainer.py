@@ -1,7 +1,8 @@
 """Algorithm 1, one step at a time, and its whole state on disk.
 
-Everything random in step k (t, flips, eps, dropout) is a function of (seed, k), so a run that was
-killed and resumed from a checkpoint takes the very same steps."""
+Everything random in a step (t, flips, eps, a UNet's dropout) is a function of (seed, number of the
+example), and another network's dropout of (seed, step): a run that was killed and resumed from a
+checkpoint takes the very same steps. On a GPU the host only queues them, and waits now and then."""
 
 from __future__ import annotations
 
@@ -13,25 +14,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from fastddpm import _native, reference
+from fastddpm import _native
 from fastddpm.arguments import check_one_device, check_pixels
 from fastddpm.checkpoint import named, read_tensors, write_tensors
 from fastddpm.diffusion import Diffusion
-from fastddpm.host import callers_level, own_state, plain, seeded, training
+from fastddpm.engine import cuda_graph
+from fastddpm.engine.cuda_graph import Record
+from fastddpm.guard import SLACK, Guard
+from fastddpm.host import callers_level, own_state, plain, training
 from fastddpm.master_weights import DTYPES, MasterWeights
 from fastddpm.ops import dispatch
 from fastddpm.options import check_flag, check_integer, check_number
-from fastddpm.precision import Precision, autocast, float32_kept, resolve_precision
+from fastddpm.precision import Precision, float32_kept, resolve_precision
 from fastddpm.pretrained import save_config, save_model
 from fastddpm.run_folder import STATE
 from fastddpm.run_settings import architecture, compare, differing, read_settings
+from fastddpm.trainer_state import check_tensors, take, tensors_of
+from fastddpm.training_graph import Recordings
+from fastddpm.training_step import take_step
 from fastddpm.unet import UNet
+from fastddpm.upload import uploaded
+from fastddpm.working_copies import WorkingCopies
 from fastddpm.wrapped import unwrap
 
-CHOICES_STEP = 2**32 - 1  # the RNG contract's step word of t and flip, which no chain reaches
-SLACK = 1e-3  # beyond [-1, 1], for what rounding makes of it
+READ_EVERY = 50  # steps, on a device that the host has to wait for
 
 
 class Trainer:
@@ -54,9 +63,14 @@ class Trainer:
                short run's average is not the initial weights; the paper has none
     flip:      mirror half of the images
 
+    record:     what records the steps of a plain UNet on a GPU, to launch each as one: see
+                engine/cuda_graph.py; None: they are made one operation after the other
+    read_every: steps between two looks at whether all were finite, for which the host waits until
+                they are done; None: each on a CPU, else every 50th
+
     Numbers may be NumPy's. Raises ValueError for an option out of range and for a model that is
     changed (layers, device, dtype, process) after the trainer was made or has nothing to train,
-    FloatingPointError when the loss or gradient is not finite."""
+    FloatingPointError when the loss or gradient is not finite: see check_finite."""
 
     @own_state()
     def __init__(
@@ -72,6 +86,8 @@ class Trainer:
         warmup: int = 5000,
         flip: bool = True,
         seed: int = 0,
+        read_every: int | None = None,
+        record: Record | None = cuda_graph.record,
     ):
         self.lr = check_number("lr", lr, lambda x: 0 < x < math.inf, "above 0")
         self.ema_decay = check_number("ema_decay", ema_decay, lambda x: 0 <= x < 1, "in [0, 1)")
@@ -97,7 +113,18 @@ class Trainer:
         self.step_count = 0
         self.example_count = 0
         self._told_of_range = False
+        if read_every is None:
+            read_every = 1 if self.device.type == "cpu" else READ_EVERY
+        self.read_every = check_integer("read_every", read_every, 1)
+        self.guard = Guard(self.device)
+        self._unread: list[tuple[int, int]] = []  # the counts before each step since the last look
         self.optimizer = torch.optim.Adam(self._masters, lr=self.lr, fused=True)
+        self.copies = None
+        if self.precision == "bf16" and type(model) is UNet:
+            self.copies = WorkingCopies(self.network)
+        if record is cuda_graph.record and cuda_graph.unsupported(self.device) is not None:
+            record = None
+        self.recordings = Recordings(record, self.device, self.guard)
         if isinstance(self.network, UNet):
             self._check_outputs(self.network)
             self.network.diffusion = self.diffusion  # what its weights are for, in all its copies
@@ -127,53 +154,49 @@ class Trainer:
     @own_state(grad=True)
     def step(self, x0: torch.Tensor) -> torch.Tensor:
         """One optimiser step on x0, (N, C, H, W) uint8 or float in [-1, 1]; returns the mean loss,
-        detached.
-        """
-        self._check()
-        x0 = plain(self._checked(x0).to(self.device))
-        n, T = x0.shape[0], self.diffusion.T
-        index = torch.arange(self.example_count, self.example_count + n, device=self.device)
-        words = reference.random_words(
-            2, seed=self.seed, step=torch.full_like(index, CHOICES_STEP), sample_index=index
-        )
-        t = (words[:, 0] * T) >> 32
-        flip = (words[:, 1] & 1).bool() if self.flip else None
+        detached, on the model's device.
 
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * min((self.step_count + 1) / max(self.warmup, 1), 1.0)
-        self.weights.zero_gradients()
-        module = self.model if isinstance(self.model, torch.nn.Module) else self.network
-        dropout = (self.seed * 0x9E3779B97F4A7C15 + self.step_count) % 2**63
-        with (
-            training(module),
-            seeded(dropout, self.device),
-            float32_kept(self.precision, self.device),
-        ):
-            with autocast(self.precision, self.device):
-                loss = self.diffusion.loss(
-                    self.model, x0, t=t, flip=flip, seed=self.seed, sample_index=index
-                ).mean()
-            if not loss.requires_grad:
-                raise ValueError(
-                    "the loss depends on no weight that may be trained: every parameter is frozen "
-                    "(requires_grad=False), or the model computes without gradients"
-                )
-            (loss * self.weights.loss_scale).backward()
-        self.weights.take_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self._masters, self.grad_clip)
-        if not torch.isfinite(norm + loss.detach()):
-            raise FloatingPointError(
-                f"step {self.step_count}: loss {loss.item()}, gradient norm {norm.item()}; "
-                "the weights are those before this step"
-            )
-        self.optimizer.step()
-        self.weights.round()
-        k = self.step_count
+        On a GPU the step is queued, and what is wrong with its numbers is known at the next look
+        (`read_every`, see check_finite)."""
+        self._check()
+        x0 = uploaded(plain(self._checked(x0)), self.device)
+        n, k = x0.shape[0], self.step_count
+        rate = _float32(self.lr * min((k + 1) / max(self.warmup, 1), 1.0))
         decay = min(self.ema_decay, (1 + k) / (10 + k)) if self.ema_warmup else self.ema_decay
-        self.weights.move_average(decay)
+        module = self.model if isinstance(self.model, torch.nn.Module) else self.network
+        with training(module), float32_kept(self.precision, self.device):
+            loss = take_step(self, x0, rate, _float32(1 - decay))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self._unread.append((k, self.example_count))
         self.step_count += 1
         self.example_count += n
-        return loss.detach()
+        if len(self._unread) >= self.read_every:
+            self.check_finite()
+        return loss
+
+    def check_finite(self) -> None:
+        """Wait for the steps so far, and see whether each counts: `step` does it every
+        `read_every`th time, and save, ema_model and ema_weights.
+
+        Raises FloatingPointError where a step's loss or gradient was not finite, ValueError where
+        its pixels were out of range. The steps after it were left out, too: weights, averages,
+        moments and counts are those before it, whenever it is found, and the next step takes its
+        place. (Buffers, which a network writes itself, are as its last forward left them.)"""
+        refused, counts = self.guard.read(), self._unread
+        self._unread = []
+        if refused is None:
+            return
+        last = self.step_count - 1
+        self.step_count, self.example_count = counts[len(counts) - refused.steps]
+        also = f"; steps {self.step_count + 1} .. {last} were left out, too"
+        what = (
+            f"step {self.step_count}: loss {refused.loss}, gradient norm {refused.norm}; the "
+            f"weights are those before this step{also if refused.steps > 1 else ''}"
+        )
+        if refused.finite:
+            raise ValueError(f"{_out_of_range(refused.low, refused.high)} ({what})")
+        raise FloatingPointError(what)
 
     def _checked(self, x0: torch.Tensor) -> torch.Tensor:
         """The batch, if it is one of images; else the ValueError that says what it is."""
@@ -190,12 +213,11 @@ class Trainer:
                 f"images must be uint8, or float in [-1, 1]; got {x0.dtype}: of 0 .. 255, give "
                 ".to(torch.uint8)"
             )
+        if x0.device == self.device and self.read_every > 1 and self.step_count > 0:
+            return x0  # reading may wait for the steps before: the guard looks at the values
         low, high = torch.stack(torch.aminmax(x0.detach())).tolist()
         if not (low >= -1 - SLACK and high <= 1 + SLACK):  # NaN is in no range
-            raise ValueError(
-                f"images of floats must lie in [-1, 1]; got {low:.6g} .. {high:.6g}: of 0 .. 255, "
-                "give uint8, or x / 127.5 - 1"
-            )
+            raise ValueError(_out_of_range(low, high))
         if low >= 0 and not self._told_of_range and self.step_count == 0 and high > low:
             self._told_of_range = True
             warnings.warn(
@@ -210,12 +232,14 @@ class Trainer:
         under the network's state_dict names: `load_state_dict` takes them.
         """
         self._check()
+        self.check_finite()
         return self.weights.averaged_state()
 
     @own_state()
     def ema_model(self) -> torch.nn.Module:
         """A copy of the network with the averaged weights, in eval mode."""
         self._check()
+        self.check_finite()
         model = copy.deepcopy(self.network).eval().requires_grad_(False)
         for p, average in zip(model.parameters(), self.weights.average.values(), strict=True):
             p.copy_(average)
@@ -232,6 +256,7 @@ class Trainer:
         run: what else must be the same when the run goes on (`fit`'s data), JSON-ready; see `load`
         """
         self._check()
+        self.check_finite()
         folder = named(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if first := not (folder / STATE).exists():
@@ -246,7 +271,8 @@ class Trainer:
             "run": dict(run or {}),
             **self.recipe(),
         }
-        write_tensors(folder / STATE, self._tensors(), {"trainer": json.dumps(settings)})
+        tensors = tensors_of(self.weights, self.optimizer)
+        write_tensors(folder / STATE, tensors, {"trainer": json.dumps(settings)})
         if first:
             self.save_model(folder)
 
@@ -258,15 +284,6 @@ class Trainer:
         """The averaged model, of a UNet: of other networks the state alone is kept."""
         if isinstance(self.network, UNet):
             save_model(self.network, folder, self.ema_weights())
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {f"buffer.{name}": b for name, b in self.weights.buffers().items()}
-        for name, master in self.weights.masters.items():
-            tensors[f"model.{name}"] = master.detach()
-            tensors[f"ema.{name}"] = self.weights.average[name]
-            for key, value in self.optimizer.state[master].items():
-                tensors[f"adam.{key}.{name}"] = value
-        return tensors
 
     @own_state()
     def load(self, folder: str | Path, run: Mapping[str, Any] | None = None) -> None:
@@ -291,7 +308,7 @@ class Trainer:
                 f"{path} was not saved by a run: its {', '.join(run)} can't be compared",
                 stacklevel=callers_level(),
             )
-        self._check_tensors(path, tensors)
+        check_tensors(path, tensors, self.weights)
         own = self._machine()
         if counts["step_count"] and (moved := differing(machine, own)):
             warnings.warn(
@@ -300,45 +317,11 @@ class Trainer:
                             for k in moved),
                 stacklevel=callers_level(),
             )  # fmt: skip
-        self._take(tensors)
+        self.recordings.forget()
+        self.guard.reset()  # what steps were taken here is no matter any more
+        self._unread = []
+        take(tensors, self.weights, self.optimizer)
         self.step_count, self.example_count = counts["step_count"], counts["example_count"]
-
-    def _check_tensors(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        """ValueError unless the tensors are those that `_tensors` of this model would be."""
-        expected = {f"buffer.{k}": b for k, b in self.weights.buffers().items()}
-        step = torch.zeros((), dtype=torch.float32)
-        for name, master in self.weights.masters.items():
-            expected |= {f"model.{name}": master, f"ema.{name}": master}
-            if f"adam.step.{name}" in tensors:  # one that never had a gradient has no moments
-                moments = {"exp_avg": master, "exp_avg_sq": master, "step": step}
-                expected |= {f"adam.{m}.{name}": like for m, like in moments.items()}
-        passing = {f"buffer.{name}" for name in self.weights.passing()}
-        for name in sorted((tensors.keys() | expected.keys()) - passing):
-            a, b = tensors.get(name), expected.get(name)
-            if a is None or b is None or a.shape != b.shape:
-                raise ValueError(
-                    f"{path}: {name} has shape {None if a is None else a.shape}; expected "
-                    f"{None if b is None else b.shape}"
-                )
-            if a.dtype != b.dtype:
-                raise ValueError(f"{path}: {name} is {a.dtype}; expected {b.dtype}")
-
-    @torch.no_grad()
-    def _take(self, tensors: dict[str, torch.Tensor]) -> None:
-        buffers = {k.removeprefix("buffer."): v for k, v in tensors.items() if k.startswith("buf")}
-        self.weights.set_buffers(buffers)
-        for name, master in self.weights.masters.items():
-            master.copy_(tensors[f"model.{name}"])
-            self.weights.average[name].copy_(tensors[f"ema.{name}"])
-            moments = (f"adam.{key}.{name}" for key in ("exp_avg", "exp_avg_sq", "step"))
-            self.optimizer.state[master] = {
-                key.split(".")[1]: tensors[key].to(
-                    master.device, memory_format=_format(tensors[key], master)
-                )
-                for key in moments
-                if key in tensors
-            }
-        self.weights.round()
 
     def recipe(self) -> dict[str, Any]:
         """What must be the same for a resumed run to take the same steps, JSON-ready; ValueError
@@ -380,10 +363,13 @@ def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _format(tensor: torch.Tensor, like: torch.Tensor) -> torch.memory_format:
-    """Adam's moments keep the layout of their parameter, or the fused step would not be the same
-    one.
-    """
-    if tensor.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
+def _out_of_range(low: float, high: float) -> str:
+    return (
+        f"images of floats must lie in [-1, 1]; got {low:.6g} .. {high:.6g}: of 0 .. 255, give "
+        "uint8, or x / 127.5 - 1"
+    )
+
+
+def _float32(x: float) -> float:
+    """x as a float32 on a device holds it."""
+    return float(np.float32(x))

@@ -36,11 +36,14 @@ from fastddpm.run_folder import (
     locked,
 )  # fmt: skip
 from fastddpm.sampling import sample
-from fastddpm.trainer import CHOICES_STEP, Trainer
+from fastddpm.trainer import Trainer
+from fastddpm.training_step import CHOICES_STEP
 from fastddpm.unet import UNet
+from fastddpm.upload import staged, uploaded
 
 __all__ = ["CHOICES_STEP", "PRESETS", "STATE", "Log", "Preset", "Trainer", "fit", "preset"]
 
+CPU = torch.device("cpu")
 LOG_EVERY = 50  # steps that a row of log.csv averages over
 BYTES_A_VALUE = 5  # of a batch, at the least: as bytes and as float32
 LONGEST_LOG = 2**26  # bytes: some two million rows
@@ -155,11 +158,14 @@ def _run(
     ) as bar:
         losses: list[torch.Tensor] = []
         started, first = time.perf_counter(), trainer.step_count
-        for images in _batches(dataset, batch_size, trainer.step_count, steps, trainer.seed):
+        for images in _batches(
+            dataset, batch_size, trainer.step_count, steps, trainer.seed, trainer.device
+        ):
             losses.append(trainer.step(images))
             bar.update()
             done = trainer.step_count
             if done % LOG_EVERY == 0 or done == steps:
+                trainer.check_finite()  # so that a row is of steps that are done and count
                 rate = (done - first) * batch_size / (time.perf_counter() - started)
                 loss = torch.stack(losses).mean().item()
                 log.add(done, loss, rate)
@@ -181,14 +187,20 @@ def _run(
 
 
 def _batches(
-    dataset: Dataset, batch_size: int, start: int, stop: int, seed: int
+    dataset: Dataset,
+    batch_size: int,
+    start: int,
+    stop: int,
+    seed: int,
+    device: torch.device = CPU,
 ) -> Iterator[torch.Tensor]:
-    """The images of the steps start .. stop - 1, each batch read while the step before it
-    computes.
+    """The images of the steps start .. stop - 1 on `device`, each batch read, and for a GPU put
+    into pinned memory, while the step before it computes.
     """
 
     def load(step: int) -> torch.Tensor:
-        return dataset.images(batch_indices(len(dataset), batch_size, step, seed=seed))
+        images = dataset.images(batch_indices(len(dataset), batch_size, step, seed=seed))
+        return staged(images, device)
 
     with ThreadPoolExecutor(1) as reader:
         ahead = [reader.submit(load, step) for step in range(start, min(start + 1, stop))]
@@ -196,7 +208,7 @@ def _batches(
             images = ahead.pop().result()
             if step + 1 < stop:
                 ahead.append(reader.submit(load, step + 1))
-            yield images
+            yield uploaded(images, device, ours=True)
 
 
 class Log:

@@ -297,11 +297,12 @@ def is_taken(model: UNet, x: Tensor) -> bool:
     parts, and with nothing that traces or transforms what runs."""
     if torch.compiler.is_compiling():
         return False
+    draws = _stream_of(model) is not None  # for a step of training, whose weights have no tangents
     return (
-        (x.device.type in DEVICES or _stream_of(model) is not None)
+        (x.device.type in DEVICES or draws)
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and (forward_ad._current_level < 0 or draws)
         and foreign(model) is None
     )
 

@@ -20,11 +20,11 @@ from fastddpm.kernels.storage import INTERPRETED, load, rounded, store, widened
 from fastddpm.kernels.tiles import merged, power_of_two, registers
 
 SLAB = 16384  # elements that a program holds at once, at most
-TILE = 8192  # of a slab that is longer
+TILE = 8192  # of a slab that is longer, of all images that are kept
 LEAST = 8192 if INTERPRETED.value else 2048  # elements of a program, where there are as many
 SEGMENT = 64  # bytes of a pixel that a tile takes where channels lie side by side
 CHUNKS = 64  # of a slab, at most
-EACH = 16  # elements of a thread, while a program has less than WARPS
+EACH = 16  # elements of a thread, of all images that are kept, while WARPS are enough
 WARPS = 16
 
 
@@ -68,8 +68,8 @@ class Cut:
             self.gb //= 2
         self.once = self.bp * self.gb * self.bg <= limit
         if not self.once:
-            self.gb = min(groups(2 * SEGMENT), max(TILE // self.bg, 1))
-            self.bp = min(max(TILE // (self.gb * self.bg), 1), self.bp)
+            self.gb = min(groups(2 * SEGMENT), max(TILE // kept // self.bg, 1))
+            self.bp = min(max(TILE // kept // (self.gb * self.bg), 1), self.bp)
         while self.bp * self.gb * self.bg < LEAST and self.gb < most:
             self.gb *= 2
         tile = self.bp * self.gb * self.bg
@@ -77,11 +77,13 @@ class Cut:
         tiles = triton.cdiv(self.sizes[0] * self.sizes[1], self.bp)
         self.per = 1 if self.once else max(triton.cdiv(tiles, CHUNKS), 2)
         self.chunks = triton.cdiv(tiles, self.per)
-        self.warps = power_of_two(min(max(tile * self.bn // (32 * EACH), 4), WARPS))
+        self.warps = power_of_two(min(max(tile * self.bn * kept // (32 * EACH), 4), WARPS))
         blocks = triton.cdiv(self.n, self.bn) * triton.cdiv(num_groups, self.gb)
         self.grid = (blocks * self.chunks,)
-        # Whether the columns of each block are of one source.
+        # Whether the columns of each block are of one source, of two.
         self.split = len(given) == 2 and same and self.first % (self.gb * self.per_group) == 0
+        # Whether vectors may be short, or loaded for two sources at once.
+        self.mixed = padded or (len(given) == 2 and not self.split)
 
     @property
     def quads(self):

@@ -25,7 +25,7 @@ from fastddpm.kernels.group_norm import (
     statistics_once,
 )
 from fastddpm.kernels.storage import store
-from fastddpm.kernels.tiles import like, power_of_two
+from fastddpm.kernels.tiles import like, power_of_two, registers
 from fastddpm.reference import with_channels
 
 
@@ -78,6 +78,15 @@ def _group_norm_silu_kernel(
             store(pixels_of(y, n, c, p, D, FLAT), out, inside)
 
 
+def _is_lean(cut, x, weight, bias, scale, shift, dropout):
+    """Whether 64 registers do for a thread, so that two programs share a multiprocessor: ptxas aims
+    at that by itself, and where they don't it would spill a few.
+    """
+    alike = all(p is None or p.dtype == x.dtype for p in (weight, bias))
+    more = scale is not None or shift is not None or dropout > 0
+    return x.element_size() == 2 and alike and not more and not cut.mixed
+
+
 def group_norm_silu(
     x, num_groups, weight, bias, eps=1e-6, *,
     scale=None, shift=None, silu=True, before=None, residual=None, x2=None,
@@ -99,10 +108,12 @@ def group_norm_silu(
             )
             if u is not None:  # it is written: x, residual and before are in it
                 view, view_residual, view_u, added = view_u, None, None, None
+        lean = _is_lean(cut, x, weight, bias, scale, shift, dropout)
         _group_norm_silu_kernel[cut.grid](
             view, view_residual, view_u, view_x2, view_y, added,
             *map(of_channels, (weight, bias, scale, shift)), partial, eps,
             SILU=silu, BK=power_of_two(cut.chunks),
+            maxnreg=None if lean else registers(cut.warps),
             **dropout_arguments(cut, dropout, seed, step, sample_index), **cut.arguments(),
         )  # fmt: skip
     return y if residual is None else (y, u)

@@ -160,6 +160,7 @@ def op_calls() -> dict:
     drawn = (3, t, index)
     return {
         "randn": (y, *drawn, 2),
+        "choices": (index, 3, 5, 1000, torch.empty_like(t), torch.empty_like(flip), 2),
         "noise": (x, z, y, None, None, None, t, flip, TABLE, 2),
         "noise drawn": (x, f(2, 4, 3, 5), y, *drawn, t, None, TABLE, 2),
         "posterior_step": (x, z, z, z, y, None, None, None, t, TABLE, "eps", True, 2),

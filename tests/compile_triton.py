@@ -1,6 +1,7 @@
 """Compiles every Triton kernel for a GPU that need not be there, through the functions that launch
 them: `python compile_triton.py 80 bfloat16 float32` prints one JSON line for each kernel that came
-out, in the first dtype one for each way to compile it.
+out, in the first dtype one for each way to compile it. `compile_triton.py 80 --batches bfloat16`
+launches the ops of a sample for several batches.
 
 A child process of test_triton.py: there the interpreter is on, and nothing is compiled.
 """
@@ -23,14 +24,18 @@ from triton.compiler.compiler import CompiledKernel
 from fastddpm import Schedule, _native  # noqa: F401  lets fastddpm.kernels be found
 from fastddpm.kernels import (
     attention_block,
+    choices,
     discretized_log_likelihood,
     group_norm_silu,
+    group_norm_silu_backward,
     noise,
     philox,
     posterior_step,
+    residual_sum,
 )
 
 WIDE = re.compile(r"cp\.async\.c[ag]\S* \[.*\], \[.*\], 0x10|ld\.global\S*\.v4\.[bu]32")
+ELEMENT = re.compile(r"(?:ld|st)\.global\S*\.b16")  # of two bytes
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -74,6 +79,7 @@ def report(kernel: CompiledKernel, dtype: str) -> None:
     }
     line["wide"] = len(WIDE.findall(kernel.asm["ptx"]))  # loads of 16 bytes a thread
     line |= {"registers": int(words["REG"]), "stack": int(words["STACK"])}
+    line["elements"] = len(ELEMENT.findall(kernel.asm["ptx"]))
     print(json.dumps(line), flush=True)
 
 
@@ -98,47 +104,85 @@ def launch_attention(x: torch.Tensor, groups: int, heads: int) -> None:
     attention_block.attention_block_backward(x, x, *parameters, heads, 1e-6)
 
 
+def launch_norm(x: torch.Tensor, groups: int, x2: torch.Tensor | None = None) -> None:
+    """group_norm_silu of cat(x, x2) and its gradient, with all that they can take in."""
+    n, c = x.shape[0], x.shape[1] + (0 if x2 is None else x2.shape[1])
+    vector, matrix, before = torch.zeros(c), torch.zeros(n, c), torch.zeros(n, x.shape[1])
+    stream = {"dropout": 0.1, "seed": 3, "step": torch.arange(n), "sample_index": torch.arange(n)}
+    y, _ = group_norm_silu.group_norm_silu(
+        x, groups, vector, vector, scale=matrix, shift=matrix,
+        before=before, residual=x, x2=x2, **stream,
+    )  # fmt: skip
+    group_norm_silu_backward.group_norm_silu_backward(
+        y, x, groups, vector, vector, 1e-6, matrix, matrix, True, before, x2, x, **stream
+    )
+
+
+def launch_plain_norm(x: torch.Tensor, groups: int) -> None:
+    vector = torch.zeros(x.shape[1])
+    group_norm_silu.group_norm_silu(x, groups, vector, vector)
+    group_norm_silu_backward.group_norm_silu_backward(
+        x, x, groups, vector, vector, 1e-6, None, None, True
+    )
+
+
+def launch_batches(dtype: torch.dtype) -> None:
+    """What must not know how many samples there are."""
+    for n in (1, 2, 16, 33):
+        small, large = image(n, 64, 8, 8, dtype=dtype), image(n, 64, 64, 64, dtype=dtype)
+        for x in (small, large):
+            launch_norm(x, 8)
+        residual_sum.residual_sum(small, small, torch.zeros(n, 64))
+
+
 def launch_every_kernel(dtype: torch.dtype) -> None:
     t, table, stream = torch.tensor([0, 999]), Schedule.linear().table(), {"seed": 3}
     stream["sample_index"] = torch.arange(2)
     x = image(2, 64, 8, 8, dtype=dtype)
-    c, m = torch.zeros(64), torch.zeros(2, 64)
     philox.randn(x.shape, step=5, dtype=dtype, **stream)
+    choices.choices(stream["sample_index"], seed=3, step=5, levels=1000)
     noise.noise(x.byte(), t, table, dtype=dtype, flip=t > 0, **stream)
     posterior_step.posterior_step(x, x, t, table, out=x, **stream)
     discretized_log_likelihood.discretized_log_likelihood(x, x, x)
-    group_norm_silu.group_norm_silu(x, 8, c, c, scale=m, shift=m)
-    group_norm_silu.group_norm_silu_backward(x, x, 8, c, c, 1e-6, m, m, True)
-    many_tiles = torch.zeros(2, 64, 64, 64, dtype=dtype)
-    group_norm_silu.group_norm_silu_backward(many_tiles, many_tiles, 8, c, c, 1e-6, m, m, True)
+    residual_sum.residual_sum(x, x, torch.zeros(2, 64))
+    launch_norm(image(2, 128, 32, 32, dtype=dtype), 32)  # slabs that a program just holds
+    launch_norm(image(2, 64, 64, 64, dtype=dtype), 8)  # slabs of many tiles
     launch_attention(image(128, 256, 8, 8, dtype=dtype), 32, 1)  # programs for a whole GPU
 
 
 def launch_other_ways(dtype: torch.dtype) -> None:
     t, table = torch.tensor([0, 999]), Schedule.linear().table()
-    x, many_tiles = image(2, 64, 8, 8, dtype=dtype), image(2, 64, 64, 64, dtype=dtype)
-    whole = image(2, 64, 32, 32, dtype=dtype)  # a slab that a program just holds
-    c, m = torch.zeros(64), torch.zeros(2, 64)
+    x, seed = image(2, 64, 8, 8, dtype=dtype), torch.tensor([3])
     posterior_step.posterior_step(x, x, t, table, z=x, log_variance=x)
-    group_norm_silu.group_norm_silu(many_tiles, 8, c, c, scale=m, shift=m)
-    for slab in (many_tiles, whole):
-        group_norm_silu.group_norm_silu_backward(slab, slab, 8, c, c, 1e-6, m, m, True)
+    posterior_step.posterior_step(x, x, t, table, seed=seed, sample_index=t)
+    halves = image(2, 128, 32, 32, dtype=dtype), image(2, 256, 32, 32, dtype=dtype)
+    launch_plain_norm(halves[0], 32)
+    launch_norm(halves[0], 32, halves[0])  # no program has channels of both sources
+    launch_norm(halves[1], 32, halves[0])  # one has; groups of 12 channels
+    launch_norm(image(2, 192, 32, 32, dtype=dtype), 32)  # groups of 6
+    launch_plain_norm(image(2, 64, 64, 64, dtype=dtype), 8)
+    for size in (8, 64):
+        launch_norm(torch.zeros(2, 64, size, size, dtype=dtype), 8)
     launch_attention(image(128, 256, 8, 8, dtype=dtype), 32, 2)
     for heads in (1, 2, 8):  # wider than a tile, as wide, and narrow; few programs
         launch_attention(image(1, 512, 8, 8, dtype=dtype), 32, heads)
     x = torch.zeros(1, 4, 1, 1, dtype=dtype)  # sizes of 1 are constants to the compiler
     noise.noise(x, t[:1], table, eps=x, flip=t[:1] > 0)
     posterior_step.posterior_step(x, x, t[:1], table[:1], seed=1, sample_index=t[:1])
-    group_norm_silu.group_norm_silu(x, 4, c[:4], c[:4])
-    group_norm_silu.group_norm_silu_backward(x, x, 4, c[:4], c[:4], 1e-6, None, None, True)
+    launch_plain_norm(x, 4)
+    launch_norm(x, 4)
     launch_attention(torch.zeros(1, 16, 1, 1, dtype=dtype), 4, 1)
 
 
 if __name__ == "__main__":
     triton.runtime.driver.set_active(Driver(int(sys.argv[1])))
-    for place, name in enumerate(sys.argv[2:]):
+    batches = sys.argv[2] == "--batches"
+    for place, name in enumerate(sys.argv[3 if batches else 2 :]):
         CompiledKernel._init_handles = functools.partialmethod(init_handles, name)
         dtype = getattr(torch, name)
+        if batches:
+            launch_batches(dtype)
+            continue
         launch_every_kernel(dtype)
         if place == 0:
             launch_other_ways(dtype)

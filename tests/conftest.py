@@ -90,6 +90,26 @@ def device(backend) -> torch.device:
     return torch.device("cuda" if backend in ON_CARD else "cpu")
 
 
+def available(make):
+    """make(), of the emulator, or a skip with the reason: a failure where CUDA's kernels have to
+    run.
+    """
+    try:
+        return make()
+    except cuda_on_cpu.Unavailable as reason:
+        return (pytest.fail if "cuda" in REQUIRED else pytest.skip)(str(reason))
+
+
+@pytest.fixture
+def emulated(request):
+    """Forces the emulated backend, in the build that the test names."""
+    build = getattr(request, "param", None)
+    available(lambda: cuda_on_cpu.module(build))
+    with cuda_on_cpu.as_cuda_backend(build) as module, dispatch.use_backend("cuda"):
+        yield module
+        module.set_device(227 << 10, 132)
+
+
 # The backends that a card is for.
 ON_CARD = ("cuda", *(() if INTERPRETED else ("triton",))) if card.VISIBLE else ()
 

@@ -71,7 +71,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 def is_whole(config) -> bool:
     """Whether every test was asked for."""
-    chosen = config.option.keyword or config.option.markexpr
+    chosen = config.option.keyword or config.option.markexpr not in ("", "not slow")  # addopts
     return config.args_source is not config.ArgsSource.ARGS and not chosen
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -59,6 +60,31 @@ def test_a_batch_that_does_not_fit_is_halved_and_said_so_once(error):
     assert torch.equal(x, draw(16))
     half = SCHEDULE.T // 2
     assert model.sizes == [7] * half + [4] * half + [2] * SCHEDULE.T * 8  # and no larger one again
+
+
+def test_what_a_batch_took_is_given_back_before_the_next_one_begins(monkeypatch):
+    alive = []
+
+    class Scratch:
+        pass
+
+    def model(x, t):
+        scratch = Scratch()
+        alive.append(weakref.ref(scratch))
+        if len(x) > 2:
+            raise MemoryError
+        return wave(x, t)
+
+    emptied = []
+
+    def empty(*_):
+        emptied.append([ref() for ref in alive])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty)
+    with pytest.warns(RuntimeWarning, match="batches of 8 images"):
+        draw(8, model, batch_size=8, device="cpu")
+    assert emptied == [[None], [None, None]]
 
 
 def test_progressive_batches_are_halved_and_no_frame_is_kept_of_those_that_failed():

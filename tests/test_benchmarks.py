@@ -59,7 +59,9 @@ def test_ops(benchmark, tmp_path, capsys):
     assert report["environment"]["torch"] == torch.__version__
     assert report["environment"]["isa"] in printed
     rows = report["rows"]
-    for op in ("noise", "posterior_step", "group_norm_silu", "attention_block"):
+    norms = ("", ", bias and residual", ", two sources")
+    names = [f"group_norm_silu{what}" for what in norms]
+    for op in ("noise", "posterior_step", *names, "attention_block"):
         assert {row["dtype"] for row in rows if row["op"] == op} == {"float32", "bfloat16"}
     for row in rows:
         assert float(row["GB/s"]) > 0 or row["GB/s"] == "0.00"
@@ -320,6 +322,16 @@ def test_bf16_is_measured_by_torchs_own(in_process, monkeypatch, tmp_path, capsy
     assert ours["error"] > 1e-4
     assert ours["of PyTorch's error"] == pytest.approx(2 * ours["error"] / ours["allowed"])
     assert "diffusers NCHW bf16, batch 1 is off by 0.1" in capsys.readouterr().err
+
+
+def test_every_engine_of_a_gpu_takes_part_there(throughput):
+    """The plan too, which runs U-Nets only."""
+    engines = [name for name in throughput.OURS if name != "fastddpm cpu_plan"]
+    missing = throughput.contestants.missing
+    for precision in ("fp32", "bf16"):
+        assert {name: missing(name, precision, "cuda") for name in engines} == dict.fromkeys(
+            engines
+        )
 
 
 def test_openvino_that_runs_in_another_precision_does_not_take_part(

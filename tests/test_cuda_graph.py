@@ -43,7 +43,7 @@ class Tape(TorchDispatchMode):
                 continue
             for old, new in zip(_tensors(out), _tensors(again), strict=True):
                 if old.untyped_storage()._cdata != new.untyped_storage()._cdata:  # not a view
-                    old.copy_(new)
+                    old.copy_(new.view_as(old))  # which squeeze_ may have come after
 
 
 def _tensors(out) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ import pytest
 import test_group_norm_silu as group_norm
 import torch
 from compare import DTYPES, LAYOUTS, assert_exact, in_layout, table, timesteps
-from conftest import REQUIRED
+from conftest import available
 
 from fastddpm import ops, reference
 from fastddpm.ops import dispatch
@@ -40,7 +40,7 @@ WRONG = {
             "half_a_warp": "deadlock",
             "two_masks": "mask names a lane that is not there",
             "barrier_in_a_branch": "wait at different __syncthreads",
-            "shared_limit": "no device takes this launch",
+            "shared_limit": "invalid argument",
         }.items()
     },
 }
@@ -50,14 +50,6 @@ CASES = [(name, build) for name, builds in WRONG.items() for build in builds]
 def sanitized(**options: str) -> dict[str, str]:
     """The environment in which a sanitizer's error ends the process; leaks are Python's affair."""
     return {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", **options}
-
-
-def available(make):
-    """make(), or a skip with the reason: a failure where CUDA's kernels have to run."""
-    try:
-        return make()
-    except cuda_on_cpu.Unavailable as reason:
-        return (pytest.fail if "cuda" in REQUIRED else pytest.skip)(str(reason))
 
 
 @pytest.mark.parametrize(("name", "build"), CASES)
@@ -86,7 +78,8 @@ def test_the_ops_pass_in_a_checking_build(build):
         str(HERE / f"test_{op}.py")
         for op in (
             *("randn", "noise", "posterior_step"),
-            *("group_norm_silu", "discretized_log_likelihood"),
+            *("group_norm_silu", "group_norm_silu_fused", "residual_sum"),
+            "discretized_log_likelihood",
         )
     ]
     done = subprocess.run(
@@ -101,16 +94,6 @@ def test_the_ops_pass_in_a_checking_build(build):
     counts = dict(part.split() for part in called[0][1].split(", "))
     assert set(dispatch.OPS) - {"attention_block", "attention_block_backward"} <= counts.keys()
     assert all(int(n) > 10 for n in counts.values())
-
-
-@pytest.fixture
-def emulated(request):
-    """Forces the emulated backend, in the build that the test names."""
-    build = getattr(request, "param", None)
-    available(lambda: cuda_on_cpu.module(build))
-    with cuda_on_cpu.as_cuda_backend(build) as module, dispatch.use_backend("cuda"):
-        yield module
-        module.set_device(227 << 10, 132)
 
 
 def test_what_is_forced_is_the_emulated_module(emulated):
@@ -182,3 +165,68 @@ def test_every_byte_moves_once_in_whole_vectors(emulated, dtype, layout):
     with cuda_on_cpu.Watch(leaf, grad) as watch:
         y.backward(grad)
     assert_once(watch, reads=(1, 1), writes=(0, 0))
+
+
+def fused_images(dtype, layout="nhwc"):
+    """x, x2, residual or a gradient like x, and one like y; then room for three outputs like x, x2
+    and y. A group of four channels spans no border, a block's slab does.
+    """
+    shapes = [(2, c, 8, 8) for c in (40, 24, 40, 64, 40, 24, 64)]
+    return [in_layout(torch.randn(shape).to(dtype), layout) for shape in shapes]
+
+
+@pytest.mark.parametrize("emulated", ["races"], indirect=True)
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_fused_is_no_walk_of_its_own(emulated, dtype, passes):
+    """x, the residual and x2 are read and y and u written once. Where the slab does not fit, the
+    second pass reads u and x2, and the gradient's second and third what they differentiate."""
+    x, x2, more, grad, u, dx2, y = fused_images(dtype)
+    before, parameter, index = torch.randn(2, 40), torch.randn(64), torch.arange(2)
+    norm = 16, parameter, parameter, 1e-6, None, None, True
+    drawn = 0.25, 7, index, index
+    emulated.set_device(227 << 10 if passes == 1 else 3 << 10, 132)
+    work = torch.empty(emulated.group_norm_workspace(2, 64, 16, True))
+    forward = torch.empty(emulated.group_norm_workspace(2, 64, 16, False))
+    with cuda_on_cpu.Watch(x, x2, more, y, u) as watch:
+        emulated.group_norm_silu(x, y, *norm, before, more, u, x2, *drawn, None, None, forward, 0)
+    again = passes - 1
+    assert_once(watch, reads=(1, passes, 1, 0, again), writes=(0, 0, 0, 1, 1))
+    for out in (y, u):
+        assert out.isfinite().all()
+    dx, dbefore = torch.empty_like(x), torch.empty(2, 40)
+    with cuda_on_cpu.Watch(u, x2, grad, more, dx, dx2) as watch:
+        emulated.group_norm_silu_backward(
+            grad, u, *norm, before, x2, more, *drawn,
+            dx, None, None, None, None, dbefore, dx2, work, 0,
+        )  # fmt: skip
+    reads = (1 + 2 * again, 1 + 2 * again, passes, 1, 0, 0)
+    assert_once(watch, reads=reads, writes=(0, 0, 0, 0, 1, 1))
+    with cuda_on_cpu.Watch(x, more, u) as watch:
+        emulated.residual_sum(x, more, before, u, 0)
+    assert_once(watch, reads=(1, 1, 0), writes=(0, 0, 1))
+
+
+def test_a_seed_on_the_device_is_the_same_stream(emulated):
+    """Read when a kernel runs, by every op that draws."""
+    seed, index, step = 2**63 + 5, torch.arange(2), torch.tensor([3, 2**32 - 2])
+    on_device = torch.tensor([seed - 2**64])
+    x, t, tab, y = torch.randn(2, 4, 3, 5), timesteps(2), table(), torch.empty(2, 4, 3, 5)
+    work = torch.empty(emulated.group_norm_workspace(2, 4, 2, False))
+
+    def results(seed):
+        emulated.randn(y, seed, step, index, 0)
+        yield y.clone()
+        emulated.noise(x, y, torch.empty_like(x), seed, step, index, t, None, tab, 0)
+        yield y.clone()
+        emulated.posterior_step(x, x, None, None, y, seed, step, index, t, tab, "eps", True, 0)
+        yield y.clone()
+        emulated.group_norm_silu(
+            *(x, y, 2, None, None, 1e-6, None, None, True, None, None, None, None),
+            *(0.5, seed, step, index, None, None, work, 0),
+        )
+        yield y.clone()
+
+    for a, b, c in zip(results(seed), results(on_device), results(seed + 1), strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)

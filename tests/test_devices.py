@@ -5,6 +5,7 @@ Tensors of cards that are not there are torch's FakeTensors: they have a device 
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from toy import SCHEDULE, images, tiny_unet, wave
 
 import fastddpm
-from fastddpm import Diffusion, arguments, bits_per_dim, cli, ops, ranks, sampling
+from fastddpm import Diffusion, _native, arguments, bits_per_dim, cli, ops, ranks, sampling
 from fastddpm.engine.cuda_graph import CudaGraph
+from fastddpm.ops import cuda
 from fastddpm.training import Trainer
 
 N, C = 2, 4
@@ -195,6 +197,21 @@ def test_a_trainer_takes_the_images_to_its_model_and_names_a_model_that_left():
     trainer.network.conv_out.to("meta")
     with pytest.raises(ValueError, match=r"conv_out.* is not the parameter that it was"):
         trainer.step(X0)
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((9, 0), True), ((8, 6), True), ((7, 5), False)])
+def test_a_card_that_the_kernels_were_not_built_for(monkeypatch, capability, runs):
+    """Is left to Triton, and not found out by the first launch."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    info = {"cuda_architectures": "80-real,90-real,90-virtual"}
+    monkeypatch.setattr(_native, "build_info", lambda: info)
+    cuda._without_kernels.cache_clear()
+    backend = cuda._Cuda(SimpleNamespace(randn=None), "cuda", "")
+    said = backend.unsupported("randn", fake((N,), FIRST, torch.int64))
+    cuda._without_kernels.cache_clear()
+    why = "its kernels were built for 80-real,90-real,90-virtual, the card has capability 7.5"
+    assert said == (None if runs else why)
+    assert backend.unsupported("randn") is None
 
 
 # ---- ranks and cards -----------------------------------------------------------------------------

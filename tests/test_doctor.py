@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from toy import tiny_unet, wave
 
-from fastddpm import _native, cli
+from fastddpm import _native, cards, cli
 from fastddpm.doctor import doctor, what_runs
 from fastddpm.ops import dispatch
 from fastddpm.pretrained import bundled_models
@@ -57,6 +60,125 @@ def test_a_forced_backend_is_what_every_op_uses():
             )
 
 
+@pytest.fixture
+def faked(monkeypatch):
+    """A card that torch speaks of, see faked_card; returns what sets what it says."""
+    path = Path(__file__).parent / "faked_card" / "sitecustomize.py"
+    spec = importlib.util.spec_from_file_location("faked_card", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def says(**changes):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        for name, value in {**module.SAYS, **changes}.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    return says
+
+
+def built_for(monkeypatch, architectures):
+    """As if _C had CUDA kernels for these."""
+    info = {**_native.build_info(), "cuda": "13.0", "cuda_architectures": architectures}
+    monkeypatch.setattr(_native, "build_info", lambda: info)
+
+
+@pytest.mark.skipif(_native.C is None, reason=str(_native.reason))
+def test_a_card_what_it_has_and_what_auto_takes_on_it(faked, monkeypatch):
+    faked()
+    built_for(monkeypatch, "80-real,90-real,120-virtual")
+    devices = section("devices")
+    for line in (
+        r"cuda:0 +A faked card, capability 9\.0, 60\.0 of 80\.0 GiB free",
+        r"cuda:0 kernels +machine code of sm_90",
+        r"cuda:0 engine 'auto' +cuda_\w+ in bf16 for a UNet, eager for others",
+        r"cuda:0 attention +\w.* \(backend \w+\)",
+        r"float32 on a GPU +(float32 in matrix products, attention and convolutions|TF32)",
+        r"triton +(\d+\.\d+|not installed)",
+    ):
+        assert re.search(f"^  {line}", devices, re.MULTILINE), devices
+
+
+def test_several_cards_and_one_that_can_not_be_used(faked):
+    def capability(card):
+        if card.index == 1:
+            raise RuntimeError("CUDA error: device is busy\nand more of it")
+        return (8, 0) if card.index == 0 else (7, 0)
+
+    faked(device_count=lambda: 3, get_device_capability=capability)
+    devices = section("devices")
+    assert re.search(
+        r"^  cuda:1 +can't be used: CUDA error: device is busy$", devices, re.MULTILINE
+    )
+    assert re.search(r"^  cuda:2 +A faked card, capability 7\.0", devices, re.MULTILINE)
+    assert devices.count(" engine 'auto'") == 2
+    assert re.findall(r"in (\w+) for a UNet", devices) == ["bf16", "fp32"]
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("80-real,90-real,120-real,120-virtual", (9, 0), "machine code of sm_90"),
+        ("80-real,90-real,120-real,120-virtual", (8, 9), "machine code of sm_80"),
+        ("80;86", (8, 9), "machine code of sm_86"),
+        ("80", (9, 0), "PTX of compute_80, compiled at its first use"),
+        ("80-real,90-virtual", (12, 0), "PTX of compute_90, compiled at its first use"),
+        ("80-real,120-real,120-virtual", (10, 0), None),
+        ("90-real", (8, 0), None),
+        ("86-real", (8, 0), None),
+        ("90a-real", (9, 0), "machine code of sm_90"),
+        ("90a", (10, 0), None),
+        ("100f-real", (10, 3), "machine code of sm_100"),
+        ("100a-real", (10, 3), None),
+        ("", (9, 0), None),
+        ("all-major", (9, 0), "what CMake makes of 'all-major'"),
+    ],
+)  # fmt: skip
+def test_what_a_card_runs_of_the_kernels(monkeypatch, architectures, capability, runs):
+    assert _native.runs_on(architectures, capability) == runs
+    built_for(monkeypatch, architectures)
+    monkeypatch.setattr(_native, "C", _native.C or object())
+    said = cards.kernels(capability)
+    assert said == (runs or "none for capability {}.{}: they were built for {}".format(
+        *capability, architectures
+    ))  # fmt: skip
+
+
+def test_kernels_that_were_not_built(monkeypatch):
+    monkeypatch.setattr(_native, "build_info", lambda: {"cuda": None, "cuda_architectures": ""})
+    monkeypatch.setattr(_native, "C", object())
+    assert cards.kernels((9, 0)).startswith("none: fastddpm._C was built without CUDA")
+    monkeypatch.setattr(_native, "C", None)
+    assert cards.kernels((9, 0)) == "none: fastddpm._C is missing"
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_how_float32_is_multiplied(faked, tf32):
+    faked()
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = tf32
+        said = "TF32, as torch is set to" if tf32 else "float32 in matrix products, attention and"
+        assert said in section("devices")
+    finally:
+        matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton", "reference"])
+def test_the_way_of_attention_is_the_one_that_is_taken(faked, monkeypatch, backend):
+    """The first that can, in the order of the case."""
+    faked()
+
+    def load(name):
+        return SimpleNamespace(unsupported=lambda *_: None if name == backend else "not here")
+
+    monkeypatch.setattr(cards, "dispatch", SimpleNamespace(load=load, forced=lambda: "auto"))
+    for capability, precision in (((9, 0), "bf16"), ((7, 0), "fp32")):
+        faked(get_device_capability=lambda card, capability=capability: capability)
+        said = cards._attention(torch.device("cuda", 0), precision)
+        assert said == f"{cards.ATTENTION[backend]} (backend {backend})"
+
+
 def test_versions_and_devices():
     versions = section("versions")
     assert re.search(rf"torch +{re.escape(torch.__version__.split('+')[0])}", versions)
@@ -64,7 +186,7 @@ def test_versions_and_devices():
         assert re.search(rf"^  {name} +\d", versions, re.MULTILINE), name
     devices = section("devices")
     assert f"{torch.get_num_threads()} threads" in devices
-    assert re.search(r"^  cuda +\S", devices, re.MULTILINE)
+    assert re.search(r"^  cuda +(no device|torch was built without CUDA)$", devices, re.MULTILINE)
     assert re.search(r"^  cpu precision 'auto' +(bf16|fp32)", devices, re.MULTILINE)
 
 

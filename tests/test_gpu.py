@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import SCHEDULE, images, tiny_unet, wave
 
 import fastddpm
-from fastddpm import Diffusion, bits_per_dim
+from fastddpm import Diffusion, bits_per_dim, ops
 from fastddpm.data import open_dataset
 from fastddpm.doctor import doctor
+from fastddpm.engine import make_engine
 from fastddpm.figures import to_uint8
 from fastddpm.training import Trainer
 
@@ -210,6 +211,51 @@ def test_what_waits_is_found(device):
     for wait in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: x[x > 0]):
         with pytest.raises(RuntimeError), no_wait(device):
             wait()
+
+
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+def test_a_chain_waits_for_nothing(device, engine):
+    model, index = unet(device), torch.arange(2, device=device)
+    x = ops.randn((2, 1, 8, 8), seed=0, step=SCHEDULE.T, sample_index=index)
+    chain = make_engine(engine, model, model.diffusion, device=device, precision="fp32")
+    first = chain.run(x, seed=0, sample_index=index)  # compiles, records
+    with no_wait(device):
+        again = chain.run(x, seed=0, sample_index=index)
+    close(again, first, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_of_training_waits_for_nothing(precision):
+    """Between two looks at whether all was finite, which are 50 steps apart on a GPU."""
+    device = torch.device("cuda")
+    trainer = Trainer(unet(device), **{**RECIPE, "precision": precision})
+    batch = images(4, 1, 8, 8).to(device)
+    for _ in range(3):  # compiles, records
+        trainer.step(batch)
+    with no_wait(device):
+        for _ in range(3):
+            loss = trainer.step(batch)
+    assert loss.isfinite()
+
+
+@pytest.mark.gpu
+def test_steps_that_are_not_finite_are_left_out_and_found_at_the_next_look():
+    trainer = Trainer(unet(torch.device("cuda")), **RECIPE)
+    batch = images(4, 1, 8, 8)
+    trainer.step(batch)
+    weights = [p.detach().clone() for p in trainer.network.parameters()]
+    broken = trainer.network.conv_out.weight.detach()
+    whole = broken.clone()
+    broken.fill_(torch.inf)
+    for _ in range(2):
+        trainer.step(batch)
+    with pytest.raises(FloatingPointError, match=r"step 1: loss .* were left out"):
+        trainer.check_finite()
+    broken.copy_(whole)
+    assert trainer.step_count == 1
+    assert all(map(torch.equal, weights, trainer.network.parameters()))
+    assert trainer.step(batch).isfinite()
 
 
 # ---- too little memory, and two cards ------------------------------------------------------------

@@ -60,6 +60,7 @@ with absent_gpu.mode():
     x, y, w, b = made(4, 64, 8, 8), made(4, 64, 8, 8), made(32, 64, 3, 3), made(32)
     line, other, row = made(64), made(64), made(4, 64)
     twice, large, kernel = made(128), made(1, 64, 256, 256), made(64, 32, 4, 4)
+    index = torch.zeros(1, dtype=torch.int64, device="cuda")
     q, k, v = (made(4, 1, 64, 32).contiguous() for _ in range(3))
     nchw, skip = x.contiguous(), made(4, 64, 8, 8)
     weights = made(192, 64), made(192), made(64, 64), made(64)
@@ -73,6 +74,7 @@ with absent_gpu.mode():
         "sum in place": lambda: x.add_(y),
         "of a row": lambda: x + row[:, :, None, None],
         "cat": lambda: torch.cat((x, y), 1),
+        "row of a table": lambda: twice.view(64, 2).index_select(0, index),
         "expanded": lambda: row[:, :1].expand(4, 64).clone(),
         "dense": lambda: F.linear(row, weights[2][:32], b),
         "attention": lambda: F.scaled_dot_product_attention(q, k, v),
@@ -113,6 +115,7 @@ W = 32 * 64 * 9 * 2
         ("sum in place", [(2 * X, X)]),
         ("of a row", [(X + ROW, X)]),
         ("cat", [(2 * X, 2 * X)]),
+        ("row of a table", [(4 + 8, 4)]),
         ("expanded", [(4 * 2, ROW)]),
         ("dense", [(ROW + 32 * 64 * 2 + 64, ROW // 2)]),
         ("attention", [(3 * X // 2, X // 2 + 4 * 64 * 4)]),  # the log sum of each row beside it

@@ -325,6 +325,13 @@ def test_bits_do_not_depend_on_the_thread_count(device, layout, residual):
     assert_same_for_any_thread_count(function)
 
 
+@pytest.mark.backends("cpu")
+def test_sums_over_samples_do_not_depend_on_the_thread_count(device):
+    tensors = inputs((1000, 37, 1, 1), 1, torch.float32, device, before="column")
+    grads = gradients_for(tensors)
+    assert_same_for_any_thread_count(lambda: results(fused, tensors, 2, grads)["dbefore"])
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("place", ["x", "before", "residual", "x2"])
 def test_what_is_not_finite_stays_in_its_group(device, bad, place):

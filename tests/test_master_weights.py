@@ -51,7 +51,7 @@ def test_the_average_of_half_precision_weights_is_that_of_float32(dtype):
         run.weights.masters["two.bias"].fill_(0.5)
         run.weights.average["two.bias"].fill_(0.0)
     for _ in range(1000):
-        run.weights.move_average(0.999)
+        run.weights.move_average(1 - 0.999)
     assert run.ema_weights()["two.bias"].item() == pytest.approx(0.5 * (1 - 0.999**1000), abs=1e-5)
 
 

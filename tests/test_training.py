@@ -197,12 +197,26 @@ def test_dropout_and_the_rest_are_a_function_of_the_seed_and_leave_torchs_state_
     assert_same(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_dropout_is_on_and_another_in_each_step(dropout):
-    run, x0 = trainer(tiny_unet(dropout=dropout), lr=1e-12), images(2, 1, 8, 8)
+def test_dropout_is_on_and_a_function_of_the_example():
+    x0 = images(2, 1, 8, 8)
+    run, none = (trainer(tiny_unet(dropout=p), lr=1e-12) for p in (0.5, 0.0))
+    first, without = run.step(x0), none.step(x0)
+    assert abs(first - without) > 1e-3
+    run.example_count = 0  # the same t, eps and masks again
+    assert abs(run.step(x0) - first) < 1e-6
+
+
+def test_the_dropout_of_another_network_is_another_in_each_step():
+    class Dropping(Small):
+        def forward(self, x, t):
+            return torch.nn.functional.dropout(super().forward(x, t), 0.5)
+
+    run, x0 = trainer(Dropping(), lr=1e-12), images(2, 1, 8, 8)
     first = run.step(x0)
     run.example_count = 0  # the same t and eps again
-    assert (abs(run.step(x0) - first) > 1e-3) == (dropout > 0)
+    assert abs(run.step(x0) - first) > 1e-3
+    run.example_count = run.step_count = 0
+    assert abs(run.step(x0) - first) < 1e-6
 
 
 def test_the_loss_falls():

@@ -21,15 +21,21 @@ from fastddpm.ops import dispatch
 
 HERE = Path(__file__).parent
 KERNELS = {
-    "_randn_kernel", "_noise_kernel", "_posterior_step_kernel", "_group_norm_silu_kernel",
-    "_group_norm_silu_backward_kernel", "_gradient_sums_kernel", "_gradient_kernel",
-    "_statistics_kernel", "_linear_kernel",
+    "_randn_kernel", "_choices_kernel", "_noise_kernel", "_posterior_step_kernel",
+    "_group_norm_silu_kernel",
+    "_group_norm_silu_backward_kernel", "_partial_statistics_kernel", "_gradient_sums_kernel",
+    "_gradient_kernel", "_parameter_gradients_kernel", "_residual_sum_kernel", "_linear_kernel",
     "_weight_gradient_kernel", "_attention_kernel", "_delta_kernel", "_dq_kernel", "_dkv_kernel",
     "_discretized_log_likelihood_kernel",
 }  # fmt: skip
 ELEMENTWISE = {
-    f"_{op}_kernel" for op in ("randn", "noise", "posterior_step", "discretized_log_likelihood")
+    f"_{op}_kernel"
+    for op in ("randn", "noise", "posterior_step", "residual_sum", "discretized_log_likelihood")
 }
+NORM = {
+    "_group_norm_silu_kernel", "_group_norm_silu_backward_kernel", "_partial_statistics_kernel",
+    "_gradient_sums_kernel", "_gradient_kernel",
+}  # fmt: skip
 TOKENS = {  # whose tiles are tokens in NHWC, or their buffers
     "_linear_kernel", "_weight_gradient_kernel", "_attention_kernel", "_delta_kernel",
     "_dq_kernel", "_dkv_kernel",
@@ -37,9 +43,8 @@ TOKENS = {  # whose tiles are tokens in NHWC, or their buffers
 DTYPES = "bfloat16", "float32", "float16"  # the first in every way that a kernel is compiled
 COMPILED = {80: DTYPES, 90: DTYPES, 100: DTYPES[:1]}  # by compute capability
 ARCHITECTURES = 80, 86, 89, 90, 100, 120
-WITHOUT_SPILLS = "3.8", "3.9"  # versions of triton: those that CI takes
-# Bytes of local memory a thread with any other (3.3 leaves 16, 3.6 8 on sm_100), and with these for
-# rarer ways and architectures (3.8 leaves 16 on sm_90 in float32, 8 on sm_86).
+WITHOUT_SPILLS = "3.6", "3.8", "3.9"  # versions of triton that were tried
+# Bytes of local memory a thread with any other, and with these for rarer ways and architectures.
 MARGIN = 32
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -209,6 +214,134 @@ def test_offsets_beyond_int32(triton):
     assert torch.equal(got, triton.noise(x0.clone(), t, tab, eps=eps)[0])
 
 
+def norm_inputs(triton, shape, c2, dtype, layouts, before):
+    """(images x, residual, x2 and the gradients of y and u, before, parameters)."""
+    (n, c), channels = shape[:2], shape[1] + c2
+
+    def image(layout, channels):
+        x = torch.randn(n, channels, *shape[2:]) * 0.7 - 1.3
+        return in_layout(x.to(triton.DEVICE, dtype), layout)
+
+    x, residual, grad_u = (image(layout, c) for layout in layouts)
+    x2 = image(layouts[0], c2) if c2 else None
+    grad = image(layouts[1], channels)
+    before = torch.randn(*before, c).to(triton.DEVICE)
+    parameters = [torch.randn(*size, channels) for size in ((), (), (n,), (n,))]
+    return x, residual, x2, grad, grad_u, before, [p.to(triton.DEVICE) for p in parameters]
+
+
+@pytest.fixture(params=["one tile", "many tiles"])
+def tiles(request, monkeypatch):
+    """Slabs of a few hundred elements are one tile, or many as those of large images are."""
+    if request.param == "many tiles":
+        monkeypatch.setattr("fastddpm.kernels.group_norm.SLAB", 128)
+        monkeypatch.setattr("fastddpm.kernels.group_norm.TILE", 512)
+        monkeypatch.setattr("fastddpm.kernels.group_norm.LEAST", 256)
+    return request.param
+
+
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "c2", "groups", "dtype", "layouts", "p"),
+    [
+        ((2, 16, 9, 7), 16, 8, torch.bfloat16, ("nhwc", "nhwc", "nhwc"), 0.3),
+        ((2, 12, 9, 7), 6, 3, torch.float32, ("nhwc", "nchw", "slice"), 0.5),  # groups of 6
+        ((1, 10, 8, 8), 2, 3, torch.float16, ("nchw", "nhwc_slice", "nhwc"), 0.9),
+        ((3, 7, 11, 13), 0, 1, torch.float32, ("nhwc", "nhwc", "nchw"), 0.1),
+    ],
+    ids=str,
+)
+def test_what_stands_before_the_norm(triton, tiles, shape, c2, groups, dtype, layouts, p, summed):
+    """All options at once, of slabs that are one tile and of many: values and all gradients."""
+    x, residual, x2, grad, grad_u, before, parameters = norm_inputs(
+        triton, shape, c2, dtype, layouts, (shape[0],) if summed else ()
+    )
+    index = torch.arange(shape[0], device=triton.DEVICE) * 2**33 + 5
+    stream = {"dropout": p, "seed": 2**40 + 1, "step": index % 7, "sample_index": index}
+
+    def forward(module, cast, x, before, residual):
+        w, b, scale, shift = map(cast, parameters)
+        return module.group_norm_silu(
+            cast(x), groups, w, b, 1e-5, scale=scale, shift=shift,
+            before=cast(before), residual=cast(residual), x2=cast(x2),
+            **{name: cast(value) for name, value in stream.items()},
+        )  # fmt: skip
+
+    def plain(value):
+        return value
+
+    if summed:  # the norm is that of u as it was written
+        y, u = forward(triton, plain, x, before, residual)
+        assert_exact(u, reference.residual_sum(*map(double, (x, residual, before))), what="u")
+        assert u.stride() == torch.empty_like(x).stride()
+        x, before = u, None
+    else:
+        y, grad_u = forward(triton, plain, x, before, None), None
+    sources = x, before, None
+    true, eager = forward(reference, double, *sources), forward(reference, plain, *sources)
+    assert_exact(y, true, eager, what="y")
+    assert torch.equal(y == 0, eager == 0)
+    assert y.stride() == eager.stride()
+
+    def backward(module, cast):
+        w, b, scale, shift = map(cast, parameters)
+        return module.group_norm_silu_backward(
+            cast(grad), cast(x), groups, w, b, 1e-5, scale, shift, True, cast(before), cast(x2),
+            cast(grad_u), *map(cast, stream.values()),
+        )  # fmt: skip
+
+    names = ("x", "weight", "bias", "scale", "shift", "before", "x2")
+    grads = backward(triton, plain), backward(reference, double), backward(reference, plain)
+    for name, got, truth, same in zip(names, *grads, strict=True):
+        assert (got is None) == (truth is None), name
+        if got is not None:
+            assert_exact(got, truth, same, ulps=16, what=name)
+            assert (got.dtype, got.shape) == (same.dtype, same.shape)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("shape", [(1, 8, 3, 3), (1, 8, 40, 40), (1, 8, 1, 1)], ids=str)
+def test_the_cut_of_a_sample_is_the_same_in_every_batch(triton, shape, groups):
+    """Nothing that a program does or is compiled for depends on the batch, but their number."""
+    from fastddpm.kernels.group_norm import Cut
+
+    def cut(x, kept):
+        arguments = Cut(groups, [x, x], [x], kept=kept).arguments()
+        strides = [view[1:] for view in Cut(groups, [x], kept=kept).views]
+        return {name: value for name, value in arguments.items() if name != "N"}, strides
+
+    for layout in ("nchw", "nhwc", "nhwc_slice"):
+        one = in_layout(torch.zeros(shape), layout)
+        for n in (2, 16, 33):
+            batch = in_layout(torch.zeros(n, *shape[1:]), layout)
+            for kept in (1, 2):
+                assert cut(batch, kept) == cut(batch[1:2], kept) == cut(one, kept)
+
+
+def test_offsets_in_a_sample_beyond_int32(triton):
+    """Two channels of a sample that lie more than 2^31 elements apart."""
+    if triton.DEVICE != "cpu":
+        pytest.skip("what lies between them costs no memory on the host only")
+    apart = 2**31 + 8
+    wide = torch.empty(apart + 8, dtype=torch.float16)
+    x = wide.as_strided((1, 2, 1, 4), (apart, apart, 4, 1))
+    x.copy_(torch.randn(x.shape))
+    y = triton.group_norm_silu(x, 1, None, None)
+    assert torch.equal(y, triton.group_norm_silu(x.contiguous(), 1, None, None))
+
+
+@pytest.mark.parametrize("seed", [5, -3])
+def test_a_seed_that_is_read_when_the_kernel_runs(triton, seed):
+    x = torch.randn(2, 3, 4, 4).to(triton.DEVICE)
+    t = torch.tensor([3, 9], device=triton.DEVICE)
+    tab = table().to(triton.DEVICE)
+    bits = torch.tensor([seed], device=triton.DEVICE)
+    drawn = triton.posterior_step(x, x, t, tab, seed=bits, sample_index=t)
+    assert torch.equal(drawn, triton.posterior_step(x, x, t, tab, seed=seed, sample_index=t))
+    bits += 1
+    assert not torch.equal(drawn, triton.posterior_step(x, x, t, tab, seed=bits, sample_index=t))
+
+
 def test_it_is_never_chosen_on_the_cpu_by_itself(triton):
     chosen = dispatch.choose("group_norm_silu", torch.zeros(1, 2, 2, 2))
     assert chosen is not triton
@@ -244,7 +377,7 @@ def test_without_interpreter_and_gpu_it_is_missing_with_the_reason():
 
 
 def compiled_by_triton(folder, jobs):
-    """The lines of compile_triton.py for each (capability, dtypes), a few at the same time."""
+    """The lines of compile_triton.py for each (capability, arguments), a few at the same time."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -255,9 +388,9 @@ def compiled_by_triton(folder, jobs):
     paths = str(HERE.parent), os.environ.get("PYTHONPATH")
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
-    def run(capability, dtypes):
+    def run(capability, arguments):
         done = subprocess.run(
-            [sys.executable, HERE / "compile_triton.py", str(capability), *dtypes],
+            [sys.executable, HERE / "compile_triton.py", str(capability), *arguments],
             env=environment, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -299,6 +432,31 @@ def test_every_kernel_compiles(compiled, capability, dtype):
     those = [k for k in compiled if (k["sm"], k["dtype"]) == (capability, dtype)]
     check_compiled(those)
     assert {k["kernel"] for k in those if k["wide"]} >= TOKENS
+
+
+@needs_triton
+def test_images_are_walked_in_vectors(compiled):
+    """In NHWC, bfloat16, with all that the norm can take in: no element of an image is loaded or
+    stored by itself.
+    """
+    for capability in COMPILED:
+        of_images = [k for k in compiled if (k["sm"], k["dtype"]) == (capability, DTYPES[0])]
+        for name in (*NORM, "_residual_sum_kernel"):
+            first = next(k for k in of_images if k["kernel"] == name)  # those of NHWC come first
+            assert first["wide"] > 0, first
+            assert first["elements"] == 0, first
+
+
+@needs_triton
+@pytest.mark.slow
+def test_one_program_serves_every_batch(tmp_path):
+    """The compiler is not told how many samples there are, and so makes one program for all."""
+    kernels = compiled_by_triton(tmp_path, [(80, ("--batches", "bfloat16"))])
+    made = [k["kernel"] for k in kernels if k["kernel"] != "_parameter_gradients_kernel"]
+    ways = {"_partial_statistics_kernel": 2, "_group_norm_silu_kernel": 2}  # 2 of each norm's
+    assert sorted(made) == sorted(
+        name for name in (*NORM, "_residual_sum_kernel") for _ in range(ways.get(name, 1))
+    )
 
 
 @needs_triton

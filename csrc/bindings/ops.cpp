@@ -61,6 +61,23 @@ void def_randn(py::module_& m) {
 }
 
 template <auto run>
+void def_choices(py::module_& m) {
+  m.def("choices", [](py::handle sample_index, py::handle seed, uint32_t step, int64_t levels,
+                      py::handle t, py::handle flip, int64_t where) {
+    Reader read(is_cuda(run));
+    const Shape shape = read.set_shape(sample_index, "sample_index");
+    if (levels < 1 || levels >= MAX_LEVELS)
+      throw py::value_error("levels must be in 1 .. 2^31 - 1");
+    if (seed.is_none()) throw py::value_error("seed must be given");
+    const Random random = read.random(seed, sample_index, sample_index);
+    launch(run,
+           Choices{shape.n, levels, random.seed, step, random.sample_index, read.words_out(t, "t"),
+                   read.flags_out(flip, "flip")},
+           where);
+  });
+}
+
+template <auto run>
 void def_noise(py::module_& m) {
   m.def("noise", [](py::handle x0, py::handle eps, py::handle xt, py::handle seed, py::handle step,
                     py::handle sample_index, py::handle t, py::handle flip, py::handle table,
@@ -296,6 +313,7 @@ PosteriorStep posterior_step_of(bool cuda, py::handle xt, py::handle model_outpu
 #if !defined(FASTDDPM_CUDA_ON_CPU)
 void def_cpu_ops(py::module_& m) {
   def_randn<cpu::randn>(m);
+  def_choices<cpu::choices>(m);
   def_noise<cpu::noise>(m);
   def_posterior_step<cpu::posterior_step>(m);
   def_group_norm_silu<cpu::group_norm_silu>(m);
@@ -310,10 +328,12 @@ void def_cpu_ops(py::module_& m) {
 #if defined(FASTDDPM_CUDA)
 void def_cuda(py::module_& m) {
   def_randn<cuda::randn>(m);
+  def_choices<cuda::choices>(m);
   def_noise<cuda::noise>(m);
   def_posterior_step<cuda::posterior_step>(m);
   def_group_norm_silu<cuda::group_norm_silu>(m);
   def_group_norm_silu_backward<cuda::group_norm_silu_backward>(m);
+  def_residual_sum<cuda::residual_sum>(m);
   def_discretized_log_likelihood<cuda::discretized_log_likelihood>(m);
   m.def("group_norm_workspace", [](int64_t n, int64_t c, int64_t groups, bool backward) {
     if (n < 0 || c < 0 || groups < 0 || n > MAX_SIZE || c > MAX_SIZE || groups > MAX_SIZE)

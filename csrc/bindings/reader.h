@@ -171,6 +171,19 @@ class Reader {
     return static_cast<const uint8_t*>(address(x, name, sizes, strides, 1));
   }
 
+  // (N,) int64, contiguous, that the op writes.
+  int64_t* words_out(py::handle x, const char* name) {
+    const PerSample words = per_sample(x, name);
+    if (words.stride != 1 && shape.n > 1) refuse(name, "must be contiguous");
+    return const_cast<int64_t*>(words.data);
+  }
+
+  // (N,) bool, contiguous, that the op writes.
+  uint8_t* flags_out(py::handle x, const char* name) {
+    require(x, name);
+    return const_cast<uint8_t*>(flags(x, name));
+  }
+
   // Contiguous float32; null if not given.
   float* floats(py::handle x, const char* name, int64_t rows, int64_t columns = -1) {
     if (x.is_none()) return nullptr;

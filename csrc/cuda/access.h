@@ -37,6 +37,17 @@ using Word = std::conditional_t<
                        std::conditional_t<BYTES % 4 == 0, uint32_t,
                                           std::conditional_t<BYTES % 2 == 0, uint16_t, uint8_t>>>>;
 
+template <class T, int V, class W>
+__device__ __forceinline__ void unpack(const W* words, float (&values)[V]) {
+  T stored[V];
+  __builtin_memcpy(stored, words, sizeof stored);
+#pragma unroll
+  for (int k = 0; k < V; ++k) values[k] = to_float(stored[k]);
+}
+
+template <class T>
+constexpr int WIDTH = 16 / sizeof(T);  // elements of a vector of 16 bytes
+
 // V elements at `from`, aligned to their widest word.
 template <class T, int V>
 __device__ __forceinline__ void load_vector(const T* from, float (&values)[V]) {
@@ -45,10 +56,19 @@ __device__ __forceinline__ void load_vector(const T* from, float (&values)[V]) {
   W words[WORDS];
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) words[i] = reinterpret_cast<const W*>(from)[i];
-  T stored[V];
-  __builtin_memcpy(stored, words, sizeof stored);
+  unpack<T>(words, values);
+}
+
+// The same of global memory that the kernel does not write: such loads may pass stores, so that
+// those of several rounds of a loop are on their way at once.
+template <class T, int V>
+__device__ __forceinline__ void load_constant(const T* from, float (&values)[V]) {
+  using W = Word<V * sizeof(T)>;
+  constexpr int WORDS = V * sizeof(T) / sizeof(W);
+  W words[WORDS];
 #pragma unroll
-  for (int k = 0; k < V; ++k) values[k] = to_float(stored[k]);
+  for (int i = 0; i < WORDS; ++i) words[i] = __ldg(reinterpret_cast<const W*>(from) + i);
+  unpack<T>(words, values);
 }
 
 template <class T, int V>
@@ -114,6 +134,27 @@ __device__ __forceinline__ void draw_tile(const Philox& stream, int64_t numel, i
 #pragma unroll
       for (int j = 0; j < 4; ++j) z[(4 * half + j) * CHANNELS + c] = four[j];
     }
+}
+
+// ---- layouts of vectors ------------------------------------------------------------------------
+// NHWC, where pixels follow each other at one step, and NCHW, where places of a plane do.
+
+// From a pixel to the next, where pixels_in() holds.
+__host__ __device__ inline int64_t pixel_step(const Shape& s, const Tensor& x) {
+  return s.w == 1 ? x.stride[2] : x.stride[3];
+}
+
+inline bool pixels_in(const Shape& s, const Tensor& x) {
+  return x.stride[1] == 1 && (s.h == 1 || s.w == 1 || x.stride[2] == s.w * x.stride[3]);
+}
+
+inline bool pixels_aligned(const Shape& s, const Tensor& x) {
+  return aligned(x, s.n, 16) && (s.h * s.w == 1 || pixel_step(s, x) * size_of(x.dtype) % 16 == 0);
+}
+
+inline bool planes_in(const Shape& s, const Tensor& x) {
+  return (s.w == 1 || x.stride[3] == 1) && (s.h == 1 || x.stride[2] == s.w) &&
+         aligned(x, s.n, 16) && (s.c == 1 || x.stride[1] * size_of(x.dtype) % 16 == 0);
 }
 
 // ---- single elements ---------------------------------------------------------------------------
@@ -199,7 +240,8 @@ __device__ inline void read_row(const Table& table, const PerSample& t, int64_t 
 }
 
 __device__ inline Philox stream_of(const Random& random, int64_t n) {
-  return make_philox(random.seed, random.step.data[n * random.step.stride],
+  const uint64_t seed = random.device_seed ? uint64_t(*random.device_seed) : random.seed;
+  return make_philox(seed, random.step.data[n * random.step.stride],
                      random.sample_index.data[n * random.sample_index.stride]);
 }
 

@@ -1,113 +1,12 @@
-// What the kernels of group_norm_silu and of its gradient share: the walk over a block's part of
-// the batch (group_norm_cut.h), sums over a block, statistics.
+// What the kernels of group_norm_silu and of its gradient share: sums over a block, statistics, and
+// the line that a channel's values follow to the argument of silu.
 #pragma once
-#include "group_norm_cut.h"
+#include "group_norm_walk.h"
 
 namespace fastddpm {
 namespace {
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
-
-// ---- one block's part --------------------------------------------------------------------------
-
-struct Slab {  // where the block is; c: the slab's first channel
-  int64_t n, index, c, first, end;
-
-  __device__ Slab(const Cut& cut, int64_t job) {
-    n = divide(job, cut.slabs, index);
-    c = index * cut.channels;
-    first = blockIdx.x * cut.chunk;
-    end = first + cut.chunk < cut.places ? first + cut.chunk : cut.places;
-  }
-};
-
-// The block's shared memory.
-struct Scratch {
-  float *partial, *totals, *statistics, *coefficients;
-
-  __device__ Scratch(const Cut& cut, float* memory) {
-    partial = memory;
-    totals = partial + 2 * (cut.walk == Walk::pixels ? cut.channels : 1) * cut.entries;
-    statistics = totals + 2 * cut.channels;
-    coefficients = statistics + 3 * cut.groups;
-  }
-};
-
-// Calls, for the vectors of this thread: enter(channel) when a vector's first channel (in the slab)
-// changes, body(channel, place, index) with the vector's index in the slab, leave(channel) after
-// the last of it. All lanes of a warp enter and leave together if walk is planes.
-template <Walk WALK, class Enter, class Body, class Leave>
-__device__ __forceinline__ void walk(const Cut& cut, const Slab& slab, const Enter& enter,
-                                     const Body& body, const Leave& leave) {
-  const int thread = int(threadIdx.x);
-  if (WALK == Walk::pixels) {
-    const int row = thread / cut.columns, column = thread - row * cut.columns;
-    const int rows = int(blockDim.x) / cut.columns;
-    if (row >= rows) return;
-    enter(column * cut.width);
-#pragma unroll 4
-    for (int64_t place = slab.first + row; place < slab.end; place += rows)
-      body(column * cut.width, place, place * cut.columns + column);
-    leave(column * cut.width);
-  } else {
-    for (int c = thread / 32; c < cut.channels; c += int(blockDim.x) / 32) {
-      enter(c);
-#pragma unroll 4
-      for (int64_t place = slab.first + thread % 32; place < slab.end; place += 32)
-        body(c, place, c * cut.places + place);
-      leave(c);
-    }
-  }
-}
-
-struct Nothing {
-  __device__ void operator()(int) const {}
-};
-
-// Access to the vectors of a tensor.
-template <class T, Walk WALK>
-struct Vectors {
-  static constexpr int V = WIDTH<T>;
-
-  static __device__ int64_t offset(const Shape& shape, const Tensor& x, const Slab& slab,
-                                   int channel, int64_t place) {
-    const int64_t start = slab.n * x.stride[0] + (slab.c + channel) * x.stride[1];
-    if (WALK == Walk::pixels) return start + place * pixel_step(shape, x);
-    if (!std::is_same<T, Any>::value) return start + place * V;
-    int64_t w;
-    const int64_t h = divide(place, shape.w, w);
-    return start + h * x.stride[2] + w * x.stride[3];
-  }
-
-  static __device__ void load(const Shape& shape, const Tensor& x, const Slab& slab, int channel,
-                              int64_t place, float (&values)[V]) {
-    const int64_t at = offset(shape, x, slab, channel, place);
-    if constexpr (std::is_same<T, Any>::value)
-      values[0] = fastddpm::load(x.data, x.dtype, at);
-    else
-      load_vector(static_cast<const T*>(x.data) + at, values);
-  }
-
-  static __device__ void store(const Shape& shape, const Tensor& x, const Slab& slab, int channel,
-                               int64_t place, const float (&values)[V]) {
-    const int64_t at = offset(shape, x, slab, channel, place);
-    if constexpr (std::is_same<T, Any>::value)
-      fastddpm::store(x.data, x.dtype, at, values[0]);
-    else
-      store_vector(static_cast<T*>(x.data) + at, values);
-  }
-
-  // In shared memory a vector keeps its storage type, an element of Any is a float.
-  using Kept = std::conditional_t<std::is_same<T, Any>::value, float, T>;
-
-  static __device__ void keep(void* slab, int64_t index, const float (&values)[V]) {
-    store_vector(static_cast<Kept*>(slab) + index * V, values);
-  }
-
-  static __device__ void recall(const void* slab, int64_t index, float (&values)[V]) {
-    load_vector(static_cast<const Kept*>(slab) + index * V, values);
-  }
-};
 
 // ---- sums over a block -------------------------------------------------------------------------
 
@@ -124,9 +23,8 @@ __device__ void block_sums(const Cut& cut, const float (&values)[K][V], int run,
                            int results, float* partial, float* totals) {
   const int thread = int(threadIdx.x), lane = thread % 32;
   const int row = thread / cut.columns, column = thread - row * cut.columns;
-  const bool warps = cut.entries * 32 == int(blockDim.x);  // columns is a power of two up to 32
-  const bool writes = warps ? lane < cut.columns : row < int(blockDim.x) / cut.columns;
-  const int entry = warps ? thread / 32 : row;
+  const bool writes = cut.by_warps ? lane < cut.columns : row < int(blockDim.x) / cut.columns;
+  const int entry = cut.by_warps ? thread / 32 : row;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     float sum = 0.0f;
@@ -134,7 +32,7 @@ __device__ void block_sums(const Cut& cut, const float (&values)[K][V], int run,
     for (int i = 0; i < V; ++i) {
       sum += values[k][i];
       if ((i + 1) % run != 0) continue;
-      if (warps)
+      if (cut.by_warps)
         for (int lanes = 16; lanes >= cut.columns; lanes /= 2)
           sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
       const int at = (column * V + i) / run;
@@ -184,10 +82,17 @@ struct Moments {
       squares[k] = madd(d, u - mean[k], squares[k]);
     }
   }
+
+  // As if by[k] had been added to every element before.
+  __device__ __forceinline__ void move(const float (&by)[V]) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) origin[k] += by[k];
+  }
 };
 
-// scratch.statistics[group] = (centre, rest, squares) of the block's elements: the mean is centre +
-// rest, squares the sum of squared deviations from centre. `places`: those the block has read.
+// STATISTICS numbers of a group in scratch.statistics begin with (centre, rest, squares) of the
+// block's elements: the mean is centre + rest, squares the sum of squared deviations from centre.
+// `places`: those the block has read.
 template <int V>
 __device__ void block_statistics(const Cut& cut, const Moments<V>& moments, int64_t places,
                                  const Scratch& scratch) {
@@ -211,9 +116,10 @@ __device__ void block_statistics(const Cut& cut, const Moments<V>& moments, int6
   __syncthreads();
   group_sums(cut, around, scratch);
   if (thread < cut.groups) {
-    scratch.statistics[3 * thread] = centre;
-    scratch.statistics[3 * thread + 1] = scratch.totals[thread] / elements;
-    scratch.statistics[3 * thread + 2] = scratch.totals[cut.groups + thread];
+    float* to = scratch.statistics + STATISTICS * thread;
+    to[0] = centre;
+    to[1] = scratch.totals[thread] / elements;
+    to[2] = scratch.totals[cut.groups + thread];
   }
 }
 
@@ -239,9 +145,10 @@ __device__ inline void merge_statistics(const GroupNormSilu& op, const Cut& cut,
       // The squares are around chunk[0]; move them to `centre`.
       squares += chunk[2] + share * d * madd(2.0f, chunk[1], d);
     }
-    scratch.statistics[3 * group] = centre;
-    scratch.statistics[3 * group + 1] = rest / float(cut.elements);
-    scratch.statistics[3 * group + 2] = squares;
+    float* to = scratch.statistics + STATISTICS * group;
+    to[0] = centre;
+    to[1] = rest / float(cut.elements);
+    to[2] = squares;
   }
 }
 
@@ -250,32 +157,48 @@ struct Normal {  // of a group: x is normalised as ((x - centre) - rest) rstd
 };
 
 __device__ inline Normal normal_of(const Cut& cut, float eps, const Scratch& scratch, int group) {
-  const float* s = scratch.statistics + 3 * group;
+  const float* s = scratch.statistics + STATISTICS * group;
   const float raw = madd(-s[1], s[1], s[2] / float(cut.elements));
   return {s[0], s[1], 1.0f / sqrtf((raw < 0.0f ? 0.0f : raw) + eps)};
 }
 
-// The argument of silu is (x - centre) scale + shift.
+// ---- lines --------------------------------------------------------------------------------------
+
+// What is added to x in channel c.
+__device__ inline float before_of(const GroupNormSilu& op, int64_t n, int64_t c) {
+  return c < op.c1 ? element(op.before, n, c, 0.0f) : 0.0f;
+}
+
+// The argument of silu is (x - centre) scale + shift, with x as it was read: `before` is taken off
+// the centre. With a residual, x is the sum that was written.
 struct Line {
   float centre, scale, shift;
 };
 
-// Fills scratch.coefficients with the Line of each channel of the slab; for all threads to read.
-__device__ inline void make_lines(const GroupNormSilu& op, const Cut& cut, const Slab& slab,
-                                  const Scratch& scratch) {
-  __syncthreads();  // the statistics are there
-  for (int channel = int(threadIdx.x); channel < cut.channels; channel += int(blockDim.x)) {
-    const Normal normal = normal_of(cut, op.eps, scratch, channel / cut.per_group);
-    const int64_t c = slab.c + channel;
-    const float gain = 1.0f + element(op.scale, slab.n, c, 0.0f);
-    const float scale = normal.rstd * element(op.weight, 0, c, 1.0f) * gain;
-    const float shift =
-        madd(gain, element(op.bias, 0, c, 0.0f), element(op.shift, slab.n, c, 0.0f));
-    scratch.coefficients[COEFFICIENTS * channel] = normal.centre;
-    scratch.coefficients[COEFFICIENTS * channel + 1] = scale;
-    scratch.coefficients[COEFFICIENTS * channel + 2] = madd(-normal.rest, scale, shift);
-  }
+__device__ inline Line line_of(const GroupNormSilu& op, const Normal& normal, int64_t n,
+                               int64_t c) {
+  const float gain = 1.0f + element(op.scale, n, c, 0.0f);
+  const float scale = normal.rstd * element(op.weight, 0, c, 1.0f) * gain;
+  const float shift = madd(gain, element(op.bias, 0, c, 0.0f), element(op.shift, n, c, 0.0f));
+  return {normal.centre - (op.residual.data ? 0.0f : before_of(op, n, c)), scale,
+          madd(-normal.rest, scale, shift)};
+}
+
+// Leaves the Line of each channel of a slab by pixels in scratch.coefficients. Once it is done, the
+// statistics are there for all threads, too.
+template <Walk WALK>
+__device__ void make_lines(const GroupNormSilu& op, const Cut& cut, const Slab& slab,
+                           const Scratch& scratch) {
   __syncthreads();
+  if constexpr (WALK == Walk::pixels) {
+    for (int channel = int(threadIdx.x); channel < cut.channels; channel += int(blockDim.x)) {
+      const Normal normal = normal_of(cut, op.eps, scratch, channel / cut.per_group);
+      const Line line = line_of(op, normal, slab.n, slab.c + channel);
+      float* to = scratch.coefficients + COEFFICIENTS * channel;
+      to[0] = line.centre, to[1] = line.scale, to[2] = line.shift;
+    }
+    __syncthreads();
+  }
 }
 
 // The lines of a thread's channels, from `channel` on: of all of a vector's in NHWC.
@@ -284,41 +207,85 @@ struct Lines {
   static constexpr int COUNT = WALK == Walk::pixels ? V : 1;
   Line line[COUNT];
 
-  __device__ void read(const Scratch& scratch, int channel) {
+  __device__ Lines(const GroupNormSilu& op, const Cut& cut, const Slab& slab,
+                   const Scratch& scratch, int channel) {
+    if constexpr (WALK == Walk::pixels) {
 #pragma unroll
-    for (int k = 0; k < COUNT; ++k) {
-      const float* from = scratch.coefficients + COEFFICIENTS * (channel + k);
-      line[k] = {from[0], from[1], from[2]};
+      for (int k = 0; k < COUNT; ++k) {
+        const float* from = scratch.coefficients + COEFFICIENTS * (channel + k);
+        line[k] = {from[0], from[1], from[2]};
+      }
+    } else {
+      line[0] = line_of(op, normal_of(cut, op.eps, scratch, 0), slab.n, slab.c + channel);
     }
   }
 
   __device__ const Line& operator[](int k) const { return line[WALK == Walk::pixels ? k : 0]; }
 };
 
-// ---- a kernel of the two-pass path -------------------------------------------------------------
+// ---- the first pass ----------------------------------------------------------------------------
 
-template <class T, Walk WALK>
-__global__ void __launch_bounds__(MAX_THREADS, MANY_BLOCKS)
+// Reads what is normalised once, for its moments: x or x2, kept in shared memory if RESIDENT, or
+// the sum of x, `before` and the residual, which is written to u and kept. MORE: there may be one.
+template <bool RESIDENT, bool MORE, class T, Walk WALK>
+__device__ __forceinline__ void read_slab(const GroupNormSilu& op, const Cut& cut, const Slab& slab,
+                                          void* kept, Moments<WIDTH<T>>& moments) {
+  constexpr int V = WIDTH<T>;
+  walk<WALK, RESIDENT>(cut, slab, [&](int channel, const auto& each) {
+    const int64_t c = slab.c + channel;
+    const Places<T, WALK> from = of_sources<T, WALK>(op, op.x, op.x2, slab.n, c);
+    float before[V];
+    const auto read_before = [&] {
+#pragma unroll
+      for (int k = 0; k < V; ++k)
+        before[k] = k == 0 || WALK == Walk::pixels ? before_of(op, slab.n, c + k) : before[0];
+    };
+    if (MORE || WALK == Walk::planes) read_before();
+    if (MORE && op.residual.data && c < op.c1) {
+      const Places<T, WALK> residual(op.shape, op.residual, slab.n, c);
+      const Places<T, WALK> u(op.shape, op.u, slab.n, c);
+      each(Unroll<2>(), [&](auto place, auto index) {
+        float x[V], more[V];
+        from.load(place, x);
+        residual.load(place, more);
+#pragma unroll
+        for (int k = 0; k < V; ++k) x[k] = (x[k] + before[k]) + more[k];
+        u.round(x);
+        u.store(place, x);
+        if (RESIDENT) Kept<T>::store(kept, index, x);
+        moments.add(x);
+      });
+    } else {
+      each(Unroll<4>(), [&](auto place, auto index) {
+        float x[V];
+        from.load(place, x);
+        if (RESIDENT) Kept<T>::store(kept, index, x);  // read back by this thread alone
+        if (WALK == Walk::planes)
+#pragma unroll
+          for (int k = 0; k < V; ++k) x[k] += before[0];
+        moments.add(x);
+      });
+      if (!MORE && WALK == Walk::pixels) read_before();
+      if (WALK == Walk::pixels) moments.move(before);
+    }
+  });
+}
+
+// Of the two-pass path: the statistics of a chunk, to the workspace.
+template <class T, Walk WALK, bool MORE>
+__global__ void __launch_bounds__(MORE ? FEW : MANY, 1)
     group_norm_statistics(const GroupNormSilu op, const Cut cut) {
   FASTDDPM_DYNAMIC_SHARED(memory);
-  constexpr int V = WIDTH<T>;
   const Scratch scratch(cut, reinterpret_cast<float*>(memory));
   for (int64_t job = blockIdx.y; job < op.shape.n * cut.slabs; job += gridDim.y) {
     const Slab slab(cut, job);
-    Moments<V> moments;
-    walk<WALK>(
-        cut, slab, Nothing(),
-        [&](int channel, int64_t place, int64_t) {
-          float x[V];
-          Vectors<T, WALK>::load(op.shape, op.x, slab, channel, place, x);
-          moments.add(x);
-        },
-        Nothing());
+    Moments<WIDTH<T>> moments;
+    read_slab<false, MORE, T, WALK>(op, cut, slab, nullptr, moments);
     block_statistics(cut, moments, slab.end - slab.first, scratch);
     const int group = int(threadIdx.x);
     if (group < cut.groups) {  // the thread that wrote them
       float* to = chunk_statistics(op, cut, slab, group) + 3 * blockIdx.x;
-      for (int i = 0; i < 3; ++i) to[i] = scratch.statistics[3 * group + i];
+      for (int i = 0; i < 3; ++i) to[i] = scratch.statistics[STATISTICS * group + i];
     }
     __syncthreads();
   }

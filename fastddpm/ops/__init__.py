@@ -25,6 +25,7 @@ from fastddpm.schedule import check_choice
 
 __all__ = [
     "attention_block",
+    "choices",
     "discretized_log_likelihood",
     "group_norm_silu",
     "noise",
@@ -77,6 +78,25 @@ def randn(
     checks.per_sample("sample_index", sample_index, n, sample_index.device)
     step = checks.step_word(step, n, sample_index.device)
     return library.randn(shape, checks.seed_word(seed), step, sample_index, dtype)
+
+
+def choices(sample_index: Tensor, *, seed: int, step: int, levels: int) -> tuple[Tensor, Tensor]:
+    """Draw what Algorithm 1 chooses for each example of a batch: its t, and whether it is mirrored.
+
+    sample_index: (N,) int64, not negative;  seed: in [0, 2^64);  step: in [0, 2^32)
+    levels: T, in 1 .. 2^31 - 1
+    returns t, (N,) int64 uniform in 0 .. levels - 1, and flip, (N,) bool, true for half
+
+    Of the RNG contract's first block of the stream (seed, step, sample index): t is
+    floor(word_0 levels / 2^32) and flip the lowest bit of word_1, the same on every backend.
+    """
+    checks.tensor("sample_index", sample_index)
+    checks.per_sample("sample_index", sample_index, sample_index.numel(), sample_index.device)
+    step = checks.integer("step", step, checks.STEP_END, "2^32")
+    levels = checks.integer("levels", levels, 1 << 31, "2^31")
+    if levels == 0:
+        raise ValueError("levels must be at least 1; got 0")
+    return library.choices(sample_index, checks.seed_word(seed), step, levels)
 
 
 def noise(

@@ -9,10 +9,12 @@ from fastddpm.ops.native import Native, unbuilt
 
 
 class _Cpu(Native):
-    fuses = True
-
     def call(self, name, x, *args):
         getattr(self.module, name)(*args, torch.get_num_threads())
+
+    def sum_over_samples(self, x):
+        """In the order of the samples: the bits of torch's sum depend on the thread count."""
+        return x.double().cumsum(0)[-1] if len(x) else x.sum(0)
 
     def attention_block_backward(
         self, grad, x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight,
@@ -37,6 +39,7 @@ _module = None if _native.C is None else _native.C.cpu
 _cpu = _Cpu(_module, "cpu", unbuilt())
 
 randn = _cpu.randn
+choices = _cpu.choices
 noise = _cpu.noise
 posterior_step = _cpu.posterior_step
 group_norm_silu = _cpu.group_norm_silu

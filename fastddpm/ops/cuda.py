@@ -6,6 +6,8 @@ No CUDA call happens at import.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from fastddpm import _native
@@ -40,7 +42,20 @@ class _Cuda(Native):
         reason = super().unsupported(_KERNELS_OF.get(op, op), *tensors, **options)
         if reason is None and len({x.device for x in tensors if x is not None}) > 1:
             return "the tensors are on different devices"
+        if reason is None:
+            index = next((x.device.index for x in tensors if x is not None and x.is_cuda), None)
+            return None if index is None else _without_kernels(index)
         return reason
+
+
+@functools.cache
+def _without_kernels(index: int) -> str | None:
+    """Why this card runs none of the kernels that were built, or None."""
+    capability = torch.cuda.get_device_capability(index)
+    built = _native.build_info()["cuda_architectures"]
+    if _native.runs_on(built, capability) is not None:
+        return None
+    return "its kernels were built for {}, the card has capability {}.{}".format(built, *capability)
 
 
 if _native.C is None:
@@ -54,6 +69,7 @@ else:
 _cuda = _Cuda(_module, "cuda", _missing)
 
 randn = _cuda.randn
+choices = _cuda.choices
 noise = _cuda.noise
 posterior_step = _cuda.posterior_step
 group_norm_silu = _cuda.group_norm_silu

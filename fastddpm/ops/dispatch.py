@@ -16,6 +16,7 @@ from fastddpm.schedule import check_choice
 
 OPS = (
     "randn",
+    "choices",
     "noise",
     "posterior_step",
     "group_norm_silu",
@@ -200,10 +201,15 @@ def matrix() -> dict[str, dict[str, dict[str, Any]]]:
                 probe = torch.empty(0, dtype=torch.float32, device=device)
                 able = _forced in BACKENDS and load(_forced).unsupported(op, probe) is None
                 order = (_forced,) if able else ()
-            used = next((name for name in order if reasons[name] is None), None)
+            used = next((n for n in order if reasons[n] is None and _takes(n, device)), None)
             if used is not None:
                 table[op][used][device] = True
     return table
+
+
+def _takes(name: str, device: str) -> bool:
+    """Triton's interpreter, where it is asked for, is on the CPU alone."""
+    return name != "triton" or getattr(load(name).module, "DEVICE", device) == device
 
 
 _forced = os.environ.get("FASTDDPM_BACKEND") or "auto"

@@ -148,6 +148,28 @@ randn = Op(
 )
 
 
+# ---- choices -------------------------------------------------------------------------------------
+
+
+def _choices(sample_index, seed, step, levels, choose=choose):
+    values_in("sample_index", sample_index, INDEX_END, "2^63 - 1")
+    backend = choose("choices", sample_index)
+    return backend.choices(sample_index, seed=seed, step=step, levels=levels)
+
+
+def _choices_fake(sample_index, seed, step, levels):
+    shape = sample_index.shape
+    return sample_index.new_empty(shape), sample_index.new_empty(shape, dtype=torch.bool)
+
+
+choices = Op(
+    "choices",
+    "(Tensor sample_index, int seed, int step, int levels) -> (Tensor, Tensor)",
+    _choices,
+    _choices_fake,
+)
+
+
 # ---- noise ---------------------------------------------------------------------------------------
 
 

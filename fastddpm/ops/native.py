@@ -21,8 +21,6 @@ STORAGE = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int6
 class Native:
     """The ops of one device type. `module` is _C.cpu or _C.cuda, None if it was not built."""
 
-    fuses = False  # whether group_norm_silu takes in what stands before it
-
     def __init__(self, module: ModuleType | None, device_type: str, missing: str):
         self.module = module
         self.is_here = operator.attrgetter(f"is_{device_type}")  # a third of x.device.type's cost
@@ -35,6 +33,10 @@ class Native:
     def workspace(self, x: torch.Tensor, num_groups: int, *, backward: bool) -> torch.Tensor | None:
         """What group_norm_silu needs beside its outputs: nothing on the CPU."""
         return None
+
+    def sum_over_samples(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C) -> (C,)."""
+        return x.sum(0)
 
     def unsupported(self, op: str, *tensors: torch.Tensor | None, **options) -> str | None:
         """Why this backend can't run `op` on these tensors, or None if it can."""
@@ -54,14 +56,19 @@ class Native:
         dtype = options.get("dtype")
         if dtype is not None and dtype not in STORAGE:
             return _unsupported_dtype(dtype)
-        if options.get("fused") and not self.fuses:
-            return "what stands before the norm, and dropout, it can't take in"
         return None
 
     def randn(self, shape, *, seed, step, sample_index, dtype=torch.float32):
         out = torch.empty(shape, dtype=dtype, device=sample_index.device)
         self.call("randn", out, out, seed, _step(step, sample_index), sample_index)
         return out
+
+    def choices(self, sample_index, *, seed, step, levels):
+        """(t, flip), (N,) int64 and (N,) bool."""
+        t = torch.empty(sample_index.shape, dtype=torch.int64, device=sample_index.device)
+        flip = torch.empty_like(t, dtype=torch.bool)
+        self.call("choices", sample_index, sample_index, seed, step, levels, t, flip)
+        return t, flip
 
     def noise(
         self, x0, t, table, *,
@@ -140,7 +147,8 @@ class Native:
             self.workspace(grad, num_groups, backward=True),
         )  # fmt: skip
         if dbefore is not None:
-            dbefore = (dbefore if before.dim() == 2 else dbefore.sum(0)).to(before.dtype)
+            total = dbefore if before.dim() == 2 else self.sum_over_samples(dbefore)
+            dbefore = total.to(before.dtype)
         return (
             dx,
             dweight,

@@ -13,6 +13,7 @@ import torch
 
 from fastddpm import _native  # noqa: F401  lets fastddpm.kernels be a checkout's kernels/
 from fastddpm.kernels import attention_block as _attention
+from fastddpm.kernels import choices as _choices
 from fastddpm.kernels import discretized_log_likelihood as _likelihood
 from fastddpm.kernels import group_norm_silu as _group_norm
 from fastddpm.kernels import group_norm_silu_backward as _group_norm_backward
@@ -43,6 +44,7 @@ def _on_device(function: Callable) -> Callable:
 
 
 randn = _on_device(_philox.randn)
+choices = _on_device(_choices.choices)
 noise = _on_device(_noise.noise)
 posterior_step = _on_device(_posterior.posterior_step)
 group_norm_silu = _on_device(_group_norm.group_norm_silu)

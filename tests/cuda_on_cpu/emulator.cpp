@@ -8,7 +8,9 @@
 
 #include <sys/mman.h>
 
+#include <atomic>
 #include <cstdio>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -39,7 +41,6 @@ namespace emulator {
 const Thread* thread = nullptr;
 dim3 block_index, block_dim, grid_dim;
 Clock clock;
-Device device;
 LastLaunch last_launch;
 char *stacks = nullptr, *stacks_end = nullptr;
 
@@ -241,15 +242,69 @@ void make_stacks() {
 
 }  // namespace
 
-void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
-            const std::function<void()>& kernel) {
-  static std::mutex one_at_a_time;
-  const std::lock_guard<std::mutex> lock(one_at_a_time);
+// ---- devices and errors ------------------------------------------------------------------------
+
+namespace {
+
+std::mutex mutex;  // of all that follows
+std::vector<Device> devices(1);
+int ordinal = 0;
+std::map<std::pair<const void*, int>, size_t> allowed;  // shared memory of kernel and device
+int refused = 0, attribute_calls = 0;
+thread_local cudaError_t error_left = cudaSuccess;
+
+cudaError_t leave(cudaError_t status) {
+  if (status != cudaSuccess) error_left = status;
+  return status;
+}
+
+// Why the current device does not take this launch.
+cudaError_t refusal(const void* function, dim3 grid, dim3 block, size_t shared_bytes) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (refused > 0) return --refused, cudaErrorLaunchOutOfResources;
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   if (threads < 1 || threads > MAX_THREADS || block.z > 64 || !grid.x || !grid.y || !grid.z ||
-      grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 ||
-      shared_bytes > size_t(device.shared_bytes))
-    throw std::runtime_error(std::string(name) + ": no device takes this launch");
+      grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    return cudaErrorInvalidConfiguration;
+  const auto found = allowed.find({function, ordinal});
+  const size_t most = found == allowed.end() ? 48 << 10 : found->second;
+  return shared_bytes > most ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+}  // namespace
+
+void use_device(Device wanted) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (ordinal = 0; ordinal < int(devices.size()); ++ordinal)
+    if (devices[ordinal].shared_bytes == wanted.shared_bytes &&
+        devices[ordinal].processors == wanted.processors)
+      return;
+  devices.push_back(wanted);
+}
+
+void refuse_launches(int count) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  refused = count;
+}
+
+int shared_memory_calls() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return attribute_calls;
+}
+
+cudaError_t last_error() { return error_left; }
+
+void leave_error() { leave(cudaErrorInvalidDevice); }
+
+// ---- the launch --------------------------------------------------------------------------------
+
+cudaError_t launch(const char* name, const void* function, dim3 grid, dim3 block,
+                   size_t shared_bytes, const std::function<void()>& kernel) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const cudaError_t status = refusal(function, grid, block, shared_bytes);
+  if (status != cudaSuccess) return leave(status);
+  const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   last_launch = {unsigned(threads), shared_bytes};
   if (!stacks) make_stacks();
   body = &kernel;
@@ -262,8 +317,9 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
       for (block_index.x = 0; block_index.x < grid.x; ++block_index.x) {
         std::memset(dynamic.get(), 0xff, shared_bytes);  // NaN: a read before a write shows
         run_block(unsigned(threads));
-        if (!error.empty()) throw std::runtime_error(error);
+        if (!error.empty()) throw std::runtime_error(std::string(name) + ": " + error);
       }
+  return cudaSuccess;
 }
 
 void fail_from_access(const char* what, const void* address) {
@@ -296,22 +352,47 @@ unsigned ballot(unsigned mask, bool vote) { return unsigned(collective(BALLOT, m
 
 // ---- the CUDA runtime --------------------------------------------------------------------------
 
-cudaError_t cudaGetDevice(int* ordinal) {
-  *ordinal = 0;
+cudaError_t cudaGetDevice(int* current) {
+  const std::lock_guard<std::mutex> lock(emulator::mutex);
+  *current = emulator::ordinal;
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  const std::lock_guard<std::mutex> lock(emulator::mutex);
   switch (attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = emulator::device.shared_bytes;
+      *value = emulator::devices[device].shared_bytes;
       return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-      *value = emulator::device.processors;
+      *value = emulator::devices[device].processors;
       return cudaSuccess;
     default:
-      return cudaErrorInvalidValue;
+      return emulator::leave(cudaErrorInvalidValue);
   }
 }
 
-const char* cudaGetErrorString(cudaError_t) { return "the emulator has no such attribute"; }
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  const std::lock_guard<std::mutex> lock(emulator::mutex);
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
+      value > emulator::devices[emulator::ordinal].shared_bytes)
+    return emulator::leave(cudaErrorInvalidValue);
+  ++emulator::attribute_calls;
+  emulator::allowed[{function, emulator::ordinal}] = size_t(value);
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() { return std::exchange(emulator::error_left, cudaSuccess); }
+
+const char* cudaGetErrorString(cudaError_t status) {
+  switch (status) {
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorLaunchOutOfResources:
+      return "too many resources requested for launch";
+    default:
+      return "an error that the emulator does not make";
+  }
+}

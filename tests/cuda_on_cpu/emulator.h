@@ -6,9 +6,10 @@
 // fibers, so that __syncthreads and the *_sync warp operations really wait for the others; blocks
 // run one after the other. This file is what a kernel sees; emulator.cpp runs it. Reported, as a
 // std::runtime_error of the launch: a barrier that not all threads reach, a warp operation whose
-// mask names a lane that is not there or that waits elsewhere, a launch that no device takes. What
-// needs instrumented memory accesses is the job of a build: of -fsanitize=address,undefined, or of
-// races.cpp.
+// mask names a lane that is not there or that waits elsewhere. A launch that the device does not
+// take is refused with the runtime's error, as is one with more shared memory than the kernel was
+// allowed. What needs instrumented memory accesses is the job of a build: of
+// -fsanitize=address,undefined, or of races.cpp.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -36,8 +37,9 @@ struct Thread {  // what the running thread may know of itself
 extern const Thread* thread;  // null between launches
 extern dim3 block_index, block_dim, grid_dim;
 
-void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
-            const std::function<void()>& kernel);
+// What csrc/cuda/launch.h takes in place of cudaLaunchKernel; `function` says which kernel it is.
+cudaError_t launch(const char* name, const void* function, dim3 grid, dim3 block,
+                   size_t shared_bytes, const std::function<void()>& kernel);
 void* dynamic_shared();
 
 void barrier(int line);  // every thread of the block that has not returned
@@ -56,6 +58,13 @@ T shuffle_value(unsigned mask, T value, int source) {
   return value;
 }
 
+template <class Kernel, class... Arguments>
+cudaError_t start(const char* name, Kernel* kernel, dim3 grid, dim3 block, int64_t shared_bytes,
+                  void*, const Arguments&... arguments) {
+  return launch(name, reinterpret_cast<const void*>(kernel), grid, block, size_t(shared_bytes),
+                [&] { kernel(arguments...); });
+}
+
 }  // namespace emulator
 
 #define threadIdx (::emulator::thread->index)
@@ -63,11 +72,11 @@ T shuffle_value(unsigned mask, T value, int source) {
 #define blockDim (::emulator::block_dim)
 #define gridDim (::emulator::grid_dim)
 
-#define FASTDDPM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                          \
-  (static_cast<void>(stream), ::emulator::launch(#kernel, dim3(grid), dim3(block), shared_bytes, \
-                                                 [&] { kernel(__VA_ARGS__); }))
+#define FASTDDPM_START ::emulator::start
 #define FASTDDPM_DYNAMIC_SHARED(name) \
   unsigned char* const name = static_cast<unsigned char*>(::emulator::dynamic_shared())
+
+#define __ldg(from) (*(from))  // no function: races.cpp counts accesses as they are written
 
 inline void __syncthreads(int line = __builtin_LINE()) { ::emulator::barrier(line); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { ::emulator::warp_barrier(mask); }

@@ -1,5 +1,7 @@
 // What emulator.cpp shows of its state: the made-up device, and who is running, for races.cpp.
 #pragma once
+#include <driver_types.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -10,6 +12,17 @@ struct Device {
   int shared_bytes = 227 << 10;  // per block, as on sm_90
   int processors = 132;
 };
+
+// The device of the launches to come: the ordinal of one that is just so, made up if there is none.
+void use_device(Device wanted);
+
+// The next so many launches are refused, as by a device that lacks the resources.
+void refuse_launches(int count);
+
+// How often any kernel was allowed more shared memory, and what the calling thread's last error is.
+int shared_memory_calls();
+cudaError_t last_error();
+void leave_error();  // as somebody else's failed call does
 
 // Says of two memory accesses whether a barrier lies between them. A thread's time is the count of
 // the barriers of its block, and for __syncwarp a vector clock over the lanes of its warp.
@@ -55,7 +68,6 @@ struct LastLaunch {
 
 extern Clock clock;
 extern LastLaunch last_launch;
-extern Device device;
 extern char *stacks, *stacks_end;  // of the fibers: private to each
 
 [[noreturn]] void fail_from_access(const char* what, const void* address);

@@ -13,7 +13,11 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit_fastddpm_cuda
       py::module_::create_extension_module("fastddpm_cuda_on_cpu", nullptr, &definition);
   fastddpm::def_cuda(m);
   m.def("set_device",
-        [](int shared_bytes, int processors) { emulator::device = {shared_bytes, processors}; });
+        [](int shared_bytes, int processors) { emulator::use_device({shared_bytes, processors}); });
+  m.def("refuse_launches", &emulator::refuse_launches);
+  m.def("shared_memory_calls", &emulator::shared_memory_calls);
+  m.def("leave_error", &emulator::leave_error);
+  m.def("last_error", [] { return int(emulator::last_error()); });
   m.def("last_launch", [] {
     return std::make_pair(emulator::last_launch.threads, emulator::last_launch.shared_bytes);
   });

@@ -52,7 +52,7 @@ Range find_statics() {
   Range range{0, 0};
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void* result) {
-        const uintptr_t inside = reinterpret_cast<uintptr_t>(&device);
+        const uintptr_t inside = reinterpret_cast<uintptr_t>(&last_launch);
         for (int i = 0; i < info->dlpi_phnum; ++i) {
           const auto& segment = info->dlpi_phdr[i];
           const uintptr_t first = info->dlpi_addr + segment.p_vaddr;
@@ -151,6 +151,9 @@ FASTDDPM_HOOKS(2)
 FASTDDPM_HOOKS(4)
 FASTDDPM_HOOKS(8)
 FASTDDPM_HOOKS(16)
+
+// The guard of a static in the host's code.
+unsigned char __tsan_atomic8_load(const volatile unsigned char* p, int) { return *p; }
 
 void __tsan_read_range(void* p, size_t bytes) { emulator::access<false>(p, bytes); }
 void __tsan_write_range(void* p, size_t bytes) { emulator::access<true>(p, bytes); }

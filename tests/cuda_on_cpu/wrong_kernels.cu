@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda/launch.h"
+
 namespace {
 
 constexpr int THREADS = 64;

@@ -1,0 +1,140 @@
+"""One step of Algorithm 1 as work for the device, whose values nothing here reads: draws, loss,
+gradients, Adam, the average. When a step is taken, and with which rate, is trainer.py's."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Hashable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastddpm import ops, unet_walk
+from fastddpm.host import seeded
+from fastddpm.ops import dispatch
+from fastddpm.precision import autocast, tf32_asked
+from fastddpm.unet import UNet
+from fastddpm.unet_plain import foreign
+
+if TYPE_CHECKING:
+    from fastddpm.trainer import Trainer
+
+CHOICES_STEP = 2**32 - 1  # the RNG contract's step word of t and flip, which no chain reaches
+
+
+def take_step(run: Trainer, x0: torch.Tensor, rate: float, share: float) -> torch.Tensor:
+    """The step of the examples from run.example_count on, by a recording or by itself; returns its
+    loss.
+
+    rate: Adam's;  share: of the weights in their average, 1 - ema_decay"""
+    first, plain = run.example_count, is_plain(run.model)
+    if plain and not run.weights.has_halves:
+        compute = functools.partial(_compute, run, plain=True)
+        recorded = run.recordings.get(_alike(run, x0), compute, x0)
+        if recorded is not None:
+            loss = recorded(x0, first, rate, share)
+            for p in run.weights.masters.values():  # as a write that torch has seen
+                torch.autograd.graph.increment_version(p)
+            return loss
+    index = torch.arange(first, first + x0.shape[0], device=run.device)
+    return _compute(run, x0, index, rate, share, plain=plain)
+
+
+def is_plain(model: object) -> bool:
+    """Whether the model is our network as it was made: with nothing around it, and nothing in it
+    that could see which tensors it computes with."""
+    return (
+        type(model) is UNet
+        and getattr(model, "_compiled_call_impl", None) is None
+        and foreign(model) is None
+    )
+
+
+def _alike(run: Trainer, x0: torch.Tensor) -> Hashable:
+    """What must be the same for steps to be the same operations on the same tensors."""
+    masters = list(run.weights.masters.values())
+    states = (run.optimizer.state[m] for m in masters)
+    moments = (value.data_ptr() for state in states for value in state.values())
+    weights = ((m.data_ptr(), m.requires_grad) for m in masters)
+    dropout = (m.p for m in run.network.modules() if isinstance(m, torch.nn.Dropout))
+    options = (run.seed, run.flip, run.grad_clip, id(run.diffusion))
+    settings = (dispatch.forced(), tf32_asked())
+    layout = (x0.shape, x0.dtype, x0.stride())
+    return layout, options, settings, tuple(dropout), tuple(weights), tuple(moments)
+
+
+def _compute(
+    run: Trainer,
+    x0: torch.Tensor,
+    index: torch.Tensor,
+    rate: float | torch.Tensor,
+    share: float | torch.Tensor,
+    *,
+    plain: bool,
+) -> torch.Tensor:
+    """index: (N,) int64, the numbers of the examples;  rate, share: numbers, or () float32 on the
+    device;  plain: whether the model is"""
+    copies = run.copies if plain else None
+    t, flip = ops.choices(index, seed=run.seed, step=CHOICES_STEP, levels=run.diffusion.T)
+    run.weights.zero_gradients()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_dropout(run, index, plain))
+        if copies is not None:
+            stack.enter_context(copies.in_place())
+        stack.enter_context(autocast(run.precision, run.device))
+        loss = run.diffusion.loss(
+            run.model, x0, t=t, flip=flip if run.flip else None, seed=run.seed, sample_index=index
+        ).mean()
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss depends on no weight that may be trained: every parameter is frozen "
+            "(requires_grad=False), or the model computes without gradients"
+        )
+    scale = run.weights.loss_scale
+    (loss if scale == 1 else loss * scale).backward()
+    if copies is not None:
+        copies.take_gradients()
+    loss = loss.detach()
+    norm = _norm(run.weights.take_gradients(), run.device) / scale
+    run.guard.look(loss, norm, x0)
+    # Adam divides the gradients by what clips them, and leaves all as it is from a step on that is
+    # refused: torch's grad scaler speaks to it in the same way.
+    optimizer = run.optimizer
+    divisor = ((norm + 1e-6) / run.grad_clip).clamp(min=1) * scale
+    optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
+    optimizer.found_inf = run.guard.refused  # type: ignore[attr-defined]
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        group["capturable"] = run.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    optimizer.step()
+    run.weights.round()
+    run.weights.move_average(share, run.guard.refused)
+    return loss
+
+
+@contextlib.contextmanager
+def _dropout(run: Trainer, index: torch.Tensor, plain: bool) -> Iterator[None]:
+    """Dropout as a function of the seed and, drawn by a UNet itself, of each example; of any other
+    network, whose torch's generators give it, of the step."""
+    network = run.network
+    draws = isinstance(network, UNet) and any(
+        module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)
+    )
+    with contextlib.ExitStack() as stack:
+        if draws:
+            stream = unet_walk.dropout_stream(network, seed=run.seed, sample_index=index)
+            stack.enter_context(stream)
+        if not plain or (draws and not unet_walk.is_taken(network, index)):
+            seed = (run.seed * 0x9E3779B97F4A7C15 + run.step_count) % 2**63
+            devices = {p.device for p in run.weights.parameters.values()}
+            stack.enter_context(seeded(seed, *devices))
+        yield
+
+
+def _norm(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The norm of all gradients in one, on `device`."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float32, device=device)
+    norms = [norm.to(device, non_blocking=True) for norm in torch._foreach_norm(gradients)]
+    return torch.linalg.vector_norm(torch.stack(norms))
