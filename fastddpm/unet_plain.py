@@ -73,7 +73,7 @@ def foreign(model: nn.Module) -> str | None:
 
 
 def _find(model: nn.Module) -> tuple[nn.Module, str] | None:
-    """The first part that is not plain, and why. Some 0.1 ms for the paper's networks."""
+    """The first part that is not plain, and why."""
     if torch_module._has_any_global_hook():
         return model, "has hooks that are every module's"
     for kind, name, method in _METHODS:

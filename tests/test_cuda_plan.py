@@ -3,11 +3,14 @@ from a tape as those of test_cuda_graph.py, against eager's."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 
+import cuda_on_cpu
 import pytest
 import torch
+from conftest import REQUIRED
 from test_cuda_graph import Recorder
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,15 +18,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import SCHEDULE, generator, tiny_unet
 
 import fastddpm
-from fastddpm import Diffusion, UNet, ops
+from fastddpm import Diffusion, Schedule, UNet, ops
 from fastddpm.engine import cuda_graph
 from fastddpm.engine.cuda_graph import CudaGraph
 from fastddpm.engine.cuda_plan import CudaPlan
 from fastddpm.engine.eager import Eager
 from fastddpm.engine.gpu_network import Network
+from fastddpm.ops import dispatch
 from fastddpm.sampling import Chain, bar
 
 CPU = torch.device("cpu")
+SHORT = Diffusion(Schedule.linear(2, 0.1, 0.3))
 NETWORKS = [
     {},
     {"downsample_padding": 1, "head_dim": 4, "freq_shift": 0, "flip_sin_to_cos": True},
@@ -372,3 +377,31 @@ def test_memory_that_runs_out_gives_back_what_was_recorded():
     assert_close(plan.run(x, **stream), eager.run(x, **stream))
     assert recorder.tapes == 2
     assert [len(step.x) for step in plan._recorded.values()] == [2]
+
+
+# ---- the kernels of a GPU ------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def kernels(request):
+    """The ops by the CUDA kernels, emulated, or by Triton's, interpreted."""
+    with contextlib.ExitStack() as stack:
+        if request.param == "cuda" and not torch.cuda.is_available():
+            try:
+                stack.enter_context(cuda_on_cpu.as_cuda_backend())
+            except cuda_on_cpu.Unavailable as reason:
+                (pytest.fail if "cuda" in REQUIRED else pytest.skip)(str(reason))
+        stack.enter_context(dispatch.use_backend(request.param))
+        yield request.param
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_steps_by_the_kernels_of_a_gpu(kernels, precision):
+    model = tiny_unet(in_channels=3, image_size=4, channel_mult=(1, 2), diffusion=SHORT)
+    plan, _, record = engines(model, precision=precision)
+    x, stream = start(model, 2, seed=2**63 + 9)
+    got = plan.run(x, **stream)
+    with dispatch.use_backend("cpu"):
+        expected = engines(model, precision=precision)[0].run(x, **stream)
+    assert_close(got, expected, 1e-5 if precision == "fp32" else 0.03)
+    assert record.replays == SHORT.T
