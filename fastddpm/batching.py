@@ -159,10 +159,12 @@ class Progress(Protocol):
 class Batches:
     """Draws samples in batches of `size`, and in smaller ones from where memory ran out.
 
+    even: of that at most, as few as may be and all alike: a last, small batch costs an engine that
+    records one size as much as a whole one
     Images do not depend on it: each is a function of its index."""
 
-    def __init__(self, size: int):
-        self.size = check_count("batch_size", size)
+    def __init__(self, size: int, *, even: bool = False):
+        self.size, self._even = check_count("batch_size", size), even
         self._told = False
 
     def draw(
@@ -177,8 +179,9 @@ class Batches:
         Raises what `draw` does, its out-of-memory error if one image is too much."""
         images: list[Drawn] = []
         while len(index):
-            part = index[: self.size]
-            progress.begin(-(-len(index) // self.size) - (-later // self.size))
+            left = -(-len(index) // self.size)  # batches
+            part = index[: -(-len(index) // left) if self._even else self.size]
+            progress.begin(left - (-later // self.size))
             why = None
             try:
                 images.append(draw(part))

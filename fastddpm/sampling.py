@@ -256,9 +256,10 @@ class Chain:
 
     def batches(self, size: int | None) -> Batches:
         """Of `size` images, or of what memory holds."""
-        if size is None:
-            size = batch_size_for(self.model, self.shape, self.engine.precision, self.device)
-        return Batches(size)
+        if size is not None:
+            return Batches(size)
+        most = batch_size_for(self.model, self.shape, self.engine.precision, self.device)
+        return Batches(most, even=True)
 
     def draw(
         self, seed: int, index: torch.Tensor, batches: Batches, steps: Steps, later: int = 0

@@ -51,6 +51,15 @@ ERRORS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("n", "sizes"), [(16, [16]), (17, [9, 8]), (40, [14, 13, 13])])
+def test_batches_that_memory_sizes_are_alike(n, sizes, monkeypatch):
+    monkeypatch.setitem(MOST, "cpu", 16)
+    model = Small(16, MemoryError())
+    x = draw(n, model)
+    assert model.sizes[:: SCHEDULE.T] == sizes
+    assert torch.equal(x, draw(n, batch_size=16))
+
+
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
 def test_a_batch_that_does_not_fit_is_halved_and_said_so_once(error):
     model = Small(2, error)
