@@ -39,6 +39,7 @@ FREE = {
     "squeeze_", "unsqueeze_", "t_", "transpose_", "as_strided_", "detach_", "_version", "sym_size",
     "sym_stride", "sym_numel", "sym_storage_offset",
 }  # fmt: skip
+UNKNOWN = {"_fused_sgd_", "_fused_adam_"}  # in place; torch can't run all of them without values
 WAITS = {"_local_scalar_dense", "is_nonzero", "equal"}
 PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "_addmm_activation"}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -86,8 +87,8 @@ class Counter(TorchDispatchMode):
             self.kernels.append(Kernel(name, kind, sizes(reads), sizes(writes), **more))
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        before, self.paused = self.paused, True
+    def pause(self, paused: bool = True) -> Iterator[None]:
+        before, self.paused = self.paused, paused
         try:
             yield
         finally:
@@ -139,7 +140,7 @@ class Counter(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        out = func(*args, **kwargs)
+        out = None if name in UNKNOWN else func(*args, **kwargs)
         if name in FREE or not any(map(_on_gpu, tree_leaves((args, kwargs, out)))):
             return out
         special = SPECIAL.get(name)
@@ -362,5 +363,5 @@ SPECIAL |= dict.fromkeys(("index", "index_select", "gather", "embedding"), rows)
 SPECIAL |= {
     name.split("::")[-1]: foreach
     for name in torch._C._dispatch_get_all_op_names()
-    if "::_foreach_" in name or ("::_fused_adam" in name and "." not in name)
+    if "::_foreach_" in name or "::_fused_" in name
 }
