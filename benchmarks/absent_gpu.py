@@ -212,6 +212,7 @@ def mode() -> Iterator[Any]:
     functional = torch.nn.functional
     with (
         mock.patch.object(functional, "scaled_dot_product_attention", flash_or_efficient),
+        mock.patch.object(FakeTensorMode, "avoid_device_init", True),  # though it is "available"
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
     ):
         yield fake

@@ -39,6 +39,7 @@ FREE = {
     "squeeze_", "unsqueeze_", "t_", "transpose_", "as_strided_", "detach_", "_version", "sym_size",
     "sym_stride", "sym_numel", "sym_storage_offset",
 }  # fmt: skip
+UNKNOWN = {"_fused_sgd_", "_fused_adam_"}  # in place; torch can't run all of them without values
 WAITS = {"_local_scalar_dense", "is_nonzero", "equal"}
 PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "_addmm_activation"}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -86,8 +87,8 @@ class Counter(TorchDispatchMode):
             self.kernels.append(Kernel(name, kind, sizes(reads), sizes(writes), **more))
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        before, self.paused = self.paused, True
+    def pause(self, paused: bool = True) -> Iterator[None]:
+        before, self.paused = self.paused, paused
         try:
             yield
         finally:
@@ -139,8 +140,7 @@ class Counter(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        # It writes in place and returns nothing, and torch has no version of it without values.
-        out = None if name == "_fused_sgd_" else func(*args, **kwargs)
+        out = None if name in UNKNOWN else func(*args, **kwargs)
         if name in FREE or not any(map(_on_gpu, tree_leaves((args, kwargs, out)))):
             return out
         special = SPECIAL.get(name)
@@ -210,7 +210,7 @@ def kind_of(name: str, args: tuple, out: Any) -> str:
         return "residual" if tensors[0].shape == tensors[1].shape else "embedding"
     if "group_norm" in name or (name in ("silu", "silu_backward") and args[0].dim() == 4):
         return "norm"
-    if name.startswith(("_foreach", "_fused_adam", "_fused_sgd")):
+    if name.startswith(("_foreach", "_fused_adam")):
         return "optimizer"
     return "other"
 
@@ -363,7 +363,5 @@ SPECIAL |= dict.fromkeys(("index", "index_select", "gather", "embedding"), rows)
 SPECIAL |= {
     name.split("::")[-1]: foreach
     for name in torch._C._dispatch_get_all_op_names()
-    if "::_foreach_" in name
-    or ("::_fused_adam" in name and "." not in name)
-    or name == "aten::_fused_sgd_"
+    if "::_foreach_" in name or "::_fused_" in name
 }

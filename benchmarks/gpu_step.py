@@ -167,21 +167,29 @@ def sampling(batch: int, quick: bool) -> dict[str, Callable[[], Step]]:
 
 
 def of_trainer(model: UNet, batch: int, who: str) -> Step:
-    """Trainer.step on images that are on the GPU, the third one: its state is there."""
+    """Trainer.step on images that are on the GPU, once its state is there: what it records, and
+    what it queues around that."""
     counter = Counter(batch)
+
+    def record(step: Callable[[], None], *_: Any) -> Callable[[], None]:
+        counter.kernels.clear()  # a recording that is made anew
+        with counter.pause(False):
+            step()
+        return lambda: None
+
     x = torch.zeros(batch, model.in_channels, *model.image_size, dtype=torch.uint8, device=DEVICE)
     make, step = Trainer.__init__.__wrapped__, Trainer.step.__wrapped__  # own_state wants values
     trainer = Trainer.__new__(Trainer)
     with our_kernels.written_down(counter), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        make(trainer, model.train(), precision="bf16", record=record)
         with counter:
             with counter.pause():
-                # Without a recording, whose launches are the same.
-                make(trainer, model.train(), precision="bf16", record=None)
-                step(trainer, x)
-                step(trainer, x)
+                for _ in range(3):
+                    step(trainer, x)
+            recorded = bool(counter.kernels)
             step(trainer, x)
-    return Step(who, batch, False, counter.kernels, counter.waits)
+    return Step(who, batch, recorded, counter.kernels, counter.waits)
 
 
 def of_peer_training(model: UNet, batch: int, compiled: str | None, who: str) -> Step:

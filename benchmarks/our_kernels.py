@@ -93,6 +93,7 @@ def written_down(counter: Counter) -> Iterator[None]:
         with (
             mock.patch.object(backend, "module", _Module()),
             mock.patch.object(backend, "missing", None),
+            mock.patch.object(cuda_backend, "_without_kernels", return_value=None),
             mock.patch.object(backend, "call", call),
             mock.patch.object(library, "check_written"),  # it compares addresses
             mock.patch.object(triton.runtime.jit.JITFunction, "run", run),
