@@ -208,12 +208,11 @@ __device__ __forceinline__ void apply_gradient(const GroupNormSiluBackward& op, 
     specialise<!RESIDENT>(masks, [&](auto drops) {
       const Mask<T, WALK> mask(forward, slab.n, c, drops);
       specialise(op.grad_u.data && c < forward.c1, [&](auto adds) {
-        constexpr int LOADS = (RESIDENT ? 0 : 2) + (adds ? 1 : 0);
-        each(Unroll<drops || LOADS == 3 ? 1
-                    : LOADS             ? 2
+        each(Unroll<drops               ? 1
+                    : adds || !RESIDENT ? 2
                                         : 4>(),
              [&](auto place, auto index) {
-               float x[V], grad[V], more[V];
+               float x[V], grad[V];
                const uint32_t dropped = drops ? mask.dropped(place) : 0;
                if (RESIDENT) {
                  Kept<T>::load(kept_x, index, x);
@@ -222,7 +221,6 @@ __device__ __forceinline__ void apply_gradient(const GroupNormSiluBackward& op, 
                  from.load(place, x);
                  grads.load(place, grad);
                }
-               if (adds) grads_u.load(place, more);
 #pragma unroll
                for (int k = 0; k < V; ++k) {
                  const int at = WALK == Walk::pixels ? k : 0;
@@ -231,9 +229,14 @@ __device__ __forceinline__ void apply_gradient(const GroupNormSiluBackward& op, 
                  const float kept = drops && dropped >> k & 1 ? 0.0f : grad[k] * keep_scale;
                  const float g = forward.silu ? kept * silu_gradient(v) : kept;
                  x[k] = madd(lines[k].scale, g, madd(slope[at], d, offset[at]));
-                 if (adds) x[k] += more[k];
-                 sums[0][k] += x[k];
                }
+               if (adds) {
+                 grads_u.load(place, grad);
+#pragma unroll
+                 for (int k = 0; k < V; ++k) x[k] += grad[k];
+               }
+#pragma unroll
+               for (int k = 0; k < V; ++k) sums[0][k] += x[k];
                to.store(place, x);
              });
       });
