@@ -172,14 +172,13 @@ __device__ void finish_sums(const GroupNormSilu& op, const Cut& cut, const Slab&
   __syncthreads();
 }
 
-template <class T, Walk WALK, bool RESIDENT>
+// DROPS: what is read is still to be dropped; gradients that are kept have their zeros already.
+template <class T, Walk WALK, bool RESIDENT, bool DROPS>
 __device__ __forceinline__ void apply_gradient(const GroupNormSiluBackward& op, const Cut& cut,
                                                const Slab& slab, const Scratch& scratch,
                                                const void* kept_x, const void* kept_grad) {
   constexpr int V = WIDTH<T>;
   const GroupNormSilu& forward = op.forward;
-  // Kept gradients have their zeros already.
-  const bool masks = !RESIDENT && forward.dropout.threshold != 0;
   const float keep_scale = forward.dropout.threshold ? forward.dropout.keep_scale : 1.0f;
   const auto before = [&](int64_t c) {
     return cut.chunks == 1 ? op.dbefore + slab.n * forward.c1 + c
@@ -205,41 +204,39 @@ __device__ __forceinline__ void apply_gradient(const GroupNormSiluBackward& op, 
     if (WALK == Walk::planes)
 #pragma unroll
       for (int k = 0; k < V; ++k) sums[0][k] = 0.0f;
-    specialise<!RESIDENT>(masks, [&](auto drops) {
-      const Mask<T, WALK> mask(forward, slab.n, c, drops);
-      specialise(op.grad_u.data && c < forward.c1, [&](auto adds) {
-        each(Unroll<drops               ? 1
-                    : adds || !RESIDENT ? 2
-                                        : 4>(),
-             [&](auto place, auto index) {
-               float x[V], grad[V];
-               const uint32_t dropped = drops ? mask.dropped(place) : 0;
-               if (RESIDENT) {
-                 Kept<T>::load(kept_x, index, x);
-                 Kept<T>::load(kept_grad, index, grad);
-               } else {
-                 from.load(place, x);
-                 grads.load(place, grad);
-               }
+    const Mask<T, WALK> mask(forward, slab.n, c, DROPS);
+    specialise(op.grad_u.data && c < forward.c1, [&](auto adds) {
+      each(Unroll<DROPS               ? 1
+                  : adds || !RESIDENT ? 2
+                                      : 4>(),
+           [&](auto place, auto index) {
+             float x[V], grad[V];
+             const uint32_t dropped = DROPS ? mask.dropped(place) : 0;
+             if (RESIDENT) {
+               Kept<T>::load(kept_x, index, x);
+               Kept<T>::load(kept_grad, index, grad);
+             } else {
+               from.load(place, x);
+               grads.load(place, grad);
+             }
 #pragma unroll
-               for (int k = 0; k < V; ++k) {
-                 const int at = WALK == Walk::pixels ? k : 0;
-                 const float d = x[k] - lines[k].centre;
-                 const float v = madd(d, lines[k].scale, lines[k].shift);
-                 const float kept = drops && dropped >> k & 1 ? 0.0f : grad[k] * keep_scale;
-                 const float g = forward.silu ? kept * silu_gradient(v) : kept;
-                 x[k] = madd(lines[k].scale, g, madd(slope[at], d, offset[at]));
-               }
-               if (adds) {
-                 grads_u.load(place, grad);
+             for (int k = 0; k < V; ++k) {
+               const int at = WALK == Walk::pixels ? k : 0;
+               const float d = x[k] - lines[k].centre;
+               const float v = madd(d, lines[k].scale, lines[k].shift);
+               const float kept = DROPS && dropped >> k & 1 ? 0.0f : grad[k] * keep_scale;
+               const float g = forward.silu ? kept * silu_gradient(v) : kept;
+               x[k] = madd(lines[k].scale, g, madd(slope[at], d, offset[at]));
+             }
+             if (adds) {
+               grads_u.load(place, grad);
 #pragma unroll
-                 for (int k = 0; k < V; ++k) x[k] += grad[k];
-               }
+               for (int k = 0; k < V; ++k) x[k] += grad[k];
+             }
 #pragma unroll
-               for (int k = 0; k < V; ++k) sums[0][k] += x[k];
-               to.store(place, x);
-             });
-      });
+             for (int k = 0; k < V; ++k) sums[0][k] += x[k];
+             to.store(place, x);
+           });
     });
     if (WALK == Walk::planes && summed) {
       float sum = 0.0f;
@@ -274,7 +271,7 @@ __global__ void __launch_bounds__(FEW, 1)
     make_lines<WALK>(forward, cut, slab, scratch);
     channel_sums<T, WALK, true>(op, cut, slab, scratch, memory, memory + kept_bytes, projections);
     finish_sums<WALK>(forward, cut, slab, scratch, projections);
-    apply_gradient<T, WALK, true>(op, cut, slab, scratch, memory, memory + kept_bytes);
+    apply_gradient<T, WALK, true, false>(op, cut, slab, scratch, memory, memory + kept_bytes);
     __syncthreads();
   }
 }
@@ -295,8 +292,9 @@ __global__ void __launch_bounds__(FEW, 1)
   }
 }
 
-template <class T, Walk WALK>
-__global__ void __launch_bounds__(FEW, 1)
+// Dropping takes registers that the others need not pay for with fewer blocks.
+template <class T, Walk WALK, bool DROPS>
+__global__ void __launch_bounds__(DROPS ? MAX_COLUMNS : FEW, 1)
     group_norm_silu_backward_apply(const GroupNormSiluBackward op, const Cut cut) {
   FASTDDPM_DYNAMIC_SHARED(memory);
   const GroupNormSilu& forward = op.forward;
@@ -308,7 +306,7 @@ __global__ void __launch_bounds__(FEW, 1)
     make_lines<WALK>(forward, cut, slab, scratch);
     merge_sums<WALK>(forward, cut, slab, scratch, projections);
     finish_sums<WALK>(forward, cut, slab, scratch, projections);
-    apply_gradient<T, WALK, false>(op, cut, slab, scratch, nullptr, nullptr);
+    apply_gradient<T, WALK, false, DROPS>(op, cut, slab, scratch, nullptr, nullptr);
     __syncthreads();
   }
 }
@@ -376,8 +374,12 @@ void group_norm_silu_backward(const GroupNormSiluBackward& op, void* stream) {
                         forward, cut);
         FASTDDPM_LAUNCH((group_norm_silu_backward_sums<T, WALK>), grid, cut.threads, bytes, stream,
                         op, cut);
-        FASTDDPM_LAUNCH((group_norm_silu_backward_apply<T, WALK>), grid, cut.threads, bytes, stream,
-                        op, cut);
+        if (forward.dropout.threshold)
+          FASTDDPM_LAUNCH((group_norm_silu_backward_apply<T, WALK, true>), grid, cut.threads, bytes,
+                          stream, op, cut);
+        else
+          FASTDDPM_LAUNCH((group_norm_silu_backward_apply<T, WALK, false>), grid, cut.threads,
+                          bytes, stream, op, cut);
       }
     });
   }
