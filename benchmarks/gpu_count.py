@@ -139,7 +139,8 @@ class Counter(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        out = func(*args, **kwargs)
+        # It writes in place and returns nothing, and torch has no version of it without values.
+        out = None if name == "_fused_sgd_" else func(*args, **kwargs)
         if name in FREE or not any(map(_on_gpu, tree_leaves((args, kwargs, out)))):
             return out
         special = SPECIAL.get(name)
@@ -209,7 +210,7 @@ def kind_of(name: str, args: tuple, out: Any) -> str:
         return "residual" if tensors[0].shape == tensors[1].shape else "embedding"
     if "group_norm" in name or (name in ("silu", "silu_backward") and args[0].dim() == 4):
         return "norm"
-    if name.startswith(("_foreach", "_fused_adam")):
+    if name.startswith(("_foreach", "_fused_adam", "_fused_sgd")):
         return "optimizer"
     return "other"
 
@@ -362,5 +363,7 @@ SPECIAL |= dict.fromkeys(("index", "index_select", "gather", "embedding"), rows)
 SPECIAL |= {
     name.split("::")[-1]: foreach
     for name in torch._C._dispatch_get_all_op_names()
-    if "::_foreach_" in name or ("::_fused_adam" in name and "." not in name)
+    if "::_foreach_" in name
+    or ("::_fused_adam" in name and "." not in name)
+    or name == "aten::_fused_sgd_"
 }

@@ -38,9 +38,10 @@ class Guard:
         self._state = torch.zeros(6, dtype=torch.float32, device=device)
         # Of the last step, or from the refused one on of this one.
         self._seen, self.refused, self._steps = self._state[:4], self._state[4], self._state[5]
-        limits = (_LARGEST, _LARGEST, 1 + SLACK, 1 + SLACK)
-        self._limits = torch.tensor(limits, dtype=torch.float32, device=device)
-        self._bytes = torch.tensor((-1, 1), dtype=torch.float32, device=device)
+        self._limits = torch.full((4,), 1 + SLACK, dtype=torch.float32, device=device)
+        self._limits[:2] = _LARGEST
+        self._bytes = torch.ones(2, dtype=torch.float32, device=device)
+        self._bytes[0] = -1
 
     def look(self, loss: torch.Tensor, norm: torch.Tensor, images: torch.Tensor) -> None:
         """Judge a step by these, unless one before it was refused."""

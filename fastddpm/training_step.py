@@ -29,7 +29,7 @@ def take_step(run: Trainer, x0: torch.Tensor, rate: float, share: float) -> torc
 
     rate: Adam's;  share: of the weights in their average, 1 - ema_decay"""
     first, plain = run.example_count, is_plain(run.model)
-    if plain and not run.weights.has_halves:
+    if plain and run.recordings.record is not None and not run.weights.has_halves:
         compute = functools.partial(_compute, run, plain=True)
         recorded = run.recordings.get(_alike(run, x0), compute, x0)
         if recorded is not None:

@@ -80,7 +80,7 @@ def log_bin_mass(x, mean, log_scale):
     return tl.where((w * (1.0 + tl.abs(c)) < 1e-3) & (outer == 0), narrow, wide)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _discretized_log_likelihood_kernel(
     x, mean, log_scale, out, N, A, B, D,
     BN: tl.constexpr, BA: tl.constexpr, BP: tl.constexpr, FLAT: tl.constexpr,

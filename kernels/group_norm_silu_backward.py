@@ -35,6 +35,8 @@ from fastddpm.kernels.group_norm import (
 from fastddpm.kernels.storage import INTERPRETED, load, store
 from fastddpm.kernels.tiles import like, power_of_two, registers
 
+SAMPLES = 32  # that a program which sums over them takes at a time
+
 
 @triton.jit
 def _gradient_of_v(grad, h, inside, about, mean, rstd, gain, offset, SILU: tl.constexpr):
@@ -183,7 +185,7 @@ def _gradient_kernel(
         tl.store(at + chunk * (Q * G * CG) + 2 * G * CG, dsum, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _parameter_gradients_kernel(
     sums, weight, bias, scale, dweight, dbias, dscale, dshift, dbefore, N, K, C, C1,
     BEFORE_OF_SAMPLES: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
@@ -218,7 +220,8 @@ def _parameter_gradients_kernel(
             store(dshift + n * C + c[None, :], total, inside)
         if dscale is not None:
             out = product if gain is None else product * gain
-            out = out if offset is None else out + total * offset
+            # Said, for a compiler to fuse neither product or both in another batch.
+            out = out if offset is None else tl.fma(total, offset, out)
             store(dscale + n * C + c[None, :], out, inside)
             values = scale[0] + n * scale[1] + c.to(tl.int64)[None, :] * scale[2]
             factor = 1.0 + load(values, inside)
@@ -253,7 +256,7 @@ def _parameter_gradients(sums, weight, bias, scale, shift, before, first):
         _parameter_gradients_kernel[(triton.cdiv(channels, columns),)](
             sums, *map(of_channels, (weight, bias, scale)), *new, n, chunks, channels, first,
             BEFORE_OF_SAMPLES=before is not None and before.dim() == 2, Q=quantities,
-            BN=min(power_of_two(n), 64), BC=columns,
+            BN=SAMPLES, BC=columns,
         )  # fmt: skip
     return new
 

@@ -20,7 +20,7 @@ from fastddpm.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["N", "seed"])
 def _noise_kernel(
     x0, eps, xt, t, table, steps, flip, seed, step, index, N, A, B, D,
     BN: tl.constexpr, BA: tl.constexpr, BP: tl.constexpr, FLAT: tl.constexpr, WHOLE: tl.constexpr,

@@ -124,7 +124,7 @@ def normals(
     return tl.where(word % 2 == 0, z0, z1)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["N", "seed"])
 def _randn_kernel(
     out, seed, step, index, N, A, B, D,
     BN: tl.constexpr, BA: tl.constexpr, BP: tl.constexpr, FLAT: tl.constexpr, WHOLE: tl.constexpr,

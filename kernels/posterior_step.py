@@ -10,7 +10,7 @@ from fastddpm.kernels.storage import load, store
 from fastddpm.kernels.tiles import Tiles, at, coefficient, like, per_sample, tile, timestep
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["N", "seed"])
 def _posterior_step_kernel(
     xt, model_output, z, log_variance, out, t, table, steps, seed, step, index, N, A, B, D,
     PREDICTION: tl.constexpr, CLIP: tl.constexpr,

@@ -9,7 +9,7 @@ from fastddpm.kernels.storage import load, store
 from fastddpm.kernels.tiles import Tiles, at, like, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _residual_sum_kernel(
     x, before, residual, u, N, A, B, D,
     BN: tl.constexpr, BA: tl.constexpr, BP: tl.constexpr, FLAT: tl.constexpr,

@@ -4,7 +4,9 @@ An image is (A, B, D), outermost first: what is left of (C, H, W) once dimension
 of the call can walk with one stride are merged. NCHW gives (1, 1, C H W), NHWC (C, 1, H W), a slice
 (C, H, W). The order of elements is that of a contiguous (C, H, W) image in all three. A tensor is
 the tuple (pointer, strides of n, a, b, d); a program handles BN BA rows (n, a) of BP pixels (b, d),
-how many of each being a matter of a sample's shape alone.
+how many of each being a matter of a sample's shape alone; BN is 1 but for the interpreter. Kernels
+leave N unspecialised, so that one program serves every batch: a compiler may fuse a product with a
+sum in one place and not in another.
 """
 
 import torch
@@ -26,7 +28,8 @@ class Tiles:
     def __init__(self, tensors, *, whole_rows=False, block=BLOCK):
         given = [x for x in tensors if x is not None]
         self.n, *sizes = given[-1].shape
-        strides = [[x.stride(k) for x in given] for k in range(4)]
+        strides = [[between_samples(x) for x in given]]
+        strides += [[x.stride(k) for x in given] for k in (1, 2, 3)]
         dims = merged(sizes, strides[1:], whole_rows)
         one = (1, [0] * len(given))
         dims = [one] * (2 - len(dims)) + dims
@@ -46,7 +49,7 @@ class Tiles:
         else:
             self.bp = min(max(power_of_two(pixels), 4), block)
             self.ba = min(power_of_two(a), block // self.bp)
-        self.bn = max(block // (self.ba * self.bp), 1)
+        self.bn = max(block // (self.ba * self.bp), 1) if INTERPRETED.value else 1
         self.grid = (
             triton.cdiv(self.n, self.bn) * triton.cdiv(a, self.ba) * triton.cdiv(pixels, self.bp),
         )
@@ -77,6 +80,16 @@ def merged(sizes, strides, whole_rows):
         else:
             dims.append((size, step))
     return dims
+
+
+def between_samples(x):
+    """The stride of samples. That of a single one may be anything, yet the compiler would make use
+    of what divides it: it is what it would be in a batch.
+    """
+    if x.shape[0] != 1:
+        return x.stride(0)
+    extent = max(size * step for size, step in zip(x.shape[1:], x.stride()[1:], strict=True))
+    return max(x.stride(0), extent)
 
 
 def power_of_two(n):

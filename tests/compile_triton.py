@@ -107,7 +107,7 @@ def launch_attention(x: torch.Tensor, groups: int, heads: int) -> None:
 def launch_norm(x: torch.Tensor, groups: int, x2: torch.Tensor | None = None) -> None:
     """group_norm_silu of cat(x, x2) and its gradient, with all that they can take in."""
     n, c = x.shape[0], x.shape[1] + (0 if x2 is None else x2.shape[1])
-    vector, matrix, before = torch.zeros(c), torch.zeros(n, c), torch.zeros(n, x.shape[1])
+    vector, matrix, before = (x.new_zeros(size) for size in (c, (n, c), (n, x.shape[1])))
     stream = {"dropout": 0.1, "seed": 3, "step": torch.arange(n), "sample_index": torch.arange(n)}
     y, _ = group_norm_silu.group_norm_silu(
         x, groups, vector, vector, scale=matrix, shift=matrix,
@@ -119,7 +119,7 @@ def launch_norm(x: torch.Tensor, groups: int, x2: torch.Tensor | None = None) ->
 
 
 def launch_plain_norm(x: torch.Tensor, groups: int) -> None:
-    vector = torch.zeros(x.shape[1])
+    vector = x.new_zeros(x.shape[1])
     group_norm_silu.group_norm_silu(x, groups, vector, vector)
     group_norm_silu_backward.group_norm_silu_backward(
         x, x, groups, vector, vector, 1e-6, None, None, True
@@ -128,11 +128,16 @@ def launch_plain_norm(x: torch.Tensor, groups: int) -> None:
 
 def launch_batches(dtype: torch.dtype) -> None:
     """What must not know how many samples there are."""
+    table = Schedule.linear().table()
     for n in (1, 2, 16, 33):
-        small, large = image(n, 64, 8, 8, dtype=dtype), image(n, 64, 64, 64, dtype=dtype)
-        for x in (small, large):
-            launch_norm(x, 8)
-        residual_sum.residual_sum(small, small, torch.zeros(n, 64))
+        x, t = image(n, 64, 8, 8, dtype=dtype), torch.arange(n)
+        for norm_of in (x, image(n, 64, 64, 64, dtype=dtype)):
+            launch_norm(norm_of, 8)
+        residual_sum.residual_sum(x, x, torch.zeros(n, 64))
+        philox.randn(x.shape, seed=3, step=t, sample_index=t)
+        noise.noise(x, t, table, eps=x)
+        posterior_step.posterior_step(x, x, t, table, seed=3, sample_index=t)
+        discretized_log_likelihood.discretized_log_likelihood(x, x, x)
 
 
 def launch_every_kernel(dtype: torch.dtype) -> None:

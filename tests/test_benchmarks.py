@@ -207,6 +207,19 @@ def test_a_contestant_that_computes_something_else_is_not_timed(
     assert "diffusers" not in table
 
 
+def test_torchs_switches_of_a_gpu_are_named(throughput):
+    """As they are while a float32 model runs: convolutions follow what products are told."""
+    settings, gpu = throughput.contestants.settings, torch.device("cuda")
+    assert settings(torch.device("cpu")) == {}
+    assert settings(gpu) == {"TF32": "nowhere", "cudnn.benchmark": "off"}
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
+    try:
+        said = {"TF32": "in products, convolutions", "cudnn.benchmark": "on"}
+        assert settings(gpu) == said
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = False
+
+
 def test_who_is_missing_is_named_with_the_reason(in_process, monkeypatch, capsys):
     found = importlib.util.find_spec
     monkeypatch.setattr(

@@ -253,6 +253,51 @@ def test_the_tape_is_a_fair_stand_in():
     assert not torch.equal(drawn, eager.run(x, **stream))
 
 
+class Mark:
+    """An event of a device that is as slow as can be: what was queued before it is done when it is
+    waited for, and not before."""
+
+    queued = done = 0
+
+    def __init__(self, device):
+        self.at = Mark.queued
+
+    def synchronize(self):
+        Mark.done = max(Mark.done, self.at)
+
+
+def test_who_counts_steps_is_not_far_ahead_of_the_device(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "mark", Mark)
+    monkeypatch.setattr(Mark, "queued", 0)
+    monkeypatch.setattr(Mark, "done", 0)
+    graph, _, _ = engines(wave, Diffusion(Schedule.linear(100)))
+    ahead = []
+
+    def tick(i, x, x0):
+        ahead.append(Mark.queued - Mark.done)
+
+    plain = graph._record
+
+    def record(*arguments):
+        replay = plain(*arguments)
+
+        def counted():
+            Mark.queued += 1
+            replay()
+
+        return counted
+
+    graph._record = record
+    x, stream = start()
+    graph.run(x, **stream, on_step=tick)
+    assert len(ahead) == 100
+    assert cuda_graph.AHEAD <= max(ahead) <= 2 * cuda_graph.AHEAD
+    ahead.clear()
+    waited = Mark.done
+    graph.run(x, **stream)
+    assert Mark.done == waited  # nobody counts
+
+
 # ---- when it is chosen ---------------------------------------------------------------------------
 
 

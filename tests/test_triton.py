@@ -230,14 +230,11 @@ def norm_inputs(triton, shape, c2, dtype, layouts, before):
     return x, residual, x2, grad, grad_u, before, [p.to(triton.DEVICE) for p in parameters]
 
 
-@pytest.fixture(params=["one tile", "many tiles"])
-def tiles(request, monkeypatch):
-    """Slabs of a few hundred elements are one tile, or many as those of large images are."""
-    if request.param == "many tiles":
-        monkeypatch.setattr("fastddpm.kernels.group_norm.SLAB", 128)
-        monkeypatch.setattr("fastddpm.kernels.group_norm.TILE", 512)
-        monkeypatch.setattr("fastddpm.kernels.group_norm.LEAST", 256)
-    return request.param
+@pytest.fixture
+def many_tiles(monkeypatch):
+    """Slabs of a hundred elements are cut in chunks and tiles, as those of large images are."""
+    for name, elements in {"SLAB": 128, "TILE": 512, "LEAST": 256}.items():
+        monkeypatch.setattr(f"fastddpm.kernels.group_norm.{name}", elements)
 
 
 @pytest.mark.parametrize("summed", [False, True])
@@ -251,8 +248,8 @@ def tiles(request, monkeypatch):
     ],
     ids=str,
 )
-def test_what_stands_before_the_norm(triton, tiles, shape, c2, groups, dtype, layouts, p, summed):
-    """All options at once, of slabs that are one tile and of many: values and all gradients."""
+def test_slabs_of_many_tiles(triton, many_tiles, shape, c2, groups, dtype, layouts, p, summed):
+    """All that the norm can take in: values and all gradients."""
     x, residual, x2, grad, grad_u, before, parameters = norm_inputs(
         triton, shape, c2, dtype, layouts, (shape[0],) if summed else ()
     )
@@ -436,15 +433,15 @@ def test_every_kernel_compiles(compiled, capability, dtype):
 
 @needs_triton
 def test_images_are_walked_in_vectors(compiled):
-    """In NHWC, bfloat16, with all that the norm can take in: no element of an image is loaded or
-    stored by itself.
+    """In NHWC, bfloat16, with all that the norm can take in: but for its five parameters no element
+    is loaded or stored by itself.
     """
     for capability in COMPILED:
         of_images = [k for k in compiled if (k["sm"], k["dtype"]) == (capability, DTYPES[0])]
         for name in (*NORM, "_residual_sum_kernel"):
             first = next(k for k in of_images if k["kernel"] == name)  # those of NHWC come first
             assert first["wide"] > 0, first
-            assert first["elements"] == 0, first
+            assert first["elements"] <= 5, first
 
 
 @needs_triton
@@ -452,11 +449,11 @@ def test_images_are_walked_in_vectors(compiled):
 def test_one_program_serves_every_batch(tmp_path):
     """The compiler is not told how many samples there are, and so makes one program for all."""
     kernels = compiled_by_triton(tmp_path, [(80, ("--batches", "bfloat16"))])
-    made = [k["kernel"] for k in kernels if k["kernel"] != "_parameter_gradients_kernel"]
-    ways = {"_partial_statistics_kernel": 2, "_group_norm_silu_kernel": 2}  # 2 of each norm's
-    assert sorted(made) == sorted(
-        name for name in (*NORM, "_residual_sum_kernel") for _ in range(ways.get(name, 1))
-    )
+    once = {
+        *NORM, *ELEMENTWISE, "_parameter_gradients_kernel", "_parameter_gradients_kernel of chunks",
+        "_group_norm_silu_kernel of chunks", "_partial_statistics_kernel of the gradient",
+    }  # fmt: skip
+    assert sorted(k["kernel"] for k in kernels) == sorted(name.split(" ")[0] for name in once)
 
 
 @needs_triton

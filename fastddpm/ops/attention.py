@@ -82,9 +82,9 @@ def attention_block_backward(
         dy = _image(dqkv @ qkv_weight.to(dqkv.dtype), x).to(x.dtype)
         others = *_product_backward(dqkv, tokens, qkv_weight, qkv_bias), *dproj
     dx, dnorm_weight, dnorm_bias, *_ = norm_backward(
-        dy, x, num_groups, norm_weight, norm_bias, eps, None, None, False
+        dy, x, num_groups, norm_weight, norm_bias, eps, None, None, False, grad_u=grad
     )
-    return dx.add_(grad), dnorm_weight, dnorm_bias, *others
+    return dx, dnorm_weight, dnorm_bias, *others
 
 
 def _tokens(x: Tensor, like: Tensor, weight: Tensor) -> Tensor:
