@@ -96,8 +96,9 @@ struct PosteriorStep {
   Table table;
 };
 
-// An element is kept where its word is at least `threshold`, and then multiplied by keep_scale; 0:
-// all are kept as they are. Elements count channels last: pixel * C + channel.
+// An element is kept where its word is at least `threshold`, and then multiplied by keep_scale,
+// else by 0; a threshold of 0: all are kept as they are. Elements count channels last: pixel * C +
+// channel.
 struct Dropout {
   float keep_scale;    // 1 / (1 - p)
   uint32_t threshold;  // floor(p 2^32)

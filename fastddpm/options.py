@@ -11,6 +11,12 @@ import numpy as np
 INTEGER_END = 2**63
 
 
+def shown(value: Any) -> str:
+    """repr(value) for a message: one line, and not long."""
+    line = " ".join(repr(value).split())
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
 def check_number(name: str, value: Any, ok: Callable[[float], bool], allowed: str) -> float:
     """A float of Python's or NumPy's number; ValueError for all else, NaN and True too."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -19,7 +25,7 @@ def check_number(name: str, value: Any, ok: Callable[[float], bool], allowed: st
             return float(value)
     except OverflowError:
         pass
-    raise ValueError(f"{name} must be {allowed}; got {value!r}")
+    raise ValueError(f"{name} must be {allowed}; got {shown(value)}")
 
 
 def check_integer(name: str, value: Any, least: int) -> int:
@@ -27,14 +33,14 @@ def check_integer(name: str, value: Any, least: int) -> int:
     so.
     """
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-        raise ValueError(f"{name} must be an integer; got {value!r}")
+        raise ValueError(f"{name} must be an integer; got {shown(value)}")
     if not least <= value < INTEGER_END:
         allowed = f"at least {least}" if value < least else f"in {least} .. 2^63 - 1"
-        raise ValueError(f"{name} must be {allowed}; got {value!r}")
+        raise ValueError(f"{name} must be {allowed}; got {shown(value)}")
     return int(value)
 
 
 def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name} must be True or False; got {value!r}")
+        raise ValueError(f"{name} must be True or False; got {shown(value)}")
     return bool(value)

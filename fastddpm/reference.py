@@ -215,7 +215,7 @@ def group_norm_silu(
     y = F.silu(y) if silu else y
     if dropout:
         y = y * dropout_factors(y, dropout, seed=seed, step=step, sample_index=sample_index)
-    y = with_channels(x, y.shape[1]).copy_(y) if x2 is not None else _as(x, y)
+    y = _as(x if x2 is None else with_channels(x, y.shape[1]), y)
     return y if residual is None else (y, u)
 
 
@@ -518,4 +518,7 @@ def _coefficients(table: Tensor, t: Tensor, x: Tensor) -> list[Tensor]:
 def _as(x: Tensor, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """y with the memory format that torch.empty_like(x) has, in `dtype` (None: that of x)."""
     out = torch.empty_like(x, dtype=dtype)
-    return y.to(out.dtype) if y.stride() == out.stride() else out.copy_(y)
+    if y.stride() == out.stride():
+        return y.to(out.dtype)
+    # Made from y, as under vmap only that may have the batch's dimension.
+    return y.new_empty_strided(out.shape, out.stride(), dtype=out.dtype).copy_(y)

@@ -40,7 +40,8 @@ BELOW_ONE = float(np.nextafter(1.0, 0.0))  # the largest beta
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise the ValueError that lists what `name` may be."""
     if not isinstance(value, str) or value not in choices:  # an array may be equal to one
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+        allowed = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of {allowed}; got {options.shown(value)}")
 
 
 def check_count(name: str, value: int, largest: int | None = None) -> int:
@@ -48,7 +49,7 @@ def check_count(name: str, value: int, largest: int | None = None) -> int:
     integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not integer or value < 1 or (largest is not None and value > largest):
         allowed = "of at least 1" if largest is None else f"in 1 .. {largest}"
-        raise ValueError(f"{name} must be an integer {allowed}; got {value!r}")
+        raise ValueError(f"{name} must be an integer {allowed}; got {options.shown(value)}")
     return int(value)
 
 

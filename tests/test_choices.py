@@ -74,5 +74,8 @@ def test_what_is_out_of_range_is_named(options, message):
 def test_other_types_are_named():
     with pytest.raises(TypeError, match="sample_index must be int64"):
         ops.choices(INDEX.float(), seed=0, step=0, levels=10)
-    with pytest.raises(TypeError, match="levels must be an integer"):
-        ops.choices(INDEX, seed=0, step=0, levels=1.5)
+    for name in ("seed", "step", "levels"):
+        for value in (1.5, None, INDEX, torch.tensor(0.5), torch.zeros(2, 2).numpy()):
+            arguments = {"seed": 0, "step": 0, "levels": 10, name: value}
+            with pytest.raises(TypeError, match=f"^{name} must be an integer; got .*$"):
+                ops.choices(INDEX, **arguments)

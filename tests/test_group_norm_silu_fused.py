@@ -368,6 +368,39 @@ def test_float64_goes_to_the_reference():
         assert torch.equal(a, b)
 
 
+def test_dropout_hides_no_nan(device):
+    """As torch's: what is dropped is multiplied by 0."""
+    x = torch.randn(3, 6, 4, 4)
+    x[1, 2, 0, 0], x[2, 5, 1, 1] = torch.inf, torch.nan
+    grad = torch.randn_like(x)
+    grad[0, :3] = torch.nan
+    leaf = x.to(device).requires_grad_()
+    y = ops.group_norm_silu(leaf, 3, None, None, **stream(3, device))
+    (dx,) = torch.autograd.grad(y, leaf, grad.to(device))
+    bad = torch.zeros(3, 6, dtype=torch.bool)
+    bad[1, 2:4] = bad[2, 4:] = True
+    assert torch.equal(y.detach().cpu().isnan(), bad[..., None, None].expand_as(x))
+    bad[0, :4] = True
+    assert torch.equal(dx.cpu().isnan(), bad[..., None, None].expand_as(x))
+
+
+@pytest.mark.parametrize("mapped", ["x", "before", "residual", "x2", "weight", "shift"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc_slice"])
+def test_vmap_over_one_of_the_tensors(mapped, layout):
+    """The others, and with them the memory format, have no dimension of the batch."""
+    options = {"before": "rows", "residual": True, "modulated": True}
+    tensors = inputs((2, 3, 2, 5), 5, torch.float32, "cpu", layout, **options)
+    several = torch.stack([tensors[mapped], tensors[mapped] + 1])
+
+    def function(one):
+        return fused(num_groups=4, **{**tensors, mapped: one}, **stream(2, "cpu"))
+
+    expected = [function(one) for one in several]
+    for got, values in zip(torch.func.vmap(function)(several), zip(*expected, strict=True),
+                           strict=True):  # fmt: skip
+        assert_exact(got, torch.stack(values).double())
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_the_gradient_can_be_differentiated(residual):
     tensors = inputs(
@@ -408,6 +441,10 @@ DRAWN = {"dropout": 0.5, "seed": 0, "step": 0, "sample_index": INDEX}
         ({**DRAWN, "dropout": 1.0}, ValueError, r"dropout must be .*in \[0, 1\); got 1.0"),
         ({**DRAWN, "dropout": -0.1}, ValueError, r"dropout must be .*in \[0, 1\); got -0.1"),
         ({**DRAWN, "dropout": "1"}, ValueError, "dropout must be .*; got '1'"),
+        ({**DRAWN, "dropout": P}, ValueError, r"dropout must be a number in .*; got tensor\(\["),
+        ({"dropout": P}, ValueError, "dropout must be a number in"),
+        ({"eps": X}, ValueError, r"eps must be a number .*; got tensor\(.*$"),
+        ({"num_groups": X}, ValueError, r"num_groups must divide .*; got tensor\(.*$"),
         ({**DRAWN, "seed": None}, ValueError, "dropout needs seed, .*; got no seed"),
         ({**DRAWN, "step": None}, ValueError, "dropout needs .*; got no step"),
         ({**DRAWN, "sample_index": None}, ValueError, "dropout needs .*; got no sample_index"),

@@ -232,7 +232,9 @@ class Reader {
   Table table(py::handle x) {
     require(x, "table");
     const Numbers sizes = shape_of(x, "table");
-    if (sizes.size != 2) refuse("table", "must have shape (T, K); got " + sizes.text());
+    // CUDA takes the nearest row for a t outside the table: there must be one.
+    if (sizes.size != 2 || sizes.value[0] < 1)
+      refuse("table", "must have shape (T, K), T >= 1; got " + sizes.text());
     return {floats(x, "table", sizes.value[0], COLUMNS), sizes.value[0]};
   }
 

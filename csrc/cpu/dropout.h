@@ -7,9 +7,9 @@ namespace {
 
 inline uint32_t mask_of(uint32_t word, uint32_t threshold) { return word >= threshold ? ~0u : 0u; }
 
-// x scaled where the mask's bits are set, else 0.
+// x scaled where the mask's bits are set, else times 0: a NaN or an infinity is not hidden.
 inline float drop(float x, float keep_scale, uint32_t mask) {
-  return bit_cast<float>(bit_cast<uint32_t>(x * keep_scale) & mask);
+  return x * bit_cast<float>(bit_cast<uint32_t>(keep_scale) & mask);
 }
 
 // Masks of the elements of blocks first .. first + count, count <= BLOCKS.

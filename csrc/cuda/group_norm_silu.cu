@@ -29,7 +29,7 @@ __device__ __forceinline__ void apply(const GroupNormSilu& op, const Cut& cut, c
         for (int k = 0; k < V; ++k) {
           const float v = madd(x[k] - lines[k].centre, lines[k].scale, lines[k].shift);
           x[k] = op.silu ? silu(v) : v;
-          if (drops) x[k] = dropped >> k & 1 ? 0.0f : x[k] * op.dropout.keep_scale;
+          if (drops) x[k] *= dropped >> k & 1 ? 0.0f : op.dropout.keep_scale;
         }
         y.store(place, x);
       });

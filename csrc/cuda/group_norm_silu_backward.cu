@@ -83,7 +83,7 @@ __device__ __forceinline__ void channel_sums(const GroupNormSiluBackward& op, co
         else
           from.load(place, x);
 #pragma unroll
-        for (int k = 0; drops && k < V; ++k) grad[k] = dropped >> k & 1 ? 0.0f : grad[k];
+        for (int k = 0; drops && k < V; ++k) grad[k] *= dropped >> k & 1 ? 0.0f : 1.0f;
         if (RESIDENT) Kept<T>::store(kept_grad, index, grad);
 #pragma unroll
         for (int k = 0; k < V; ++k) {
@@ -224,7 +224,7 @@ __device__ __forceinline__ void apply_gradient(const GroupNormSiluBackward& op, 
                const int at = WALK == Walk::pixels ? k : 0;
                const float d = x[k] - lines[k].centre;
                const float v = madd(d, lines[k].scale, lines[k].shift);
-               const float kept = DROPS && dropped >> k & 1 ? 0.0f : grad[k] * keep_scale;
+               const float kept = grad[k] * (DROPS && dropped >> k & 1 ? 0.0f : keep_scale);
                const float g = forward.silu ? kept * silu_gradient(v) : kept;
                x[k] = madd(lines[k].scale, g, madd(slope[at], d, offset[at]));
              }

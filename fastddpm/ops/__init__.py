@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastddpm.ops import checks, library
 from fastddpm.ops.dispatch import use_backend
-from fastddpm.options import check_flag
+from fastddpm.options import check_flag, shown
 from fastddpm.schedule import check_choice
 
 __all__ = [
@@ -61,11 +61,11 @@ def randn(
     """
     shape = tuple(map(checks.whole, shape))
     if not shape or any(not isinstance(s, (int, torch.SymInt)) or s < 0 for s in shape):
-        raise ValueError(f"shape must be (N, ...), integers of at least 0; got {shape}")
+        raise ValueError(f"shape must be (N, ...), integers of at least 0; got {shown(shape)}")
     if all(type(s) is int for s in shape) and math.prod(shape) >= checks.ELEMENTS_END:
         raise ValueError(f"shape must be of less than 2^48 elements; got {shape}")
     if dtype not in checks.FLOATS:
-        raise TypeError(f"dtype must be a float dtype; got {dtype}")
+        raise TypeError(f"dtype must be a float dtype; got {shown(dtype)}")
     n = shape[0]
     if sample_index is None:
         first = checks.integer("first_index", first_index, checks.INDEX_END - n, "2^63 - N")
@@ -137,7 +137,7 @@ def noise(
         floating = eps if x0.dtype == torch.uint8 else x0
         dtype = torch.float32 if floating is None else floating.dtype
     elif dtype not in checks.FLOATS:
-        raise TypeError(f"dtype must be a float dtype; got {dtype}")
+        raise TypeError(f"dtype must be a float dtype; got {shown(dtype)}")
     table = table.contiguous()
     if stream is not None:
         return library.drawn_noise(x0, t, table, *stream, flip, dtype)
@@ -253,7 +253,8 @@ def group_norm_silu(
     checks.parameter("scale", scale, (n, c), device)
     checks.parameter("shift", shift, (n, c), device)
     norm = (num_groups, weight, bias, eps, scale, shift, check_flag("silu", silu))
-    if before is None and x2 is None and residual is None and dropout == 0.0:
+    plain = before is None and x2 is None and residual is None
+    if plain and isinstance(dropout, float) and dropout == 0.0:
         return library.group_norm_silu(x, *norm)
     checks.before(before, n, c1, device)
     stream = checks.dropout_stream(dropout, seed, step, sample_index, n, device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastddpm.options import check_number
+from fastddpm.options import check_number, shown
 from fastddpm.schedule import K
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -79,7 +79,7 @@ def usable_device(device: Any) -> torch.device:
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         why = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"device must be one that can be used here; got {device!r}: {why}"
+            f"device must be one that can be used here; got {shown(device)}: {why}"
         ) from None
     return place
 
@@ -199,7 +199,7 @@ def dropout_stream(
     p: Any, seed: Any, step: Any, sample_index: Any, n: int, device: torch.device
 ) -> tuple[float, int | None, Tensor | None, Tensor | None]:
     """(p, seed, step, sample_index) of a dropout; without one, (0, None, None, None)."""
-    p = check_number("dropout", p, lambda number: 0 <= number < 1, "in [0, 1)")
+    p = check_number("dropout", p, lambda number: 0 <= number < 1, "a number in [0, 1)")
     given = {"seed": seed, "step": step, "sample_index": sample_index}
     if p == 0:
         return 0.0, None, None, None
@@ -247,7 +247,7 @@ def divisor(name: str, value: Any, channels: int) -> int:
     """An integer, of NumPy's too, that divides the channels."""
     number = whole(value)
     if not isinstance(number, int) or number < 1 or channels % number:
-        raise ValueError(f"{name} must divide the {channels} channels; got {value!r}")
+        raise ValueError(f"{name} must divide the {channels} channels; got {shown(value)}")
     return number
 
 
@@ -266,9 +266,10 @@ def groups(num_groups: Any, x: Tensor, eps: Any, channels: int) -> tuple[int, fl
 def integer(name: str, value: Any, end: int, text: str) -> int:
     """An integer in 0 .. end - 1; `text` says what `end` is."""
     if type(value) is not int and not isinstance(value, torch.SymInt):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"{name} must be an integer; got {value!r}")
-        value = operator.index(value)
+        number = whole(value)
+        if isinstance(value, bool) or not isinstance(number, int):
+            raise TypeError(f"{name} must be an integer; got {shown(value)}")
+        value = number
     if not 0 <= value < end:
         raise ValueError(f"{name} must be in 0 .. {text} - 1; got {value}")
     return value

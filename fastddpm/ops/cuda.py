@@ -31,12 +31,23 @@ class _Cuda(Native):
         size = self.module.group_norm_workspace(x.shape[0], x.shape[1], num_groups, backward)
         return torch.empty(size, dtype=torch.float32, device=x.device)
 
-    def attention_block(self, x, *arguments, **options):
-        return attention.attention_block(self.group_norm_silu, x, *arguments, **options)
+    def attention_block(
+        self, x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,
+        *, num_heads=1, eps=1e-6,
+    ):  # fmt: skip
+        return attention.attention_block(
+            self.group_norm_silu, x, num_groups, norm_weight, norm_bias,
+            qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads=num_heads, eps=eps,
+        )  # fmt: skip
 
-    def attention_block_backward(self, grad, x, *arguments):
-        norm = self.group_norm_silu, self.group_norm_silu_backward
-        return attention.attention_block_backward(*norm, grad, x, *arguments)
+    def attention_block_backward(
+        self, grad, x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias,
+        proj_weight, proj_bias, num_heads, eps,
+    ):  # fmt: skip
+        return attention.attention_block_backward(
+            self.group_norm_silu, self.group_norm_silu_backward, grad, x, num_groups,
+            norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, eps,
+        )  # fmt: skip
 
     def unsupported(self, op, *tensors, **options):
         reason = super().unsupported(_KERNELS_OF.get(op, op), *tensors, **options)
