@@ -109,8 +109,14 @@ def _engines() -> list[tuple[str, str]]:
     graph = cuda_graph.unsupported(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return [
         (
+            "cuda_plan",
+            "a fastddpm.UNet as one graph launch a step, of the fewest passes; "
+            + (graph or "'auto' uses it"),
+        ),
+        (
             "cuda_graph",
-            "a model as one graph launch a step; " + (graph or "'auto' uses it for a UNet"),
+            "any model as one graph launch a step; "
+            + (graph or "'auto' uses it for a UNet that is changed"),
         ),
         ("cpu_plan", f"a fastddpm.UNet on the CPU as one native call a step; {plan}"),
         ("eager", "any model, on any device torch has; what 'auto' uses for all others"),

@@ -5,6 +5,7 @@ are read where a GPU's would be, every so many steps, and what is recorded is a 
 from __future__ import annotations
 
 import collections
+import sys
 import types
 import warnings
 
@@ -19,6 +20,7 @@ from toy import tiny_unet
 from fastddpm import host, training_graph, training_step, upload
 from fastddpm.guard import Guard
 from fastddpm.ops import library
+from fastddpm.trainer import Trainer
 
 SHAPE = (1, 8, 8)
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
@@ -274,6 +276,18 @@ def test_a_guard_looks_at_all_four_values():
         assert (refused is None) == good
         assert good or refused.steps == 1
         assert guard.read() is None
+
+
+def test_a_state_of_steps_that_were_taken_in_another_way_says_so(tmp_path, monkeypatch):
+    module, first = sys.modules[Trainer.__module__], trainer()
+    first.step(batches(1)[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "WAY", 1)
+        first.save(tmp_path)
+    run = trainer()
+    with pytest.warns(UserWarning, match="not bit for bit .*way of taking steps was 1 and is"):
+        run.load(tmp_path)
+    assert_same(state(run), state(first))
 
 
 # ---- working copies ------------------------------------------------------------------------------
