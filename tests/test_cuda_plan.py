@@ -259,6 +259,14 @@ def test_a_sample_records_once():
     assert (recorder.tapes, recorder.replays) == (1, 3 * SCHEDULE.T)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 7, 8), (2, 1, 8, 8)])
+def test_images_that_do_not_fit_are_refused_as_eager_does(shape):
+    model = tiny_unet(in_channels=3)
+    for engine in engines(model)[:2]:
+        with pytest.raises(ValueError, match=r"H and W must be|x must be \(N, 3, H, W\)"):
+            engine.run(torch.zeros(shape), seed=1, sample_index=torch.arange(2))
+
+
 # ---- a model that changes, and one that a plan can't run -----------------------------------------
 
 

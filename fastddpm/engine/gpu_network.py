@@ -46,6 +46,7 @@ class Network(Walk):
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+        self.model.check_input(x, t.expand(len(x)))
         rows = self._kept(self.model, "rows", self.wide, lambda: self._rows())
         self._row = rows.index_select(0, t)[0]
         return self.walk(self.model, self._padded(x))
