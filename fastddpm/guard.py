@@ -23,8 +23,9 @@ class Refused(NamedTuple):
     steps: int
 
     @property
-    def finite(self) -> bool:
-        return abs(self.loss) <= _LARGEST and abs(self.norm) <= _LARGEST
+    def out_of_range(self) -> bool:
+        """Whether its pixels were, which may be why its loss is not finite; NaN is in no range."""
+        return not (self.low >= -1 - SLACK and self.high <= 1 + SLACK)
 
 
 class Guard:

@@ -40,6 +40,7 @@ from fastddpm.upload import uploaded
 from fastddpm.working_copies import WorkingCopies
 from fastddpm.wrapped import unwrap
 
+WAY = 2  # of a step's masks and sums: another one goes on with a saved run but not bit for bit
 READ_EVERY = 50  # steps, on a device that the host has to wait for
 
 
@@ -179,8 +180,8 @@ class Trainer:
         """Wait for the steps so far, and see whether each counts: `step` does it every
         `read_every`th time, and save, ema_model and ema_weights.
 
-        Raises FloatingPointError where a step's loss or gradient was not finite, ValueError where
-        its pixels were out of range. The steps after it were left out, too: weights, averages,
+        Raises ValueError where a step's pixels were out of range, else FloatingPointError where its
+        loss or gradient was not finite. The steps after it were left out, too: weights, averages,
         moments and counts are those before it, whenever it is found, and the next step takes its
         place. (Buffers, which a network writes itself, are as its last forward left them.)"""
         refused, counts = self.guard.read(), self._unread
@@ -194,7 +195,7 @@ class Trainer:
             f"step {self.step_count}: loss {refused.loss}, gradient norm {refused.norm}; the "
             f"weights are those before this step{also if refused.steps > 1 else ''}"
         )
-        if refused.finite:
+        if refused.out_of_range:
             raise ValueError(f"{_out_of_range(refused.low, refused.high)} ({what})")
         raise FloatingPointError(what)
 
@@ -351,6 +352,7 @@ class Trainer:
             "device": self.device.type,
             "torch": torch.__version__,
             "backend": dispatch.forced(),
+            "way of taking steps": WAY,
         }
         if self.device.type == "cpu":
             facts |= {"threads": torch.get_num_threads(), "instruction set": _native.isa()}

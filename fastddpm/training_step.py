@@ -15,12 +15,15 @@ from fastddpm.host import seeded
 from fastddpm.ops import dispatch
 from fastddpm.precision import autocast, tf32_asked
 from fastddpm.unet import UNet
-from fastddpm.unet_plain import foreign
+from fastddpm.unet_parts import changed
+from fastddpm.unet_plain import foreign, settings
 
 if TYPE_CHECKING:
     from fastddpm.trainer import Trainer
 
 CHOICES_STEP = 2**32 - 1  # the RNG contract's step word of t and flip, which no chain reaches
+
+MOVING = ("params", "lr", "capturable")  # of Adam's options: what a step is given, or sets itself
 
 
 def take_step(run: Trainer, x0: torch.Tensor, rate: float, share: float) -> torch.Tensor:
@@ -43,11 +46,13 @@ def take_step(run: Trainer, x0: torch.Tensor, rate: float, share: float) -> torc
 
 def is_plain(model: object) -> bool:
     """Whether the model is our network as it was made: with nothing around it, and nothing in it
-    that could see which tensors it computes with."""
+    that could see which tensors it computes with, or when their gradients are there."""
     return (
         type(model) is UNet
         and getattr(model, "_compiled_call_impl", None) is None
+        and changed(model) is None
         and foreign(model) is None
+        and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
     )
 
 
@@ -57,11 +62,12 @@ def _alike(run: Trainer, x0: torch.Tensor) -> Hashable:
     states = (run.optimizer.state[m] for m in masters)
     moments = (value.data_ptr() for state in states for value in state.values())
     weights = ((m.data_ptr(), m.requires_grad) for m in masters)
-    dropout = (m.p for m in run.network.modules() if isinstance(m, torch.nn.Dropout))
-    options = (run.seed, run.flip, run.grad_clip, id(run.diffusion))
-    settings = (dispatch.forced(), tf32_asked())
+    options = (run.seed, run.flip, run.grad_clip, run.precision, id(run.diffusion))
+    host = (dispatch.forced(), tf32_asked())
     layout = (x0.shape, x0.dtype, x0.stride())
-    return layout, options, settings, tuple(dropout), tuple(weights), tuple(moments)
+    adam = ((k, v) for g in run.optimizer.param_groups for k, v in g.items() if k not in MOVING)
+    network = settings(run.network)
+    return layout, options, host, network, tuple(adam), tuple(weights), tuple(moments)
 
 
 def _compute(
@@ -78,21 +84,22 @@ def _compute(
     copies = run.copies if plain else None
     t, flip = ops.choices(index, seed=run.seed, step=CHOICES_STEP, levels=run.diffusion.T)
     run.weights.zero_gradients()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_dropout(run, index, plain))
-        if copies is not None:
-            stack.enter_context(copies.in_place())
-        stack.enter_context(autocast(run.precision, run.device))
-        loss = run.diffusion.loss(
-            run.model, x0, t=t, flip=flip if run.flip else None, seed=run.seed, sample_index=index
-        ).mean()
-    if not loss.requires_grad:
-        raise ValueError(
-            "the loss depends on no weight that may be trained: every parameter is frozen "
-            "(requires_grad=False), or the model computes without gradients"
-        )
-    scale = run.weights.loss_scale
-    (loss if scale == 1 else loss * scale).backward()
+    with _dropout(run, index, plain):  # for the backward, too: a checkpoint computes anew there
+        with contextlib.ExitStack() as stack:
+            if copies is not None:
+                stack.enter_context(copies.in_place())
+            stack.enter_context(autocast(run.precision, run.device))
+            loss = run.diffusion.loss(
+                run.model, x0, t=t, flip=flip if run.flip else None, seed=run.seed,
+                sample_index=index,
+            ).mean()  # fmt: skip
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss depends on no weight that may be trained: every parameter is frozen "
+                "(requires_grad=False), or the model computes without gradients"
+            )
+        scale = run.weights.loss_scale
+        (loss if scale == 1 else loss * scale).backward()
     if copies is not None:
         copies.take_gradients()
     loss = loss.detach()

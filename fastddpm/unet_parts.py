@@ -131,10 +131,13 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and changed(module) is None
 
 
+OWN = frozenset(("forward", "run", "_conv_forward", "_call_impl", "_wrapped_call_impl"))
+
+
 def changed(module: nn.Module) -> str | None:
     """What makes a call of the module more than its class's forward, or None."""
-    if "forward" in module.__dict__:  # as accelerate and others replace it
-        return "has a forward that is not its class's"
+    for name in OWN & module.__dict__.keys():  # as accelerate and others replace a forward
+        return f"has a {name} that is not its class's"
     if module._forward_hooks or module._forward_pre_hooks:
         return "has a forward hook"
     if module._backward_hooks or module._backward_pre_hooks:

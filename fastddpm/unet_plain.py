@@ -45,6 +45,14 @@ _PARTS: dict[type, dict[str, Any]] = {
     Upsample: {"conv": _CONV},
 }  # fmt: skip
 _WEIGHTED = frozenset((nn.Conv2d, nn.Linear))
+_SETTINGS = frozenset((bool, int, float, str, tuple))
+_HELD: dict[type, tuple[str, ...]] = {  # of those types, by the parts of a plain one
+    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    **dict.fromkeys((nn.GroupNorm, GroupNorm), ("num_groups", "eps")),
+    AttentionBlock: ("num_heads",),
+    nn.Dropout: ("p",),
+    **dict.fromkeys((nn.Linear, nn.ModuleList, ResnetBlock, Level), ()),
+}
 _WEIGHTS = frozenset((torch.Tensor, nn.Parameter, FakeTensor))  # no quantised or sharded ones
 
 # As they are when nobody has replaced them for all of their class.
@@ -70,6 +78,22 @@ def foreign(model: nn.Module) -> str | None:
     part, what = found
     name = next((name for name, module in model.named_modules() if module is part), "")
     return f"{name or 'the model'} ({type(part).__name__}) {what}"
+
+
+def settings(model: nn.Module) -> tuple[Any, ...]:
+    """What a U-Net computes by beside tensors: the classes of its parts, whether they are changed,
+    and the numbers and names that they and its config hold now (epsilons, groups, heads, paddings,
+    rates of dropout, ...), modes aside."""
+    found: list[Any] = [repr(getattr(model, "config", None))]
+    for module in model.modules():
+        kind, have = type(module), module.__dict__
+        found += (kind, changed(module))
+        if (names := _HELD.get(kind)) is not None:
+            found += [have[name] for name in names]
+        else:
+            values = ((k, v) for k, v in have.items() if k != "training")
+            found += [item for item in values if type(item[1]) in _SETTINGS]
+    return tuple(found)
 
 
 def _find(model: nn.Module) -> tuple[nn.Module, str] | None:

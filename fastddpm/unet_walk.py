@@ -108,11 +108,12 @@ class Walk:
         out = self.convolution(block.conv2, self.dropped(block, c))
         if "nin_shortcut" not in block._modules:
             return Image(out, h.x, self.bias(block.conv2, h.before))
-        before = self.shortcut_bias(block, h.before)
+        weight = self.pointwise(block.nin_shortcut)
+        before = self.shortcut_bias(block, weight, h.before)
         sources = (h.x,) if skip is None else (h.x, skip)
         if whole:
-            return Image(out, self.shortcut(block, sources, None), before)
-        return Image(self.shortcut(block, sources, out), None, before)
+            return Image(out, products(sources, weight, None), before)
+        return Image(products(sources, weight, out), None, before)
 
     def attention(self, block: AttentionBlock, h: Image) -> Image:
         """AttentionBlock's of h."""
@@ -184,14 +185,13 @@ class Walk:
             cast(Tensor, self.silu_temb), layer.weight, sum_of(layer.bias, block.conv1.bias)
         )
 
-    def shortcut_bias(self, block: Any, before: Tensor | None) -> Tensor | None:
+    def pointwise(self, conv: Any) -> Tensor:
+        return matrix(conv.weight)
+
+    def shortcut_bias(self, block: Any, weight: Tensor, before: Tensor | None) -> Tensor | None:
         """What is added to conv2's result and the shortcut's products: their biases, and the
         shortcut of what is still to be added to its first source."""
-        return shortcut_bias(block, before)
-
-    def shortcut(self, block: Any, sources: tuple[Tensor, ...], onto: Tensor | None) -> Tensor:
-        """onto + the 1x1 convolution of the sources; onto may be written."""
-        return products(sources, block.nin_shortcut.weight, onto)
+        return shortcut_bias(block, weight, before)
 
     def attends_at_once(self, block: Any, x: Tensor) -> bool:
         """Whether the whole block is one op: on a CPU it is one kernel; on a GPU it is as many as
@@ -204,18 +204,18 @@ class Walk:
 
 
 def products(sources: tuple[Tensor, ...], weight: Tensor, onto: Tensor | None) -> Tensor:
-    """onto + weight cat(sources) of each pixel; weight (O, C, 1, 1), images (N, .., H, W).
+    """onto + weight cat(sources) of each pixel; weight (O, C), images (N, .., H, W).
 
     Channels last, they are matrices of pixels. onto is written where no gradient is asked for."""
     parts = weight.split([x.shape[1] for x in sources], 1)
     images = sources if onto is None else (onto, *sources)
     if not all(x.is_contiguous(memory_format=torch.channels_last) for x in images):
-        terms = [F.conv2d(x, w) for x, w in zip(sources, parts, strict=True)]
+        terms = [F.conv2d(x, w[:, :, None, None]) for x, w in zip(sources, parts, strict=True)]
         return functools.reduce(operator.add, terms if onto is None else [onto, *terms])
     n, _, *size = sources[0].shape
     total = None if onto is None else _pixels(onto)
     for x, w in zip(sources, parts, strict=True):
-        a, b = _pixels(x), w.flatten(1).t()
+        a, b = _pixels(x), w.t()
         if total is None:
             total = a @ b
         elif torch.is_grad_enabled() or not total.dtype == a.dtype == b.dtype:  # under autocast
@@ -225,9 +225,10 @@ def products(sources: tuple[Tensor, ...], weight: Tensor, onto: Tensor | None) -
     return cast(Tensor, total).view(n, *size, -1).permute(0, 3, 1, 2)
 
 
-def shortcut_bias(block: Any, before: Tensor | None) -> Tensor | None:
-    """conv2's bias + the shortcut's + the shortcut of `before`, (C,) of its first channels."""
-    weight, moved = block.nin_shortcut.weight.flatten(1), None
+def shortcut_bias(block: Any, weight: Tensor, before: Tensor | None) -> Tensor | None:
+    """conv2's bias + the shortcut's + the shortcut, weight (O, C), of `before`, (C,) of its first
+    channels."""
+    moved = None
     if before is not None:
         moved = F.linear(before, weight[:, : len(before)].to(before.dtype))
     return sum_of(block.conv2.bias, block.nin_shortcut.bias, moved)
@@ -236,6 +237,12 @@ def shortcut_bias(block: Any, before: Tensor | None) -> Tensor | None:
 def _pixels(x: Tensor) -> Tensor:
     """(N, C, H, W), channels last -> (N H W, C), a view."""
     return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
+
+
+def matrix(weight: Tensor) -> Tensor:
+    """(O, C, 1, 1) -> (O, C), a view. Its gradient is laid out as a channels-last weight is, which
+    spares DistributedDataParallel a copy."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def sum_of(*terms: Tensor | None) -> Any:
@@ -270,27 +277,37 @@ class Stream:
 
 
 _stream: ContextVar[tuple[nn.Module, Stream] | None] = ContextVar("_stream", default=None)
+_backwards: dict[nn.Module, Stream] = {}  # for a forward that a backward repeats, in its own thread
 
 
 @contextlib.contextmanager
 def dropout_stream(model: UNet, *, seed: int, sample_index: Tensor) -> Iterator[None]:
-    """Within, the forwards of this very network in this thread take their dropout from the counter
-    RNG where they take the fused walk, which they then do on a CPU as well. Where they can't
-    (`foreign(model)` says why; torch.compile and torch.func, too) it stays torch's own.
+    """Within, the forwards of this very network in this thread, and those that a checkpoint repeats
+    in a backward, take their dropout from the counter RNG where they take the fused walk, which
+    they then do on a CPU as well. Where they can't (`foreign(model)` says why; torch.compile and
+    torch.func, too) it stays torch's own.
 
     seed in [0, 2^64);  sample_index: (N,) int64 on the device of the batch, an index for each
     example"""
     blocks = 2 + sum(len(level.block) for level in (*model.down, *model.up))
     steps = DROPOUT_STEP - torch.arange(blocks, device=sample_index.device)
-    token = _stream.set((model, Stream(seed, sample_index, steps)))
+    stream, before = Stream(seed, sample_index, steps), _backwards.get(model)
+    token = _stream.set((model, stream))
+    _backwards[model] = stream
     try:
         yield
     finally:
         _stream.reset(token)
+        if before is None:
+            del _backwards[model]
+        else:
+            _backwards[model] = before
 
 
 def _stream_of(model: nn.Module) -> Stream | None:
     found = _stream.get()
+    if found is None and torch._C._current_graph_task_id() >= 0:
+        return _backwards.get(model)
     return found[1] if found is not None and found[0] is model else None
 
 

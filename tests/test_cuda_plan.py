@@ -264,6 +264,14 @@ def test_a_sample_records_once():
     assert (recorder.tapes, recorder.replays) == (1, 3 * SCHEDULE.T)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 7, 8), (2, 1, 8, 8)])
+def test_images_that_do_not_fit_are_refused_as_eager_does(shape):
+    model = tiny_unet(in_channels=3)
+    for engine in engines(model)[:2]:
+        with pytest.raises(ValueError, match=r"H and W must be|x must be \(N, 3, H, W\)"):
+            engine.run(torch.zeros(shape), seed=1, sample_index=torch.arange(2))
+
+
 # ---- a model that changes, and one that a plan can't run -----------------------------------------
 
 
@@ -286,6 +294,69 @@ def replace_weights(model):
 
 def replace_a_layer(model):
     model.mid.block_1.conv1 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+
+
+def set_epsilons(model):
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.eps = 0.5
+
+
+def set_groups(model):
+    model.norm_out.num_groups = 2
+
+
+def set_heads(model):
+    model.mid.attn_1.num_heads = 4
+
+
+def set_embedding(model):
+    model.config["flip_sin_to_cos"] = True
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("change", [set_epsilons, set_groups, set_heads, set_embedding])
+@pytest.mark.parametrize("engine", [CudaPlan, CudaGraph])
+def test_a_run_takes_the_numbers_that_the_parts_have_when_it_begins(engine, change, precision):
+    """Beside the weights: those that Python reads when a step is recorded."""
+    model = tiny_unet()
+    options = {"device": CPU, "precision": precision}
+    recorder = Recorder()
+    plan = engine(model, model.diffusion, record=recorder, **options)
+    x, stream = start(model)
+    before = plan.run(x, **stream)
+    eager = Eager(model, model.diffusion, **options)
+    eager.run(x, **stream)
+    change(model)
+    after, expected = plan.run(x, **stream), Eager(model, model.diffusion, **options)
+    assert not torch.allclose(before, after, atol=1e-3)
+    expected = expected.run(x, **stream)
+    assert_close(after, expected, 2e-5 if precision == "fp32" else 0.05)
+    assert torch.equal(eager.run(x, **stream), expected)
+    plan.run(x, **stream)
+    assert recorder.tapes == 2
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def set_class(model):
+    model.conv_in.__class__ = Doubled
+
+
+@pytest.mark.parametrize("change", [set_class, lambda model: hook(model)])
+def test_a_recording_sees_what_a_part_has_become(change):
+    model = tiny_unet()
+    options = {"device": CPU, "precision": "fp32"}
+    graph = CudaGraph(model, model.diffusion, record=Recorder(), **options)
+    x, stream = start(model)
+    before = graph.run(x, **stream)
+    change(model)
+    after, expected = graph.run(x, **stream), Eager(model, model.diffusion, **options)
+    assert not torch.allclose(before, after, atol=1e-3)
+    assert_close(after, expected.run(x, **stream))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -221,6 +221,9 @@ def test_bundled_models(monkeypatch):
 
 
 def test_engines():
+    assert re.findall(r"^  (\w+) +\S", section("engines"), re.MULTILINE) == [
+        "cuda_plan", "cuda_graph", "cpu_plan", "eager",
+    ]  # fmt: skip
     assert re.search(r"^  eager +\S", section("engines"), re.MULTILINE)
 
 

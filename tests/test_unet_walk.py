@@ -4,6 +4,7 @@ not plain is left to them."""
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import io
 import pickle
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from toy import generator, tiny_unet
 
 from fastddpm import UNet, reference, unet_walk
@@ -137,6 +139,15 @@ def test_parts_may_have_no_bias_and_norms_no_weights(walking, attention):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
+def test_gradients_are_laid_out_as_the_weights(walking):
+    """Else DistributedDataParallel copies them, and says so."""
+    model = tiny_unet(attention_levels=())
+    x, t = inputs(model)
+    model(x, t).sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad.stride() == p.stride(), name
+
+
 class Images(TorchDispatchMode):
     """The ops that make an image, or a sum of images, by name."""
 
@@ -215,6 +226,17 @@ def set_forward(model):
     part.forward = lambda *a: 2 * plain(*a)
 
 
+def set_method(name, method, factor=2):
+    """On the part alone, not on its class."""
+
+    def change(model):
+        part = model.get_submodule(name)
+        plain = getattr(part, method)
+        setattr(part, method, lambda *a: factor * plain(*a))
+
+    return change
+
+
 def on(name, register):
     return lambda model: getattr(model.get_submodule(name), register)(lambda m, a, *out: None)
 
@@ -225,6 +247,8 @@ CHANGES = {
     "adapted embedding": replace("mid.block_1.temb_proj", Adapted),
     "another block": set_class,
     "another forward": set_forward,
+    "another run": set_method("down.0", "run"),
+    "another convolution": set_method("mid.block_1.conv1", "_conv_forward"),
     "forward hook": on("up.0.block.0.conv1", "register_forward_hook"),
     "hook before": on("mid.attn_1", "register_forward_pre_hook"),
     "backward hook": on("up.1", "register_full_backward_hook"),
@@ -364,6 +388,37 @@ def test_dropout_of_a_stream_is_a_function_of_seed_and_index():
     evaluated = draw(everything)
     assert torch.equal(evaluated, draw(everything, seed=5))
     assert not torch.allclose(evaluated, whole)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_draws_the_same_masks_again(reentrant):
+    """In whichever thread a backward computes: a GPU's is not the caller's."""
+    model = tiny_unet(dropout=0.5).double().train()
+    x, t = inputs(model)
+    x = x.double().requires_grad_()
+
+    class Elsewhere(nn.Module):
+        def forward(self, x, t):
+            return contextvars.Context().run(model, x, t) if self.again else model(x, t)
+
+    gradients, around = [], Elsewhere()
+    for checkpointed in (True, False):
+        around.again = False
+        with dropout_stream(model, seed=4, sample_index=torch.tensor([5, 2**40, 7])):
+            if checkpointed:
+                y = checkpoint(around, x, t, use_reentrant=reentrant)
+            else:
+                y = around(x, t)
+            around.again = checkpointed
+            gradients.append(torch.autograd.grad(y.sum(), [x]) if not reentrant else backward(y, x))
+        assert not is_taken(model, x)
+    torch.testing.assert_close(*gradients)
+
+
+def backward(y, x):
+    x.grad = None
+    y.sum().backward()
+    return [x.grad]
 
 
 def test_each_block_has_a_mask_of_its_own(monkeypatch):

@@ -19,6 +19,7 @@ from fastddpm.ops import checks
 from fastddpm.ops.dispatch import report_slower
 from fastddpm.presence import first_line
 from fastddpm.unet import UNet
+from fastddpm.unet_plain import settings
 from fastddpm.wrapped import parts
 
 Action = Callable[[], None]
@@ -179,7 +180,8 @@ class CudaGraph(Eager):
         self.follow()
         if self._refused:
             return None
-        if self._places != (places := _places(self.model)):
+        own = settings(self.model) if isinstance(self.model, UNet) else ()
+        if self._places != (places := [own, *_places(self.model)]):
             self._recorded, self._places = {}, places
         recorded = self._find(tuple(xt.shape))
         return self._make(xt) if recorded is None else recorded

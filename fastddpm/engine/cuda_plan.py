@@ -15,6 +15,7 @@ from fastddpm.engine.eager import Eager
 from fastddpm.engine.gpu_network import Network
 from fastddpm.engine.plannable import unplannable
 from fastddpm.unet import UNet
+from fastddpm.unet_plain import settings
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -67,7 +68,7 @@ class CudaPlan(CudaGraph):
             self._refuse(reason)
             return
         assert isinstance(self._given, UNet)
-        built = list(_structure(self._given))
+        built = [settings(self._given), *_structure(self._given)]
         if self.network is not None and self._built == built:
             self.network.refresh()
             return

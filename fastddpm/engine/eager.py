@@ -17,6 +17,7 @@ from fastddpm.host import evaluating
 from fastddpm.precision import autocast, float32_kept, resolve_precision
 from fastddpm.schedule import Sampler
 from fastddpm.unet import UNet
+from fastddpm.unet_plain import settings
 
 OnStep = Callable[[int, torch.Tensor, Callable[[], torch.Tensor]], None]
 
@@ -71,7 +72,8 @@ class Eager:
             [*m.parameters(), *m.buffers()]
             for m in (cast(UNet, self.model), cast(UNet, self._given))
         )
-        if [x.shape for x in ours] != [x.shape for x in theirs]:
+        same = settings(cast(UNet, self.model)) == settings(cast(UNet, self._given))
+        if not same or [x.shape for x in ours] != [x.shape for x in theirs]:
             self.model = self._running()
             return
         for mine, given in zip(ours, theirs, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastddpm.engine.time_table import time_offsets, time_rows
 from fastddpm.unet import UNet
 from fastddpm.unet_parts import Downsample, Upsample, regrouped
-from fastddpm.unet_walk import Image, Walk, products, shortcut_bias
+from fastddpm.unet_walk import Image, Walk, matrix, shortcut_bias
 
 WIDTH = 8  # channels of an image's ends are padded to a multiple: what tensor cores take in NHWC
 
@@ -46,6 +46,7 @@ class Network(Walk):
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+        self.model.check_input(x, t.expand(len(x)))
         rows = self._kept(self.model, "rows", self.wide, lambda: self._rows())
         self._row = rows.index_select(0, t)[0]
         return self.walk(self.model, self._padded(x))
@@ -147,17 +148,18 @@ class Network(Walk):
         begin = self._offsets[block]
         return self._row[begin : begin + block.temb_proj.out_features]
 
-    def shortcut_bias(self, block: Any, before: Tensor | None) -> Tensor | None:
+    def pointwise(self, conv: Any) -> Tensor:
+        return matrix(self._weight(conv))
+
+    def shortcut_bias(self, block: Any, weight: Tensor, before: Tensor | None) -> Tensor | None:
         if before is None and block.conv2.bias is None and block.nin_shortcut.bias is None:
             return None
 
         def make() -> Tensor:
-            return cast(Tensor, shortcut_bias(block, before))
+            exact = matrix(block.nin_shortcut.weight)
+            return cast(Tensor, shortcut_bias(block, exact, before))
 
         return self._kept(block, "shortcut's bias", self.wide, make)
-
-    def shortcut(self, block: Any, sources: tuple[Tensor, ...], onto: Tensor | None) -> Tensor:
-        return products(sources, self._weight(block.nin_shortcut), onto)
 
     def attends_at_once(self, block: Any, x: Tensor) -> bool:
         return x.is_cuda and super().attends_at_once(block, x)
