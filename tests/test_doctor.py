@@ -100,9 +100,10 @@ def test_a_card_what_it_has_and_what_auto_takes_on_it(faked, monkeypatch):
 
 def test_several_cards_and_one_that_can_not_be_used(faked):
     def capability(card):
-        if card.index == 1:
+        index = card if isinstance(card, int) else card.index
+        if index == 1:
             raise RuntimeError("CUDA error: device is busy\nand more of it")
-        return (8, 0) if card.index == 0 else (7, 0)
+        return (8, 0) if index == 0 else (7, 0)
 
     faked(device_count=lambda: 3, get_device_capability=capability)
     devices = section("devices")
