@@ -57,11 +57,8 @@ def said(where, name):
         return "contradiction"
 
 
-@pytest.fixture(autouse=True)
-def switches():
-    """torch's, put back afterwards."""
-    before = state()
-    yield
+def put_back():
+    """The switches as torch is imported with."""
     torch.set_float32_matmul_precision("highest")
     told(("cudnn.allow_tf32", True))
     if NEWER:
@@ -69,6 +66,14 @@ def switches():
             *((n, "none") for n, _ in SETTINGS if n.endswith("fp32_precision") and "conv" not in n)
         )
         told(("cudnn.conv.fp32_precision", "tf32"))
+
+
+@pytest.fixture(autouse=True)
+def switches():
+    put_back()  # other tests may have set them
+    before = state()
+    yield
+    put_back()
     assert state() == before
 
 
