@@ -196,7 +196,7 @@ def _parameter_gradients_kernel(
     dbias = sum (1 + scale) dv,  dbefore = sum dx
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    gain, offset = None, None
+    gain, offset = tl.full((1, BC), 1.0, tl.float32), tl.zeros((1, BC), tl.float32)
     if dscale is not None:
         if weight is not None:
             gain = load(weight[0] + c.to(tl.int64) * weight[2], c < C)[None, :]
@@ -219,9 +219,9 @@ def _parameter_gradients_kernel(
         if dshift is not None:
             store(dshift + n * C + c[None, :], total, inside)
         if dscale is not None:
-            out = product if gain is None else product * gain
+            out = product if weight is None else product * gain
             # Said, for a compiler to fuse neither product or both in another batch.
-            out = out if offset is None else tl.fma(total, offset, out)
+            out = out if bias is None else tl.fma(total, offset, out)
             store(dscale + n * C + c[None, :], out, inside)
             values = scale[0] + n * scale[1] + c.to(tl.int64)[None, :] * scale[2]
             factor = 1.0 + load(values, inside)
