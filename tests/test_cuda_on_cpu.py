@@ -77,7 +77,7 @@ def test_the_ops_pass_in_a_checking_build(build):
     files = [
         str(HERE / f"test_{op}.py")
         for op in (
-            *("randn", "noise", "posterior_step"),
+            *("randn", "choices", "noise", "posterior_step"),
             *("group_norm_silu", "group_norm_silu_fused", "residual_sum"),
             "discretized_log_likelihood",
         )
