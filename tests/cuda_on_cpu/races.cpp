@@ -3,7 +3,7 @@
 //
 // That library knows threads, not barriers of a block; it has to be loaded before Python, refuses
 // some address-space layouts, and keeps a few of the last accesses only. Here two accesses race if
-// they touch the same two bytes, one of them writes, and they are of different threads of a block
+// they touch the same byte, one of them writes, and they are of different threads of a block
 // with no barrier between them, or of different blocks of one launch (of global memory: a block's
 // shared memory is its own). Barriers: __syncthreads, and __syncwarp for the lanes of its mask; a
 // shuffle orders no memory, as on the device. The compiler leaves out what can't be shared.
@@ -23,7 +23,7 @@ struct Access {
   uint32_t block = 0, epoch = 0, time = 0, thread = 0;
 };
 
-struct Cell {  // of two bytes: the last write, the last read, and the last read by another thread
+struct Cell {  // of a byte: the last write, the last read, and the last read by another thread
   Access write, read, other_read;
 };
 
@@ -36,10 +36,10 @@ Cell& cell(uintptr_t address) {
   const uintptr_t page = address / PAGE;
   if (!cells || page != last) {
     std::unique_ptr<Cell[]>& found = pages[page];
-    if (!found) found.reset(new Cell[PAGE / 2]);
+    if (!found) found.reset(new Cell[PAGE]);
     last = page, cells = found.get();
   }
-  return cells[address % PAGE / 2];
+  return cells[address % PAGE];
 }
 
 struct Range {
@@ -94,7 +94,7 @@ void access(const void* pointer, size_t bytes) {
     if (range.holds(address)) ++range.accesses[WRITE], range.bytes[WRITE] += bytes;
   const bool shared = is_shared(address);
   const Access now{clock.block, clock.epoch, clock.own(), clock.thread};
-  for (uintptr_t at = address & ~uintptr_t(1); at < address + bytes; at += 2) {
+  for (uintptr_t at = address; at < address + bytes; ++at) {
     Cell& c = cell(at);
     const bool race = unordered(c.write, shared) ||
                       (WRITE && (unordered(c.read, shared) || unordered(c.other_read, shared)));
