@@ -47,6 +47,7 @@ ARCHITECTURES = 80, 86, 89, 90, 100, 120
 WITHOUT_SPILLS = "3.6", "3.8", "3.9"  # versions of triton that were tried
 # Bytes of local memory a thread with any other, and with these for rarer ways and architectures.
 MARGIN = 32
+OLDEST_MARGIN = 96  # 3.3: 80 bytes in half-precision attention on sm_90, 24 at most elsewhere
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
@@ -404,12 +405,13 @@ def check_compiled(kernels, *, rare=False):
 
     What ptxas spills of a kernel near a step of its occupancy is its version's: those that these
     kernels were made with leave nothing but in rare ways, any other may leave MARGIN bytes a
-    thread.
+    thread, the oldest OLDEST_MARGIN.
     """
     import triton
 
     version = ".".join(triton.__version__.split(".")[:2])
-    allowed = MARGIN if rare or version not in WITHOUT_SPILLS else 0
+    margin = OLDEST_MARGIN if version == "3.3" else MARGIN
+    allowed = margin if rare or version not in WITHOUT_SPILLS else 0
     assert {kernel["kernel"] for kernel in kernels} == KERNELS
     for kernel in kernels:
         assert kernel["stack"] <= allowed, (f"triton {version}", kernel)
