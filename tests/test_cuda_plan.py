@@ -10,7 +10,7 @@ from collections import Counter
 import cuda_on_cpu
 import pytest
 import torch
-from conftest import REQUIRED
+from conftest import INTERPRETED, REQUIRED
 from test_cuda_graph import Recorder
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -462,6 +462,8 @@ def kernels(request):
                 stack.enter_context(cuda_on_cpu.as_cuda_backend())
             except cuda_on_cpu.Unavailable as reason:
                 (pytest.fail if "cuda" in REQUIRED else pytest.skip)(str(reason))
+        elif not INTERPRETED:
+            pytest.skip("beside a card, kernels take no tensors of the CPU")
         stack.enter_context(dispatch.use_backend(request.param))
         yield request.param
 
