@@ -388,6 +388,17 @@ def test_weights_that_stay_where_they_are_need_no_other_recording():
         assert recorder.tapes == 1
 
 
+def test_a_plan_copies_weights_and_need_not_know_where_they_lie():
+    model, recorder = tiny_unet(), Recorder()
+    plan = CudaPlan(model, model.diffusion, device=CPU, precision="fp32", record=recorder)
+    x, stream = start(model)
+    plan.run(x, **stream)
+    model.load_state_dict({k: 0.5 * p for k, p in model.state_dict().items()}, assign=True)
+    expected = Eager(model, model.diffusion, device=CPU, precision="fp32").run(x, **stream)
+    assert_close(plan.run(x, **stream), expected)
+    assert recorder.tapes == 1
+
+
 def hook(model):
     model.mid.attn_1.register_forward_hook(lambda module, args, out: 2 * out)
 

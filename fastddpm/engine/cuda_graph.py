@@ -112,7 +112,7 @@ class CudaGraph(Eager):
         super().__init__(model, diffusion, device=device, **options)
         self._record = record
         self._recorded: dict[tuple[int, ...], Step] = {}
-        self._places: list[tuple[Any, ...]] = []
+        self._read: list[Any] = []
         self._refused = False
 
     @torch.no_grad()
@@ -180,11 +180,15 @@ class CudaGraph(Eager):
         self.follow()
         if self._refused:
             return None
-        own = settings(self.model) if isinstance(self.model, UNet) else ()
-        if self._places != (places := [own, *_places(self.model)]):
-            self._recorded, self._places = {}, places
+        if self._read != (read := self._reads()):
+            self._recorded, self._read = {}, read
         recorded = self._find(tuple(xt.shape))
         return self._make(xt) if recorded is None else recorded
+
+    def _reads(self) -> list[Any]:
+        """What of the model a recording depends on: where its weights lie, and what Python read."""
+        own = settings(self.model) if isinstance(self.model, UNet) else ()
+        return [own, *_places(self.model)]
 
     def _find(self, shape: tuple[int, ...]) -> Step | None:
         if not isinstance(self._given, UNet):  # another model may mix the images of a batch

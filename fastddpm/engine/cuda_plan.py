@@ -14,10 +14,9 @@ from fastddpm.engine.cuda_graph import CudaGraph, Step
 from fastddpm.engine.eager import Eager
 from fastddpm.engine.gpu_network import Network
 from fastddpm.engine.plannable import unplannable
+from fastddpm.ops.checks import FLOATS
 from fastddpm.unet import UNet
 from fastddpm.unet_plain import settings
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def unsupported(model: Model, device: torch.device) -> str | None:
@@ -30,7 +29,7 @@ def _unsuited(model: Model) -> str | None:
         return reason
     assert isinstance(model, UNet)
     dtype = model.conv_in.weight.dtype
-    if dtype not in DTYPES:
+    if dtype not in FLOATS:
         return f"conv_in.weight is {dtype}, which is no float that the ops take"
     for name, p in model.named_parameters():
         if p.dtype != dtype:
@@ -77,6 +76,9 @@ class CudaPlan(CudaGraph):
         own = self._given.conv_in.weight.dtype
         dtype = torch.bfloat16 if self.precision == "bf16" else own
         self.network = Network(self._given, self.diffusion.model_t(steps), dtype)
+
+    def _reads(self) -> list[Any]:
+        return []  # the network's copies alone, which `follow` keeps up to date
 
     def advance(self, step: Step) -> torch.Tensor:
         assert self.network is not None
