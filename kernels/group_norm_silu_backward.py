@@ -39,6 +39,21 @@ SAMPLES = 32  # that a program which sums over them takes at a time
 
 
 @triton.jit
+def _undropped(
+    grad, seed, step, index, threshold, keep_scale, block, n, c, p, inside, N, D,
+    G: tl.constexpr, CG: tl.constexpr, BN: tl.constexpr, GB: tl.constexpr, BG: tl.constexpr,
+    FLAT: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of what dropout was given, (BP, BC)."""
+    g = load(pixels_of(grad, n, c, p, D, FLAT), inside)
+    if index is not None:
+        g *= dropout_factors(
+            seed, step, index, threshold, keep_scale, block, p, N, G, CG, BN, GB, BG, QUADS
+        )
+    return g
+
+
+@triton.jit
 def _gradient_of_v(grad, h, inside, about, mean, rstd, gain, offset, SILU: tl.constexpr):
     """(xhat, gradient of the SiLU's argument), (BP, BC), the latter 0 outside."""
     xhat = (h - about[None, :] - mean[None, :]) * rstd[None, :]
@@ -88,11 +103,10 @@ def _group_norm_silu_backward_kernel(
     p = places(0, BP, WIDE)
     inside = live[None, :] & (p < P)[:, None]
     h = source(x, None, None, added, x2, second, n, c, p, inside, D, G * CG, C1, FLAT)
-    g = load(pixels_of(grad, n, c, p, D, FLAT), inside)
-    if index is not None:
-        g *= dropout_factors(
-            seed, step, index, threshold, keep_scale, block, p, N, G, CG, BN, GB, BG, QUADS
-        )
+    g = _undropped(
+        grad, seed, step, index, threshold, keep_scale, block, n, c, p, inside, N, D,
+        G, CG, BN, GB, BG, FLAT, QUADS,
+    )  # fmt: skip
     count = P * 1.0 * CG
     about, mean, rstd = statistics_once(h, inside, count, eps, BG)
     gain, offset = gain_and_offset(weight, bias, scale, shift, n, c, live)
@@ -132,11 +146,10 @@ def _gradient_sums_kernel(
         p = places(start, BP, WIDE)
         inside = live[None, :] & (p < P)[:, None]
         h = source(x, None, None, added, x2, second, n, c, p, inside, D, G * CG, C1, FLAT)
-        g = load(pixels_of(grad, n, c, p, D, FLAT), inside)
-        if index is not None:
-            g *= dropout_factors(
-                seed, step, index, threshold, keep_scale, block, p, N, G, CG, BN, GB, BG, QUADS
-            )
+        g = _undropped(
+            grad, seed, step, index, threshold, keep_scale, block, n, c, p, inside, N, D,
+            G, CG, BN, GB, BG, FLAT, QUADS,
+        )  # fmt: skip
         xhat, dv = _gradient_of_v(g, h, inside, about, mean, rstd, gain, offset, SILU)
         total += over_pixels(dv)
         product += over_pixels(tl.where(inside, dv * xhat, 0.0))
@@ -173,11 +186,10 @@ def _gradient_kernel(
         p = places(start, BP, WIDE)
         inside = live[None, :] & (p < P)[:, None]
         h = source(x, None, None, added, x2, second, n, c, p, inside, D, G * CG, C1, FLAT)
-        g = load(pixels_of(grad, n, c, p, D, FLAT), inside)
-        if index is not None:
-            g *= dropout_factors(
-                seed, step, index, threshold, keep_scale, block, p, N, G, CG, BN, GB, BG, QUADS
-            )
+        g = _undropped(
+            grad, seed, step, index, threshold, keep_scale, block, n, c, p, inside, N, D,
+            G, CG, BN, GB, BG, FLAT, QUADS,
+        )  # fmt: skip
         xhat, dv = _gradient_of_v(g, h, inside, about, mean, rstd, gain, offset, SILU)
         out = _gradient_of_h(dv, xhat, rstd, gain, total, product, P * 1.0 * CG, BG)
         dsum += _store_gradient(out, grad_u, dx, dx2, second, n, c, p, inside, D, G * CG, C1, FLAT)
