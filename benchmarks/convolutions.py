@@ -53,7 +53,7 @@ LEAST = 2e-3  # seconds of a turn of conv2d
 @dataclass(frozen=True)
 class Shape:
     """What distinguishes layers: height and width are y's; stride and repeat (2: each pixel of x
-    becomes 2x2 first) as in csrc/cpu/plan.h; kernel 0: attention, no convolution."""
+    becomes 2x2 first) as in csrc/cpu/plan/plan.h; kernel 0: attention, no convolution."""
 
     algorithm: str
     kernel: int

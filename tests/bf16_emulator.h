@@ -1,5 +1,6 @@
-// AMX-BF16 and AVX512-BF16 on a processor that has neither: the intrinsics that csrc/cpu/bf16.h
-// uses, by name, in plain C++. A compiler's -include puts this file before everything else.
+// AMX-BF16 and AVX512-BF16 on a processor that has neither: the intrinsics that
+// csrc/cpu/layers/bf16.h uses, by name, in plain C++. A compiler's -include puts this file before
+// everything else.
 //
 // Stricter than the processor: a tile that is used before the configuration, outside of it or with
 // other sizes than it says ends the program.

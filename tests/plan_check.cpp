@@ -15,7 +15,7 @@
 
 #include "../csrc/cpu/isa.h"
 #include "../csrc/cpu/parallel.h"
-#include "../csrc/cpu/plan.h"
+#include "../csrc/cpu/plan/plan.h"
 
 namespace fastddpm {
 namespace cpu {

@@ -25,7 +25,7 @@ from fastddpm.engine.eager import Eager
 pytestmark = pytest.mark.skipif(_native.C is None, reason="plans need the native module")
 
 CPU = torch.device("cpu")
-# How much more than the sum as it is written the algorithms err at most: see csrc/cpu/winograd.h.
+# How much more than the sum as it is written the algorithms err at most: see csrc/cpu/layers/winograd.h.
 FACTOR = {"direct": 1, "winograd_2": 1, "winograd_4": 8}
 
 
@@ -561,14 +561,14 @@ def run_checks(folder: Path, objects: list[Path], *algorithms: str) -> None:
 
 COMMON = (
     "plan_check",
-    "plan",
-    "plan_run",
-    "plan_input",
-    "attention",
-    "convolution",
-    "posterior_step",
+    "plan/plan",
+    "plan/run",
+    "layers/input",
+    "layers/attention",
+    "layers/convolution",
+    "ops/posterior_step",
 )
-BF16 = ("attention_bf16", "convolution_bf16")
+BF16 = ("layers/attention_bf16", "layers/convolution_bf16")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")

@@ -1,5 +1,5 @@
-// Plans for Python: building and running a network as native calls; see ../cpu/plan.h.
-#include "../cpu/plan.h"
+// Plans for Python: building and running a network as native calls; see ../cpu/plan/plan.h.
+#include "../cpu/plan/plan.h"
 
 #include <optional>
 #include <tuple>
@@ -74,7 +74,7 @@ struct PlanCall {  // the arguments of one run, checked
 void def_plan(py::module_& m) {
   using cpu::Plan;
   using namespace py::literals;
-  py::class_<Plan>(m, "Plan", "A network as a list of native calls; see csrc/cpu/plan.h.")
+  py::class_<Plan>(m, "Plan", "A network as a list of native calls; see csrc/cpu/plan/plan.h.")
       .def(py::init<int64_t, int64_t, int64_t, bool>(), "height"_a, "width"_a, "channels"_a,
            "bf16"_a = false)
       .def("convolution", add_convolution, "name"_a, "sources"_a, "weight"_a, "bias"_a, "kernel"_a,

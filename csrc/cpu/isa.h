@@ -5,7 +5,7 @@
 // no library templates.
 #pragma once
 #include "../ops.h"
-#include "plan_ops.h"
+#include "layers/layers.h"
 
 // Calls X(namespace, namespace of the kernels without bfloat16 products) for each compiled
 // instruction set, weakest first.

@@ -1,7 +1,7 @@
 // The rate of bfloat16 products that this instruction set reaches with its operands in the first
 // cache: the ceiling of every kernel that multiplies them.
-#include "bf16.h"
 #include "isa.h"
+#include "layers/bf16.h"
 #include "peak.h"
 
 namespace fastddpm {

@@ -3,9 +3,9 @@
 // Sums run in float32 over a block (cut.h), around its own mean, and in float64, in block order,
 // over blocks: the bits do not depend on the thread count.
 #pragma once
+#include "../isa.h"
 #include "cut.h"
 #include "dropout.h"
-#include "isa.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {

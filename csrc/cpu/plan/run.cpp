@@ -8,8 +8,8 @@
 #include <stdexcept>
 #include <tuple>
 
-#include "plan_state.h"
-#include "view.h"
+#include "../view.h"
+#include "state.h"
 
 namespace fastddpm {
 namespace cpu {

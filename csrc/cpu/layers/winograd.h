@@ -5,7 +5,7 @@
 // them for m = 4. In float32 the result errs about as much as the sum as it is written for m = 2,
 // and about 4 times as much for m = 4.
 #pragma once
-#include "simd.h"
+#include "../simd.h"
 
 namespace fastddpm {
 namespace {

@@ -1,6 +1,6 @@
 // residual_sum: the walk over blocks; the sum itself is shared with group_norm_silu (cut.h).
+#include "../isa.h"
 #include "cut.h"
-#include "isa.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {

@@ -1,7 +1,7 @@
 // Attention of a tile of queries to all keys of a head: its rows of scores are all that ever
 // exists.
 #pragma once
-#include "../ops.h"
+#include "../../ops.h"
 #include "gemm.h"
 
 namespace fastddpm {

@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../types.h"
+#include "../../types.h"
 
 namespace fastddpm {
 

@@ -1,8 +1,8 @@
 // choices: one Philox block an example; see philox.h. A batch's worth of them needs no threads.
 #include <stdexcept>
 
-#include "../ops.h"
-#include "../philox.h"
+#include "../../ops.h"
+#include "../../philox.h"
 
 namespace fastddpm {
 namespace cpu {

@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "../ops.h"
-#include "plan_ops.h"
+#include "../../ops.h"
+#include "../layers/layers.h"
 
 namespace fastddpm {
 namespace cpu {

@@ -4,11 +4,11 @@
 // each of which sees all keys, so that no more than a tile's rows of scores exist; projection and
 // residual. Operands are float32 whatever the storage. The tiles depend on the shape alone, and
 // products sum in a fixed order, so the bits do not depend on the threads or on the batch.
-#include "attention.h"
-#include "gemm.h"
-#include "isa.h"
-#include "parallel.h"
-#include "view.h"
+#include "../isa.h"
+#include "../layers/attention.h"
+#include "../layers/gemm.h"
+#include "../parallel.h"
+#include "../view.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {

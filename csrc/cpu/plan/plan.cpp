@@ -6,7 +6,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "plan_state.h"
+#include "state.h"
 
 namespace fastddpm {
 namespace cpu {

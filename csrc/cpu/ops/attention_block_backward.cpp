@@ -6,10 +6,10 @@
 //
 // A head's queries are taken a tile at a time, so that no more than a tile's rows of P and dP
 // exist. Operands are float32 whatever the storage; sums over pixels and images have a fixed order.
-#include "attention.h"
-#include "isa.h"
-#include "parallel.h"
-#include "view.h"
+#include "../isa.h"
+#include "../layers/attention.h"
+#include "../parallel.h"
+#include "../view.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {

@@ -1,5 +1,5 @@
 // posterior_step: the walk over samples and chunks; the formula is in math.h.
-#include "isa.h"
+#include "../isa.h"
 #include "normals.h"
 
 namespace fastddpm {

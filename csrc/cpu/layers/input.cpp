@@ -1,9 +1,9 @@
 // What stands between two convolutions of a plan: channel statistics, GroupNorm's coefficients and
 // the input of the next convolution. No products.
-#include "isa.h"
-#include "parallel.h"
-#include "simd.h"
-#include "view.h"
+#include "../isa.h"
+#include "../parallel.h"
+#include "../simd.h"
+#include "../view.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {

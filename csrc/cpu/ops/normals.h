@@ -1,8 +1,8 @@
 // Standard normals of the RNG contract for a run of elements of one sample.
 #pragma once
-#include "../philox.h"
-#include "simd.h"
-#include "view.h"
+#include "../../philox.h"
+#include "../simd.h"
+#include "../view.h"
 
 namespace fastddpm {
 namespace {

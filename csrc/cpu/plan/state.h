@@ -7,8 +7,8 @@
 #include <utility>
 #include <vector>
 
-#include "isa.h"
-#include "parallel.h"
+#include "../isa.h"
+#include "../parallel.h"
 #include "plan.h"
 
 namespace fastddpm {
@@ -106,7 +106,7 @@ struct Plan::State {
   int64_t place(int64_t segment);
   void place_all();
 
-  // Running, in plan_run.cpp.
+  // Running, in run.cpp.
   Convolution convolution(const Layer& layer, int64_t images) const;
   ConvolutionBf16 convolution_bf16(const Layer& layer, int64_t images) const;
   Attention attention(const Layer& layer, int64_t images) const;

@@ -1,5 +1,5 @@
 // noise: the walk over samples and chunks; formula and random numbers are in math.h and philox.h.
-#include "isa.h"
+#include "../isa.h"
 #include "normals.h"
 
 namespace fastddpm {

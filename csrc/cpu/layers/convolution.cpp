@@ -4,9 +4,9 @@
 // channels. The Winograd forms turn the products of a 3x3 filter into TILE^2 small matrix products
 // over blocks of tiles that stay in the cache. Bias and residual are added as the results leave the
 // registers. An element's sum runs over the input in the layer's order, whatever block it is in.
+#include "../isa.h"
+#include "../parallel.h"
 #include "gemm.h"
-#include "isa.h"
-#include "parallel.h"
 #include "winograd.h"
 
 namespace fastddpm {

@@ -1,8 +1,8 @@
 // The attention of a plan between its two projections: softmax(q k^T / sqrt(d)) v, by tiles.
 #include "attention.h"
 
-#include "isa.h"
-#include "parallel.h"
+#include "../isa.h"
+#include "../parallel.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {

@@ -6,9 +6,9 @@
 #pragma once
 #include <cstddef>
 
-#include "../types.h"
+#include "../../types.h"
+#include "../simd.h"
 #include "ahead.h"
-#include "simd.h"
 
 namespace fastddpm {
 namespace {

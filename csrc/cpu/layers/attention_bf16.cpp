@@ -1,10 +1,10 @@
 // The attention of a plan in bfloat16: softmax(q k^T / sqrt(d)) v by tiles of queries, with float32
 // scores and sums.
+#include "../isa.h"
+#include "../parallel.h"
+#include "../view.h"
 #include "attention.h"
 #include "bf16.h"
-#include "isa.h"
-#include "parallel.h"
-#include "view.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {

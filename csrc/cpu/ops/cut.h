@@ -9,8 +9,8 @@
 // The channels may be those of two tensors, one after the other: each is walked by itself, in lines
 // of its own.
 #pragma once
-#include "parallel.h"
-#include "view.h"
+#include "../parallel.h"
+#include "../view.h"
 
 namespace fastddpm {
 namespace {

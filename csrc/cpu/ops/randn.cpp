@@ -1,5 +1,5 @@
 // randn: the walk over samples and chunks; the numbers are those of philox.h.
-#include "isa.h"
+#include "../isa.h"
 #include "normals.h"
 
 namespace fastddpm {

@@ -8,9 +8,9 @@
 #pragma once
 #include <cstddef>
 
-#include "../types.h"
+#include "../../types.h"
+#include "../simd.h"
 #include "ahead.h"
-#include "simd.h"
 
 #if defined(__AMX_BF16__) || defined(__AVX512BF16__)
 #include <immintrin.h>

@@ -1,6 +1,6 @@
 // discretized_log_likelihood: the walk over the elements; the formula is in math.h.
-#include "isa.h"
-#include "view.h"
+#include "../isa.h"
+#include "../view.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {

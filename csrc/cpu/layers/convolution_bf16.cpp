@@ -7,9 +7,9 @@
 // border's pixels computed and left out. An image that is to be repeated 2x2 is read as it is: a
 // 3x3 filter then touches 2x2 pixels with sums of its weights, other ones for each of a pixel's
 // four outputs.
+#include "../isa.h"
+#include "../parallel.h"
 #include "bf16.h"
-#include "isa.h"
-#include "parallel.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {
