@@ -565,10 +565,10 @@ COMMON = (
     "plan/run",
     "layers/input",
     "layers/attention",
-    "layers/convolution",
+    "layers/convolve",
     "ops/posterior_step",
 )
-BF16 = ("layers/attention_bf16", "layers/convolution_bf16")
+BF16 = ("layers/attention_bf16", "layers/convolve_bf16")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")

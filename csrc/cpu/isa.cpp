@@ -47,7 +47,7 @@ bool has_avx512() {
 #if defined(FASTDDPM_X86_BF16)
 // Products of small whole numbers, which are exact: an instruction set whose kernels get them wrong
 // here is not used.
-bool multiplies(void (*convolution)(const ConvolutionBf16&, int),
+bool multiplies(void (*convolve)(const ConvolveBf16&, int),
                 void (*pack)(const float*, int64_t, int64_t, int64_t, bool, BF16*)) {
   constexpr int64_t PIXELS = 48, C_IN = 64, C_OUT = 40;
   float weight[C_OUT * C_IN], bias[C_OUT] = {};
@@ -56,9 +56,9 @@ bool multiplies(void (*convolution)(const ConvolutionBf16&, int),
   for (int64_t i = 0; i < PIXELS * C_IN; ++i) x[i] = from_float<BF16>(float(i * 7 % 11 - 5));
   for (int64_t i = 0; i < C_OUT * C_IN; ++i) weight[i] = float(i * 5 % 13 - 6);
   pack(weight, C_IN, C_OUT, 1, false, packed);
-  convolution({1, C_IN, C_OUT, 1, 1, false, 1, PIXELS, C_IN, PIXELS * C_IN, 1, PIXELS, x, packed,
-               bias, nullptr, y},
-              1);
+  convolve({1, C_IN, C_OUT, 1, 1, false, 1, PIXELS, C_IN, PIXELS * C_IN, 1, PIXELS, x, packed, bias,
+            nullptr, y},
+           1);
   for (int64_t i = 0; i < PIXELS; ++i)
     for (int64_t o = 0; o < C_OUT; ++o) {
       float sum = 0.0f;
@@ -70,7 +70,7 @@ bool multiplies(void (*convolution)(const ConvolutionBf16&, int),
 
 bool has_avx512_bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
-         multiplies(avx512_bf16::convolution_bf16, avx512_bf16::pack_weight_bf16);
+         multiplies(avx512_bf16::convolve_bf16, avx512_bf16::pack_weight_bf16);
 }
 
 // The operating system saves the tiles of a process that asked for them.
@@ -85,7 +85,7 @@ bool tiles_permitted() {
 
 bool has_amx_bf16() {
   return has_avx512_bf16() && has_bit(7, EDX, 24) && has_bit(7, EDX, 22) &&  // amx-tile, amx-bf16
-         tiles_permitted() && multiplies(amx_bf16::convolution_bf16, amx_bf16::pack_weight_bf16);
+         tiles_permitted() && multiplies(amx_bf16::convolve_bf16, amx_bf16::pack_weight_bf16);
 }
 #endif
 

@@ -54,7 +54,7 @@ enum class Algorithm : int32_t {
 
 // y = conv(x) + bias (+ residual), x with its border. A 1x1 convolution can read a second source,
 // whose channels follow x's: (images, height, width, c_in_2).
-struct Convolution {
+struct Convolve {
   Algorithm algorithm;
   int64_t images, c_in, c_in_2, c_out, kernel, stride;
   int64_t rows, columns, pixel;  // of x: rows and columns with the border, floats a pixel
@@ -65,7 +65,7 @@ struct Convolution {
 
 // A convolution of bfloat16 operands with float32 sums. repeated: x is read as if each of its
 // pixels were a square of 2x2; then kernel is 3, stride 1, and x has a border of 1.
-struct ConvolutionBf16 {
+struct ConvolveBf16 {
   int64_t images, c_in, c_out, kernel, stride;
   bool repeated;
   int64_t rows, columns, pixel, image;  // of x, with the border; pixel: a multiple of 32
@@ -84,7 +84,7 @@ struct Attention {
 
 #define FASTDDPM_DECLARE_PLAN_OPS(isa, base)                                                    \
   namespace isa {                                                                               \
-  void convolution_bf16(const ConvolutionBf16&, int threads);                                   \
+  void convolve_bf16(const ConvolveBf16&, int threads);                                         \
   void attention_bf16(const Attention&, float* workspace, int threads);                         \
   int64_t attention_workspace_bf16(const Attention&, int threads);                              \
   int64_t packed_weight_size_bf16(int64_t c_in, int64_t c_out, int64_t kernel, bool repeated);  \
@@ -94,9 +94,9 @@ struct Attention {
   void channel_statistics(const ChannelStatistics&, int threads);                               \
   void group_coefficients(const GroupCoefficients&, int threads);                               \
   void prepare_input(const PrepareInput&, int threads);                                         \
-  void convolution(const Convolution&, float* workspace, int threads);                          \
+  void convolve(const Convolve&, float* workspace, int threads);                                \
   void attention(const Attention&, float* workspace, int threads);                              \
-  int64_t convolution_workspace(const Convolution&, int threads);                               \
+  int64_t convolve_workspace(const Convolve&, int threads);                                     \
   int64_t attention_workspace(const Attention&, int threads);                                   \
   Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t width,          \
                            double rate_bf16);                                                   \

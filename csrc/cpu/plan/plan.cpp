@@ -17,15 +17,15 @@ namespace {
    base::channel_statistics,         \
    base::group_coefficients,         \
    base::prepare_input,              \
-   base::convolution,                \
+   base::convolve,                   \
    base::attention,                  \
-   base::convolution_workspace,      \
+   base::convolve_workspace,         \
    base::attention_workspace,        \
    base::best_algorithm,             \
    base::packed_weight_size,         \
    base::pack_weight,                \
    base::vector_width,               \
-   isa::convolution_bf16,            \
+   isa::convolve_bf16,               \
    isa::attention_bf16,              \
    isa::attention_workspace_bf16,    \
    isa::packed_weight_size_bf16,     \
@@ -36,7 +36,7 @@ namespace {
 const PlanKernels table[] = {FASTDDPM_EACH_ISA(FASTDDPM_PLAN_ROW)};
 
 constexpr int64_t STEP = 32;                        // channels: bfloat16 pixels are whole steps
-constexpr int64_t OVERREAD = 15;                    // pixels: see ConvolutionBf16
+constexpr int64_t OVERREAD = 15;                    // pixels: see ConvolveBf16
 constexpr int64_t STREAMS = 2;                      // that an activation is read and written, about
 constexpr int64_t MAX_CHANNELS = int64_t(1) << 24;  // of one activation, or time embeddings in all
 constexpr int64_t MAX_FLOATS = int64_t(1) << 40;    // of one image: no product of sizes overflows

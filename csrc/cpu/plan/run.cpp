@@ -20,9 +20,9 @@ constexpr int64_t MAX_ARENA = int64_t(1) << 52;   // floats: what is more would 
 
 }  // namespace
 
-Convolution Plan::State::convolution(const Layer& layer, int64_t images) const {
+Convolve Plan::State::convolution(const Layer& layer, int64_t images) const {
   const Activation &y = activations[layer.y], &x = activations[layer.sources[0]];
-  Convolution op{};
+  Convolve op{};
   op.algorithm = layer.algorithm;
   op.images = images, op.c_in = layer.c_in, op.c_out = layer.c_out;
   if (layer.prepared < 0 && layer.sources.size() == 2) {
@@ -38,9 +38,9 @@ Convolution Plan::State::convolution(const Layer& layer, int64_t images) const {
   return op;
 }
 
-ConvolutionBf16 Plan::State::convolution_bf16(const Layer& layer, int64_t images) const {
+ConvolveBf16 Plan::State::convolve_bf16(const Layer& layer, int64_t images) const {
   const Activation &y = activations[layer.y], &x = activations[layer.sources[0]];
-  ConvolutionBf16 op{};
+  ConvolveBf16 op{};
   op.images = images, op.c_in = layer.c_in, op.c_out = layer.c_out;
   op.kernel = layer.kernel, op.stride = layer.stride, op.repeated = layer.repeated;
   op.rows = x.height * layer.repeat + layer.before + layer.after;
@@ -65,7 +65,7 @@ int64_t Plan::State::workspace(int64_t images, int threads) const {
       const auto needs = bf16 ? kernels.attention_workspace_bf16 : kernels.attention_workspace;
       most = std::max(most, needs(attention(layer, images), threads));
     } else if (layer.algorithm != Algorithm::bf16) {
-      most = std::max(most, kernels.convolution_workspace(convolution(layer, images), threads));
+      most = std::max(most, kernels.convolve_workspace(convolution(layer, images), threads));
     }
   }
   return lines(bias) + lines(most) + LINE;
@@ -207,15 +207,15 @@ struct Run {
     const float* x = memory(layer.prepared >= 0 ? layer.prepared : layer.sources[0]);
     const float* residual = layer.residual >= 0 ? memory(layer.residual) : nullptr;
     if (layer.algorithm == Algorithm::bf16) {
-      ConvolutionBf16 op = plan.convolution_bf16(layer, images);
+      ConvolveBf16 op = plan.convolve_bf16(layer, images);
       op.x = reinterpret_cast<const BF16*>(x);
       op.bias = bias, op.residual = residual, op.y = memory(layer.y);
-      return plan.kernels.convolution_bf16(op, threads);
+      return plan.kernels.convolve_bf16(op, threads);
     }
-    Convolution op = plan.convolution(layer, images);
+    Convolve op = plan.convolution(layer, images);
     op.x = x, op.bias = bias, op.residual = residual, op.y = memory(layer.y);
     if (op.c_in_2) op.x_2 = memory(layer.sources[1]);
-    plan.kernels.convolution(op, scratch, threads);
+    plan.kernels.convolve(op, scratch, threads);
   }
 
   void run_layer(const Layer& layer) const {

@@ -19,15 +19,15 @@ struct PlanKernels {
   decltype(&plain::channel_statistics) channel_statistics;
   decltype(&plain::group_coefficients) group_coefficients;
   decltype(&plain::prepare_input) prepare_input;
-  decltype(&plain::convolution) convolution;
+  decltype(&plain::convolve) convolve;
   decltype(&plain::attention) attention;
-  decltype(&plain::convolution_workspace) convolution_workspace;
+  decltype(&plain::convolve_workspace) convolve_workspace;
   decltype(&plain::attention_workspace) attention_workspace;
   decltype(&plain::best_algorithm) best_algorithm;
   decltype(&plain::packed_weight_size) packed_weight_size;
   decltype(&plain::pack_weight) pack_weight;
   decltype(&plain::vector_width) vector_width;
-  decltype(&plain::convolution_bf16) convolution_bf16;
+  decltype(&plain::convolve_bf16) convolve_bf16;
   decltype(&plain::attention_bf16) attention_bf16;
   decltype(&plain::attention_workspace_bf16) attention_workspace_bf16;
   decltype(&plain::packed_weight_size_bf16) packed_weight_size_bf16;
@@ -107,8 +107,8 @@ struct Plan::State {
   void place_all();
 
   // Running, in run.cpp.
-  Convolution convolution(const Layer& layer, int64_t images) const;
-  ConvolutionBf16 convolution_bf16(const Layer& layer, int64_t images) const;
+  Convolve convolution(const Layer& layer, int64_t images) const;
+  ConvolveBf16 convolve_bf16(const Layer& layer, int64_t images) const;
   Attention attention(const Layer& layer, int64_t images) const;
   int64_t workspace(int64_t images, int threads) const;
   void reserve(int64_t n, int64_t share, int threads);

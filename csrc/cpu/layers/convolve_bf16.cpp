@@ -27,7 +27,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Tiling {
   int64_t repeat, height, width, pitch, length, rows;
 
-  explicit Tiling(const ConvolutionBf16& op)
+  explicit Tiling(const ConvolveBf16& op)
       : repeat(op.repeated ? 2 : 1),
         height(op.height / repeat),
         width(op.width / repeat),
@@ -41,7 +41,7 @@ struct Rows {
   const BF16* x[ROWS];
   int64_t y[ROWS];
 
-  Rows(const ConvolutionBf16& op, const Tiling& tiling, int64_t first, int64_t count) {
+  Rows(const ConvolveBf16& op, const Tiling& tiling, int64_t first, int64_t count) {
     int64_t image = first / tiling.rows, at = first % tiling.rows;
     int64_t i = at / tiling.pitch, j = at % tiling.pitch;
     for (int64_t row = 0; row < count; ++row) {
@@ -59,7 +59,7 @@ struct Rows {
 struct Taps {
   int64_t count, offset[TAPS];
 
-  Taps(const ConvolutionBf16& op, int64_t phase) : count(0) {
+  Taps(const ConvolveBf16& op, int64_t phase) : count(0) {
     const int64_t side = op.repeated ? 2 : op.kernel;
     for (int64_t i = 0; i < side; ++i)
       for (int64_t j = 0; j < side; ++j)
@@ -77,7 +77,7 @@ inline void write_pixel(const float* sum, const float* bias, const float* residu
 }
 
 // Rows first .. first + count of all images, panels panel_first .. panel_last of one phase.
-void run_rows(const ConvolutionBf16& op, const Rows& rows, int64_t count, int64_t panel_first,
+void run_rows(const ConvolveBf16& op, const Rows& rows, int64_t count, int64_t panel_first,
               int64_t panel_last, int64_t phase, const Multiplier& multiplier) {
   const Taps taps(op, phase);
   const int64_t steps = blocks_of(op.c_in), panel = taps.count * steps * STEP;
@@ -143,7 +143,7 @@ void pack_weight_bf16(const float* weight, int64_t c_in, int64_t c_out, int64_t 
   }
 }
 
-void convolution_bf16(const ConvolutionBf16& op, int threads) {
+void convolve_bf16(const ConvolveBf16& op, int threads) {
   const Tiling tiling(op);
   const int64_t total = op.images * tiling.rows, blocks = ceil_div(total, ROWS);
   const int64_t panels = blocks_of(op.c_out), phases = op.repeated ? 4 : 1;

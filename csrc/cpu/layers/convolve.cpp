@@ -68,7 +68,7 @@ struct Place {
 // `strips` strips of ROWS pixels. x[i]: where pixel i's filter begins, `kernel` runs of kernel *
 // c_in floats, `line` apart; second: the pixels of the second source, or null.
 template <int ROWS>
-void direct_strips(const Convolution& op, const float* const* x, const float* const* second,
+void direct_strips(const Convolve& op, const float* const* x, const float* const* second,
                    const float* panel, int64_t pixel, int64_t c, const Epilogue& epilogue,
                    int64_t strips, Ahead& ahead) {
   const int64_t length = op.kernel * op.c_in, line = op.columns * op.pixel;
@@ -91,10 +91,10 @@ void direct_strips(const Convolution& op, const float* const* x, const float* co
   }
 }
 
-void direct(const Convolution& op, const Epilogue& epilogue, int64_t first, int64_t count,
+void direct(const Convolve& op, const Epilogue& epilogue, int64_t first, int64_t count,
             int64_t c_first, int64_t c_last) {
-  using Strips = void (*)(const Convolution&, const float* const*, const float* const*,
-                          const float*, int64_t, int64_t, const Epilogue&, int64_t, Ahead&);
+  using Strips = void (*)(const Convolve&, const float* const*, const float* const*, const float*,
+                          int64_t, int64_t, const Epilogue&, int64_t, Ahead&);
   static constexpr Strips last[STRIP - 1] = {direct_strips<1>, direct_strips<2>, direct_strips<3>,
                                              direct_strips<4>, direct_strips<5>};
   const float *x[PIXELS], *second[PIXELS];
@@ -128,17 +128,17 @@ template <int m>
 struct Block {
   static constexpr int TILE = Winograd<m>::TILE, POINTS = TILE * TILE;
   // Planes a cache line further apart than a power of two, which would share their cache sets.
-  static int64_t input_plane(const Convolution& op) {
+  static int64_t input_plane(const Convolve& op) {
     return tiles_at_once(op.pixel, POINTS) * op.pixel + 16;
   }
-  static int64_t product_plane(const Convolution& op) {
+  static int64_t product_plane(const Convolve& op) {
     return tiles_at_once(op.pixel, POINTS) * PANEL + 16;
   }
-  static int64_t workspace(const Convolution& op) {
+  static int64_t workspace(const Convolve& op) {
     return POINTS * (input_plane(op) + product_plane(op));
   }
 
-  static void run(const Convolution& op, const Epilogue& epilogue, int64_t first, int64_t count,
+  static void run(const Convolve& op, const Epilogue& epilogue, int64_t first, int64_t count,
                   int64_t c_first, int64_t c_last, float* workspace) {
     const Place start(first, ceil_div(op.width, m), ceil_div(op.height, m));
     const int64_t line = op.columns * op.pixel, plane = input_plane(op), part = product_plane(op);
@@ -172,8 +172,7 @@ struct Block {
 // Calls body(first, count, first channel, last channel, thread) for blocks of `block` of `total`
 // pixels or tiles, the channels of a block in parts where there are fewer blocks than threads.
 template <class Body>
-void for_blocks(const Convolution& op, int64_t total, int64_t block, int threads,
-                const Body& body) {
+void for_blocks(const Convolve& op, int64_t total, int64_t block, int threads, const Body& body) {
   const int64_t blocks = ceil_div(total, block), panels = ceil_div(op.c_out, PANEL);
   const int64_t parts = blocks >= 2 * threads ? 1 : least(panels, ceil_div(2 * threads, blocks));
   const int64_t work = op.images * op.height * op.width * op.c_out *
@@ -186,7 +185,7 @@ void for_blocks(const Convolution& op, int64_t total, int64_t block, int threads
 }
 
 template <int m>
-void winograd(const Convolution& op, const Epilogue& epilogue, float* workspace, int threads) {
+void winograd(const Convolve& op, const Epilogue& epilogue, float* workspace, int threads) {
   const int64_t total = op.images * ceil_div(op.height, m) * ceil_div(op.width, m);
   const int64_t size = Block<m>::workspace(op);
   for_blocks(op, total, tiles_at_once(op.pixel, Block<m>::POINTS), threads,
@@ -254,13 +253,13 @@ void pack_weight(Algorithm algorithm, const float* weight, int64_t c_in, int64_t
             weight[(o * c_in + i) * taps + tap];
 }
 
-int64_t convolution_workspace(const Convolution& op, int threads) {
+int64_t convolve_workspace(const Convolve& op, int threads) {
   return threads * (op.algorithm == Algorithm::winograd_2   ? Block<2>::workspace(op)
                     : op.algorithm == Algorithm::winograd_4 ? Block<4>::workspace(op)
                                                             : 0);
 }
 
-void convolution(const Convolution& op, float* workspace, int threads) {
+void convolve(const Convolve& op, float* workspace, int threads) {
   const Epilogue epilogue{op.bias, op.residual, op.y, op.c_out};
   if (op.algorithm == Algorithm::winograd_2) return winograd<2>(op, epilogue, workspace, threads);
   if (op.algorithm == Algorithm::winograd_4) return winograd<4>(op, epilogue, workspace, threads);
