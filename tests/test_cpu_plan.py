@@ -566,6 +566,7 @@ COMMON = (
     "layers/input",
     "layers/attention",
     "layers/convolve",
+    "layers/pack",
     "ops/posterior_step",
 )
 BF16 = ("layers/attention_bf16", "layers/convolve_bf16")
