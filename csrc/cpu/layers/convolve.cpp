@@ -195,18 +195,6 @@ void winograd(const Convolve& op, const Epilogue& epilogue, float* workspace, in
              });
 }
 
-template <int m>
-void pack_winograd(const float* weight, int64_t c_in, int64_t c_out, float* packed) {
-  constexpr int64_t POINTS = Block<m>::POINTS;
-  double u[POINTS];
-  for (int64_t o = 0; o < c_out; ++o)
-    for (int64_t i = 0; i < c_in; ++i) {
-      transform_weight<m>(weight + (o * c_in + i) * 9, u);
-      for (int64_t p = 0; p < POINTS; ++p)
-        packed[((o / PANEL * POINTS + p) * c_in + i) * PANEL + o % PANEL] = float(u[p]);
-    }
-}
-
 }  // namespace
 
 // The fewest cycles for one image by a count of vector operations and of the bytes of weights that
@@ -233,24 +221,6 @@ Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t wi
   const double direct = cost(0), two = cost(2), four = cost(4);
   if (direct <= two && direct <= four) return rate_bf16 > 0 ? Algorithm::bf16 : Algorithm::direct;
   return two <= four ? Algorithm::winograd_2 : Algorithm::winograd_4;
-}
-
-int64_t packed_weight_size(Algorithm algorithm, int64_t c_in, int64_t c_out, int64_t kernel) {
-  const int64_t m = int64_t(algorithm);
-  return packed_size(c_in * (m ? (m + 2) * (m + 2) : kernel * kernel), c_out);
-}
-
-// weight: (c_out, c_in, kernel, kernel); packed: zero where it stays empty.
-void pack_weight(Algorithm algorithm, const float* weight, int64_t c_in, int64_t c_out,
-                 int64_t kernel, float* packed) {
-  if (algorithm == Algorithm::winograd_2) return pack_winograd<2>(weight, c_in, c_out, packed);
-  if (algorithm == Algorithm::winograd_4) return pack_winograd<4>(weight, c_in, c_out, packed);
-  const int64_t taps = kernel * kernel, size = taps * c_in * PANEL;
-  for (int64_t o = 0; o < c_out; ++o)
-    for (int64_t i = 0; i < c_in; ++i)
-      for (int64_t tap = 0; tap < taps; ++tap)
-        packed[o / PANEL * size + (tap * c_in + i) * PANEL + o % PANEL] =
-            weight[(o * c_in + i) * taps + tap];
 }
 
 int64_t convolve_workspace(const Convolve& op, int threads) {

@@ -52,6 +52,27 @@ enum class Algorithm : int32_t {
   winograd_4 = 4,  // F(4x4, 3x3): 2.25 products an output
 };
 
+// (c_out, c_in, kernel, kernel), float32, bfloat16 or float16, with any strides, in values.
+struct Weight {
+  const void* data;
+  DType dtype;
+  int64_t c_out, c_in, kernel;
+  int64_t stride[4];
+};
+
+// W'[i][o][a][b] = W[o][i][k - 1 - a][k - 1 - b]: the same memory, read as the weight that takes a
+// gradient from y back to x.
+inline Weight transposed(const Weight& w) {
+  const int64_t last = (w.kernel - 1) * (w.stride[2] + w.stride[3]);
+  const int64_t size = w.dtype == DType::f32 ? 4 : 2;
+  return {static_cast<const char*>(w.data) + last * size,
+          w.dtype,
+          w.c_in,
+          w.c_out,
+          w.kernel,
+          {w.stride[1], w.stride[0], -w.stride[2], -w.stride[3]}};
+}
+
 // y = conv(x) + bias (+ residual), x with its border. A 1x1 convolution can read a second source,
 // whose channels follow x's: (images, height, width, c_in_2).
 struct Convolve {
@@ -89,8 +110,7 @@ struct Attention {
   int64_t attention_workspace_bf16(const Attention&, int threads);                              \
   int64_t packed_weight_size_bf16(int64_t c_in, int64_t c_out, int64_t kernel, bool repeated);  \
   double product_rate_bf16();                                                                   \
-  void pack_weight_bf16(const float* weight, int64_t c_in, int64_t c_out, int64_t kernel,       \
-                        bool repeated, BF16* packed);                                           \
+  void pack_weight_bf16(const Weight&, bool repeated, BF16* packed, int threads);               \
   void channel_statistics(const ChannelStatistics&, int threads);                               \
   void group_coefficients(const GroupCoefficients&, int threads);                               \
   void prepare_input(const PrepareInput&, int threads);                                         \
@@ -101,8 +121,7 @@ struct Attention {
   Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t width,          \
                            double rate_bf16);                                                   \
   int64_t packed_weight_size(Algorithm, int64_t c_in, int64_t c_out, int64_t kernel);           \
-  void pack_weight(Algorithm, const float* weight, int64_t c_in, int64_t c_out, int64_t kernel, \
-                   float* packed);                                                              \
+  void pack_weight(Algorithm, const Weight&, float* packed, int threads);                       \
   int64_t vector_width();                                                                       \
   }
 

@@ -109,17 +109,24 @@ inline void transform_output(const float* p, int64_t plane, const Store& store) 
   }
 }
 
-// G g G^T of one 3x3 filter, in float64.
+// G g G^T of HALF_WIDTH 3x3 filters, in float64 and rounded once. Tap t of them lies at g + t plane,
+// value p of the TILE^2 goes to u + p u_plane.
 template <int m>
-inline void transform_weight(const float* g, double* u) {
+inline void transform_weight(const float* g, int64_t plane, float* u, int64_t u_plane) {
   constexpr int TILE = Winograd<m>::TILE;
+  constexpr auto& G = Winograd<m>::G;
+  Doubles taps[9];
+#pragma GCC unroll 9
+  for (int t = 0; t < 9; ++t) taps[t] = load_doubles(g + t * plane);
+#pragma GCC unroll 6
   for (int i = 0; i < TILE; ++i)
+#pragma GCC unroll 6
     for (int j = 0; j < TILE; ++j) {
-      double sum = 0.0;
-      for (int a = 0; a < 3; ++a)
-        for (int b = 0; b < 3; ++b)
-          sum += Winograd<m>::G[i][a] * Winograd<m>::G[j][b] * double(g[a * 3 + b]);
-      u[i * TILE + j] = sum;
+      Doubles sum{};
+#pragma GCC unroll 9
+      for (int t = 0; t < 9; ++t)
+        if (G[i][t / 3] != 0 && G[j][t % 3] != 0) sum += G[i][t / 3] * G[j][t % 3] * taps[t];
+      store_doubles(u + (i * TILE + j) * u_plane, sum);
     }
 }
 

@@ -135,12 +135,13 @@ void Plan::State::pack(Layer& layer, const float* weight) {
   layer.weight_floats =
       rounded ? kernels.packed_weight_size_bf16(c_in, c_out, kernel, layer.repeated) / 2
               : kernels.packed_weight_size(layer.algorithm, c_in, c_out, kernel);
-  layer.weight = allocate(layer.weight_floats, true);
+  layer.weight = allocate(layer.weight_floats, false);
+  const int64_t taps = kernel * kernel;
+  const Weight given{weight, DType::f32, c_out, c_in, kernel, {c_in * taps, taps, kernel, 1}};
   if (rounded)
-    kernels.pack_weight_bf16(weight, c_in, c_out, kernel, layer.repeated,
-                             reinterpret_cast<BF16*>(layer.weight.get()));
+    kernels.pack_weight_bf16(given, layer.repeated, reinterpret_cast<BF16*>(layer.weight.get()), 1);
   else
-    kernels.pack_weight(layer.algorithm, weight, c_in, c_out, kernel, layer.weight.get());
+    kernels.pack_weight(layer.algorithm, given, layer.weight.get(), 1);
   weights += layer.weight_floats * int64_t(sizeof(float));
 }
 
