@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../../types.h"
+#include "../../ops.h"
 
 namespace fastddpm {
 
@@ -38,6 +38,7 @@ struct PrepareInput {
   const float* source[SOURCES];
   const float *centre, *scale, *shift;  // null: as they are
   bool silu;
+  Dropout dropout;                // of what is not repeated yet; its streams: of these images
   int64_t repeat, before, after;  // border rows and columns, before and after
   int64_t pixel;                  // values from pixel to pixel in out, the channels' count or more
   int64_t image;                  // values from image to image, rows * columns * pixel or more
@@ -82,6 +83,7 @@ struct Convolve {
   int64_t height, width;         // of y
   const float *x, *x_2, *weight, *bias, *residual;  // weight: packed; bias: (c_out,)
   float* y;                                         // like residual
+  int64_t bias_image;  // floats from an image's bias to the next one's; 0: all have the same
 };
 
 // A convolution of bfloat16 operands with float32 sums. repeated: x is read as if each of its
@@ -94,6 +96,7 @@ struct ConvolveBf16 {
   const BF16 *x, *weight;               // x: can be read 15 stride pixels past its end
   const float *bias, *residual;
   float* y;
+  int64_t bias_image;  // as Convolve's
 };
 
 // softmax(q k^T / sqrt(d)) v per image and head; qkv: (images, pixels, 3C), y: (images, pixels, C).
