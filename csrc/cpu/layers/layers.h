@@ -66,11 +66,7 @@ struct Weight {
 inline Weight transposed(const Weight& w) {
   const int64_t last = (w.kernel - 1) * (w.stride[2] + w.stride[3]);
   const int64_t size = w.dtype == DType::f32 ? 4 : 2;
-  return {static_cast<const char*>(w.data) + last * size,
-          w.dtype,
-          w.c_in,
-          w.c_out,
-          w.kernel,
+  return {static_cast<const char*>(w.data) + last * size,        w.dtype, w.c_in, w.c_out, w.kernel,
           {w.stride[1], w.stride[0], -w.stride[2], -w.stride[3]}};
 }
 
@@ -106,26 +102,26 @@ struct Attention {
   float* y;
 };
 
-#define FASTDDPM_DECLARE_PLAN_OPS(isa, base)                                                    \
-  namespace isa {                                                                               \
-  void convolve_bf16(const ConvolveBf16&, int threads);                                         \
-  void attention_bf16(const Attention&, float* workspace, int threads);                         \
-  int64_t attention_workspace_bf16(const Attention&, int threads);                              \
-  int64_t packed_weight_size_bf16(int64_t c_in, int64_t c_out, int64_t kernel, bool repeated);  \
-  double product_rate_bf16();                                                                   \
-  void pack_weight_bf16(const Weight&, bool repeated, BF16* packed, int threads);               \
-  void channel_statistics(const ChannelStatistics&, int threads);                               \
-  void group_coefficients(const GroupCoefficients&, int threads);                               \
-  void prepare_input(const PrepareInput&, int threads);                                         \
-  void convolve(const Convolve&, float* workspace, int threads);                                \
-  void attention(const Attention&, float* workspace, int threads);                              \
-  int64_t convolve_workspace(const Convolve&, int threads);                                     \
-  int64_t attention_workspace(const Attention&, int threads);                                   \
-  Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t width,          \
-                           double rate_bf16);                                                   \
-  int64_t packed_weight_size(Algorithm, int64_t c_in, int64_t c_out, int64_t kernel);           \
-  void pack_weight(Algorithm, const Weight&, float* packed, int threads);                       \
-  int64_t vector_width();                                                                       \
+#define FASTDDPM_DECLARE_PLAN_OPS(isa, base)                                                   \
+  namespace isa {                                                                              \
+  void convolve_bf16(const ConvolveBf16&, int threads);                                        \
+  void attention_bf16(const Attention&, float* workspace, int threads);                        \
+  int64_t attention_workspace_bf16(const Attention&, int threads);                             \
+  int64_t packed_weight_size_bf16(int64_t c_in, int64_t c_out, int64_t kernel, bool repeated); \
+  double product_rate_bf16();                                                                  \
+  void pack_weight_bf16(const Weight&, bool repeated, BF16* packed, int threads);              \
+  void channel_statistics(const ChannelStatistics&, int threads);                              \
+  void group_coefficients(const GroupCoefficients&, int threads);                              \
+  void prepare_input(const PrepareInput&, int threads);                                        \
+  void convolve(const Convolve&, float* workspace, int threads);                               \
+  void attention(const Attention&, float* workspace, int threads);                             \
+  int64_t convolve_workspace(const Convolve&, int threads);                                    \
+  int64_t attention_workspace(const Attention&, int threads);                                  \
+  Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t width,         \
+                           double rate_bf16);                                                  \
+  int64_t packed_weight_size(Algorithm, int64_t c_in, int64_t c_out, int64_t kernel);          \
+  void pack_weight(Algorithm, const Weight&, float* packed, int threads);                      \
+  int64_t vector_width();                                                                      \
   }
 
 }  // namespace fastddpm

@@ -12,8 +12,8 @@ namespace FASTDDPM_ISA {
 namespace {
 
 // Channels that are packed, and transformed, at a time: they stay in the L1 cache. Each tap's or
-// point's part of a panel then goes to its place as one piece, since those places are mostly a power
-// of two apart and share their cache sets.
+// point's part of a panel then goes to its place as one piece, since those places are mostly a
+// power of two apart and share their cache sets.
 constexpr int64_t CHANNELS = 256 / PANEL, TRANSFORMED = 128 / PANEL;
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -1,57 +1,95 @@
 // Part of a convolution's weight, of any type and strides, as planes of float32: what every form of
 // packed weights is made from.
 #pragma once
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
 #include "layers.h"
 
 namespace fastddpm {
 namespace {
 
 constexpr int64_t TAPS = 9;  // of a filter, at most
+constexpr int64_t FOUR = 4;
 
 struct Part {  // filters o .. o + columns, channels i .. i + rows
   int64_t o, columns, i, rows;
 };
 
+#if defined(__SSE__)
+inline __m128 load_four(const float* x) { return _mm_loadu_ps(x); }
+
 template <class T>
-inline void copy_strided(const T* __restrict from, int64_t from_stride, float* __restrict to,
-                         int64_t to_stride, int64_t count) {
-  if (from_stride == 1 && to_stride == 1)
-    for (int64_t j = 0; j < count; ++j) to[j] = to_float(from[j]);
-  else
-    for (int64_t j = 0; j < count; ++j) to[j * to_stride] = to_float(from[j * from_stride]);
+inline __m128 load_four(const T* x) {
+  return _mm_setr_ps(to_float(x[0]), to_float(x[1]), to_float(x[2]), to_float(x[3]));
 }
 
-// out[tap plane + row pitch + column], read in the order in which the weight lies in memory.
+// to[i to_stride + j] = from[j from_stride + i], i, j < 4.
 template <class T>
-inline void gather_as(const T* w, const Weight& weight, const Part& part, float* __restrict out,
-                      int64_t pitch, int64_t plane) {
-  struct Side {
-    int64_t count, from, to;
-  };
-  const auto distance = [](int64_t stride) { return stride < 0 ? -stride : stride; };
-  const int64_t* const stride = weight.stride;
-  w += part.o * stride[0] + part.i * stride[1];
-  Side outer{part.columns, stride[0], 1}, inner{part.rows, stride[1], pitch};
-  if (distance(outer.from) < distance(inner.from)) {
-    const Side o = outer;
-    outer = inner, inner = o;
+inline void transpose(const T* from, int64_t from_stride, float* to, int64_t to_stride) {
+  __m128 a = load_four(from), b = load_four(from + from_stride);
+  __m128 c = load_four(from + 2 * from_stride), d = load_four(from + 3 * from_stride);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(to, a);
+  _mm_storeu_ps(to + to_stride, b);
+  _mm_storeu_ps(to + 2 * to_stride, c);
+  _mm_storeu_ps(to + 3 * to_stride, d);
+}
+#else
+template <class T>
+inline void transpose(const T* from, int64_t from_stride, float* to, int64_t to_stride) {
+  for (int64_t i = 0; i < FOUR; ++i)
+    for (int64_t j = 0; j < FOUR; ++j) to[i * to_stride + j] = to_float(from[j * from_stride + i]);
+}
+#endif
+
+// to[i to_stride + j] = from[j from_stride + i from_step], i < rows, j < columns.
+template <class T>
+inline void copy_transposed(const T* from, int64_t from_stride, int64_t from_step, int64_t rows,
+                            int64_t columns, float* to, int64_t to_stride) {
+  int64_t j = 0;
+  if (from_stride == 1) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (j = 0; j < columns; ++j) to[i * to_stride + j] = to_float(from[j + i * from_step]);
+    return;
   }
-  const int64_t kernel = weight.kernel, taps = kernel * kernel;
-  int64_t tap[TAPS];
-  for (int64_t t = 0; t < taps; ++t) tap[t] = t / kernel * stride[2] + t % kernel * stride[3];
-  const bool filters_together = taps == TAPS && distance(stride[3]) < distance(inner.from);
-  for (int64_t x = 0; x < outer.count; ++x) {
-    const T* from = w + x * outer.from;
-    float* to = out + x * outer.to;
-    if (filters_together) {
-      for (int64_t y = 0; y < inner.count; ++y, from += inner.from, to += inner.to)
-#pragma GCC unroll 9
-        for (int64_t t = 0; t < TAPS; ++t) to[t * plane] = to_float(from[tap[t]]);
-    } else {
-      for (int64_t t = 0; t < taps; ++t)
-        copy_strided(from + tap[t], inner.from, to + t * plane, inner.to, inner.count);
+  if (from_step == 1)
+    for (; j + FOUR <= columns; j += FOUR) {
+      int64_t i = 0;
+      for (; i + FOUR <= rows; i += FOUR)
+        transpose(from + j * from_stride + i, from_stride, to + i * to_stride + j, to_stride);
+      for (; i < rows; ++i)
+        for (int64_t l = j; l < j + FOUR; ++l)
+          to[i * to_stride + l] = to_float(from[l * from_stride + i]);
     }
+  for (; j < columns; ++j)
+    for (int64_t i = 0; i < rows; ++i)
+      to[i * to_stride + j] = to_float(from[j * from_stride + i * from_step]);
+}
+
+// out[tap plane + row pitch + column]. What lies side by side, taps, channels or filters, is read
+// so.
+template <class T>
+inline void gather_as(const T* w, const Weight& weight, const Part& part, float* out, int64_t pitch,
+                      int64_t plane) {
+  const int64_t *stride = weight.stride, kernel = weight.kernel, taps = kernel * kernel;
+  w += part.o * stride[0] + part.i * stride[1];
+  const bool forward = stride[3] == 1 && stride[2] == kernel;
+  const bool backward = stride[3] == -1 && stride[2] == -kernel;
+  if (taps > 1 && (forward || backward)) {
+    if (backward) w -= taps - 1, out += (taps - 1) * plane, plane = -plane;
+    for (int64_t o = 0; o < part.columns; o += FOUR) {
+      const int64_t columns = part.columns - o < FOUR ? part.columns - o : FOUR;
+      for (int64_t i = 0; i < part.rows; ++i)
+        copy_transposed(w + o * stride[0] + i * stride[1], stride[0], 1, taps, columns,
+                        out + i * pitch + o, plane);
+    }
+    return;
   }
+  for (int64_t t = 0; t < taps; ++t)
+    copy_transposed(w + t / kernel * stride[2] + t % kernel * stride[3], stride[0], stride[1],
+                    part.rows, part.columns, out + t * plane, pitch);
 }
 
 // The same, with zeros in columns up to `pitch`.

@@ -16,7 +16,14 @@ struct Winograd;
 template <>
 struct Winograd<2> {
   static constexpr int TILE = 4;
-  static constexpr double G[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
+
+  static inline void weight(const Doubles* g, Doubles* u) {  // u = G g
+    const Doubles even = 0.5 * (g[0] + g[2]), odd = 0.5 * g[1];
+    u[0] = g[0];
+    u[1] = even + odd;
+    u[2] = even - odd;
+    u[3] = g[2];
+  }
 
   static inline void input(const Vector* d, Vector* v) {  // v = B^T d
     v[0] = d[0] - d[2];
@@ -34,12 +41,17 @@ struct Winograd<2> {
 template <>
 struct Winograd<4> {
   static constexpr int TILE = 6;
-  static constexpr double G[6][3] = {{1. / 4, 0, 0},
-                                     {-1. / 6, -1. / 6, -1. / 6},
-                                     {-1. / 6, 1. / 6, -1. / 6},
-                                     {1. / 24, 1. / 12, 1. / 6},
-                                     {1. / 24, -1. / 12, 1. / 6},
-                                     {0, 0, 1}};
+
+  static inline void weight(const Doubles* g, Doubles* u) {
+    const Doubles even = -1. / 6 * (g[0] + g[2]), odd = 1. / 6 * g[1];
+    const Doubles far = 1. / 24 * g[0] + 1. / 6 * g[2], half = 1. / 12 * g[1];
+    u[0] = 0.25 * g[0];
+    u[1] = even - odd;
+    u[2] = even + odd;
+    u[3] = far + half;
+    u[4] = far - half;
+    u[5] = g[2];
+  }
 
   static inline void input(const Vector* d, Vector* v) {
     const Vector four = vector_of(4.0f), minus_five = vector_of(-5.0f);
@@ -109,25 +121,26 @@ inline void transform_output(const float* p, int64_t plane, const Store& store) 
   }
 }
 
-// G g G^T of HALF_WIDTH 3x3 filters, in float64 and rounded once. Tap t of them lies at g + t plane,
-// value p of the TILE^2 goes to u + p u_plane.
+// G g G^T of HALF_WIDTH 3x3 filters, in float64 and rounded once. Tap t of them lies at g + t
+// plane, value p of the TILE^2 goes to u + p u_plane.
 template <int m>
 inline void transform_weight(const float* g, int64_t plane, float* u, int64_t u_plane) {
   constexpr int TILE = Winograd<m>::TILE;
-  constexpr auto& G = Winograd<m>::G;
-  Doubles taps[9];
-#pragma GCC unroll 9
-  for (int t = 0; t < 9; ++t) taps[t] = load_doubles(g + t * plane);
+  Doubles half[3][TILE];  // half[b]: column b of G g
+#pragma GCC unroll 3
+  for (int b = 0; b < 3; ++b) {
+    const Doubles column[3] = {load_doubles(g + b * plane), load_doubles(g + (3 + b) * plane),
+                               load_doubles(g + (6 + b) * plane)};
+    Winograd<m>::weight(column, half[b]);
+  }
 #pragma GCC unroll 6
-  for (int i = 0; i < TILE; ++i)
+  for (int i = 0; i < TILE; ++i) {
+    const Doubles row[3] = {half[0][i], half[1][i], half[2][i]};
+    Doubles values[TILE];
+    Winograd<m>::weight(row, values);
 #pragma GCC unroll 6
-    for (int j = 0; j < TILE; ++j) {
-      Doubles sum{};
-#pragma GCC unroll 9
-      for (int t = 0; t < 9; ++t)
-        if (G[i][t / 3] != 0 && G[j][t % 3] != 0) sum += G[i][t / 3] * G[j][t % 3] * taps[t];
-      store_doubles(u + (i * TILE + j) * u_plane, sum);
-    }
+    for (int j = 0; j < TILE; ++j) store_doubles(u + (i * TILE + j) * u_plane, values[j]);
+  }
 }
 
 }  // namespace
