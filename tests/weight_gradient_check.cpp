@@ -86,12 +86,24 @@ std::vector<double> truth_of(const WeightGradient& op, const float* x, const flo
   return sums;
 }
 
-// In calls of so many images.
+enum Order { contiguous, channels_last, with_gaps };
+
+void set_strides(WeightGradient& op, Order order) {
+  const int64_t taps = op.kernel * op.kernel, gap = order == with_gaps ? 2 : 1;
+  const bool last = order == channels_last;
+  op.stride[0] = gap * op.c_in * taps, op.stride[1] = gap * (last ? 1 : taps);
+  op.stride[2] = gap * op.kernel * (last ? op.c_in : 1), op.stride[3] = gap * (last ? op.c_in : 1);
+}
+
+// In calls of so many images; in the order of (c_out, c_in, row, column), however it is stored.
 std::vector<float> gradient(WeightGradient op, const std::vector<float>& x,
-                            const std::vector<float>& grad, int threads, int64_t at_once) {
-  std::vector<float> dweight(size_t(op.c_out * op.c_in * op.kernel * op.kernel), NAN);
+                            const std::vector<float>& grad, int threads, int64_t at_once,
+                            Order order = contiguous) {
+  const int64_t count = op.c_out * op.c_in * op.kernel * op.kernel;
+  std::vector<float> stored(size_t(order == with_gaps ? 2 * count - 1 : count), NAN), dweight;
   const int64_t images = op.images;
-  op.images = std::min(at_once, images), op.dweight = dweight.data();
+  op.images = std::min(at_once, images), op.dweight = stored.data();
+  set_strides(op, order);
   std::vector<float> workspace(size_t(plain::weight_gradient_workspace(op, threads)), NAN);
   plain::weight_gradient_begin(op, workspace.data(), threads);
   for (int64_t first = 0; first < images; first += at_once) {
@@ -101,6 +113,16 @@ std::vector<float> gradient(WeightGradient op, const std::vector<float>& x,
     plain::weight_gradient_add(op, workspace.data(), threads);
   }
   plain::weight_gradient_finish(op, workspace.data(), threads);
+  for (int64_t o = 0; o < op.c_out; ++o)
+    for (int64_t i = 0; i < op.c_in; ++i)
+      for (int64_t tap = 0; tap < op.kernel * op.kernel; ++tap) {
+        const int64_t at = o * op.stride[0] + i * op.stride[1] + tap / op.kernel * op.stride[2] +
+                           tap % op.kernel * op.stride[3];
+        dweight.push_back(stored[at]);
+        stored[at] = NAN;
+      }
+  for (float value : stored)
+    if (!std::isnan(value)) ++failures, std::printf("a value between the weights was written\n");
   return dweight;
 }
 
@@ -125,6 +147,8 @@ void check(const Case& c, const std::string& name, Algorithm algorithm) {
   const double error = distance(whole, truth_of(op, x.data(), grad.data()));
   bool good = error < (algorithm == Algorithm::winograd_4 ? 1e-5 : 2e-6);
   for (int threads : {2, 3, 7}) good &= same(whole, gradient(op, x, grad, threads, op.images + 1));
+  for (Order order : {channels_last, with_gaps})
+    good &= same(whole, gradient(op, x, grad, 2, op.images + 1, order));
   for (int64_t at_once : {1, 2, 3}) good &= same(whole, gradient(op, x, grad, 2, at_once));
   if (good) return;
   ++failures;

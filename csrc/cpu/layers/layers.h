@@ -85,6 +85,7 @@ struct WeightGradient {
   int64_t height, width;         // of grad
   const float *x, *grad;         // grad: (images, height, width, c_out)
   float* dweight;                // (c_out, c_in, kernel, kernel)
+  int64_t stride[4];             // its, in floats
 };
 
 // softmax(q k^T / sqrt(d)) v per image and head; qkv: (images, pixels, 3C), y: (images, pixels, C).

@@ -145,6 +145,34 @@ void flush(const Layout& layout, float* workspace, int threads) {
   set_state(workspace, {0, 1});
 }
 
+// Where the taps of rows' and columns' channels go.
+struct Filters {
+  float* data;
+  int64_t row, column, down, right;  // strides
+
+  Filters(const WeightGradient& op, bool columns_of_x)
+      : data(op.dweight),
+        row(op.stride[columns_of_x ? 0 : 1]),
+        column(op.stride[columns_of_x ? 1 : 0]),
+        down(op.stride[2]),
+        right(op.stride[3]) {}
+
+  // `count` columns from `c` on of one row: taps[tap][WIDTH].
+  template <int kernel>
+  void store(int64_t r, int64_t c, int64_t count, const float* taps) const {
+    float* out = data + r * row + c * column;
+    if (column == 1 && count == WIDTH) {
+      for (int tap = 0; tap < kernel * kernel; ++tap)
+        store_vector(out + tap / kernel * down + tap % kernel * right,
+                     load_vector(taps + tap * WIDTH));
+      return;
+    }
+    for (int64_t j = 0; j < count; ++j, out += column)
+      for (int tap = 0; tap < kernel * kernel; ++tap)
+        out[tap / kernel * down + tap % kernel * right] = taps[tap * WIDTH + j];
+  }
+};
+
 // ---- one algorithm -----------------------------------------------------------------------------
 
 template <int m, int kernel>
@@ -187,15 +215,11 @@ struct Form {
 
   static void finish(const WeightGradient& op, const Layout& layout, float* workspace,
                      int threads) {
-    constexpr int64_t TAPS = kernel * kernel;
     const Operand &left = layout.left, &right = layout.right;
-    const int64_t row_stride = (right.of_x ? op.c_in : 1) * TAPS;
-    const int64_t column_stride = (right.of_x ? 1 : op.c_in) * TAPS;
     const State state = state_of(workspace);
-    if (!state.waiting && !state.summed)  // no image came
-      return void(
-          __builtin_memset(op.dweight, 0, size_t(op.c_out * op.c_in * TAPS) * sizeof(float)));
     if (state.waiting) flush(layout, workspace, threads);
+    const bool empty = !state.waiting && !state.summed;  // no image came
+    const Filters filters(op, right.of_x);
     const int64_t work = layout.points * left.channels * right.channels;
     parallel_for(right.blocks * left.blocks, work, threads, [&](int64_t job, int) {
       const int64_t panel = job / left.blocks, first = job % left.blocks * WIDTH;
@@ -204,13 +228,10 @@ struct Form {
         for (int64_t lane = 0; lane < PANEL; lane += WIDTH) {
           const int64_t column = panel * PANEL + lane, some = right.channels - column;
           if (some <= 0) break;
-          float taps[TAPS * WIDTH];
-          taps_of<m, kernel>(workspace + layout.sums + (panel * layout.rows + row) * PANEL + lane,
-                             layout.plane, taps);
-          float* out = op.dweight + row * row_stride + column * column_stride;
-          for (int64_t j = 0; j < least(some, WIDTH); ++j)
-            for (int64_t tap = 0; tap < TAPS; ++tap)
-              out[j * column_stride + tap] = taps[tap * WIDTH + j];
+          float taps[kernel * kernel * WIDTH] = {};
+          const int64_t at = (panel * layout.rows + row) * PANEL + lane;
+          if (!empty) taps_of<m, kernel>(workspace + layout.sums + at, layout.plane, taps);
+          filters.store<kernel>(row, column, least(some, WIDTH), taps);
         }
     });
   }
