@@ -24,11 +24,11 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // y = sum + bias (+ residual) for a vector of a pixel's channels, as many as there are.
 struct Epilogue {
-  const float *bias, *residual;
+  const float* residual;
   float* y;
   int64_t c_out;
 
-  void operator()(int64_t pixel, int64_t c, Vector sum) const {
+  void operator()(int64_t pixel, int64_t c, Vector sum, const float* bias) const {
     const int64_t at = pixel * c_out + c;
     if (c + WIDTH <= c_out) {
       sum += load_vector(bias + c);
@@ -66,13 +66,14 @@ struct Place {
 // ---- the direct sum ----------------------------------------------------------------------------
 
 // `strips` strips of ROWS pixels. x[i]: where pixel i's filter begins, `kernel` runs of kernel *
-// c_in floats, `line` apart; second: the pixels of the second source, or null.
+// c_in floats, `line` apart; second: the pixels of the second source, or null; bias: of the pixels'
+// images.
 template <int ROWS>
 void direct_strips(const Convolve& op, const float* const* x, const float* const* second,
-                   const float* panel, int64_t pixel, int64_t c, const Epilogue& epilogue,
-                   int64_t strips, Ahead& ahead) {
+                   const float* const* bias, const float* panel, int64_t pixel, int64_t c,
+                   const Epilogue& epilogue, int64_t strips, Ahead& ahead) {
   const int64_t length = op.kernel * op.c_in, line = op.columns * op.pixel;
-  for (; strips > 0; --strips, x += ROWS, pixel += ROWS) {
+  for (; strips > 0; --strips, x += ROWS, bias += ROWS, pixel += ROWS) {
     Vector sum[ROWS][2];
     for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = Vector{};
     for (int64_t run = 0; run < op.kernel; ++run) {
@@ -85,35 +86,38 @@ void direct_strips(const Convolve& op, const float* const* x, const float* const
       second += ROWS;
     }
     for (int i = 0; i < ROWS; ++i) {
-      epilogue(pixel + i, c, sum[i][0]);
-      epilogue(pixel + i, c + WIDTH, sum[i][1]);
+      epilogue(pixel + i, c, sum[i][0], bias[i]);
+      epilogue(pixel + i, c + WIDTH, sum[i][1], bias[i]);
     }
   }
 }
 
 void direct(const Convolve& op, const Epilogue& epilogue, int64_t first, int64_t count,
             int64_t c_first, int64_t c_last) {
-  using Strips = void (*)(const Convolve&, const float* const*, const float* const*, const float*,
-                          int64_t, int64_t, const Epilogue&, int64_t, Ahead&);
+  using Strips =
+      void (*)(const Convolve&, const float* const*, const float* const*, const float* const*,
+               const float*, int64_t, int64_t, const Epilogue&, int64_t, Ahead&);
   static constexpr Strips last[STRIP - 1] = {direct_strips<1>, direct_strips<2>, direct_strips<3>,
                                              direct_strips<4>, direct_strips<5>};
-  const float *x[PIXELS], *second[PIXELS];
+  const float *x[PIXELS], *second[PIXELS], *bias[PIXELS];
   const int64_t line = op.columns * op.pixel;
   Place place(first, op.width, op.height);
   for (int64_t i = 0; i < count; ++i, place.next()) {
     x[i] = op.x + (place.image * op.rows + place.y * op.stride) * line +
            place.x * op.stride * op.pixel;
     second[i] = op.x_2 ? op.x_2 + (first + i) * op.c_in_2 : nullptr;
+    bias[i] = op.bias + place.image * op.bias_image;
   }
   const int64_t rows = op.kernel * op.kernel * op.c_in + op.c_in_2;
   const int64_t whole = count / STRIP, done = whole * STRIP, rest = count - done;
   for (int64_t c = c_first; c < c_last; c += PANEL) {
     const float* panel = op.weight + c * rows;
     Ahead ahead(panel + rows * PANEL, rows * PANEL, (whole + (rest > 0)) * rows);
-    direct_strips<STRIP>(op, x, op.x_2 ? second : nullptr, panel, first, c, epilogue, whole, ahead);
+    direct_strips<STRIP>(op, x, op.x_2 ? second : nullptr, bias, panel, first, c, epilogue, whole,
+                         ahead);
     if (rest)
-      last[rest - 1](op, x + done, op.x_2 ? second + done : nullptr, panel, first + done, c,
-                     epilogue, 1, ahead);
+      last[rest - 1](op, x + done, op.x_2 ? second + done : nullptr, bias + done, panel,
+                     first + done, c, epilogue, 1, ahead);
   }
 }
 
@@ -160,9 +164,10 @@ struct Block {
         const int64_t top = place.y * m, left = place.x * m;
         const int64_t rows = op.height - top, columns = op.width - left;
         const int64_t corner = (place.image * op.height + top) * op.width + left;
+        const float* bias = op.bias + place.image * op.bias_image;
         for (int64_t half = 0; half < PANEL && c + half < op.c_out; half += WIDTH)
           transform_output<m>(products + i * PANEL + half, part, [&](int a, int b, Vector y) {
-            if (a < rows && b < columns) epilogue(corner + a * op.width + b, c + half, y);
+            if (a < rows && b < columns) epilogue(corner + a * op.width + b, c + half, y, bias);
           });
       }
     }
@@ -230,7 +235,7 @@ int64_t convolve_workspace(const Convolve& op, int threads) {
 }
 
 void convolve(const Convolve& op, float* workspace, int threads) {
-  const Epilogue epilogue{op.bias, op.residual, op.y, op.c_out};
+  const Epilogue epilogue{op.residual, op.y, op.c_out};
   if (op.algorithm == Algorithm::winograd_2) return winograd<2>(op, epilogue, workspace, threads);
   if (op.algorithm == Algorithm::winograd_4) return winograd<4>(op, epilogue, workspace, threads);
   for_blocks(op, op.images * op.height * op.width, PIXELS, threads,

@@ -27,6 +27,8 @@ struct ActivationGradient {
   float* grad;      // (images, pixels, all channels)
 };
 
+constexpr int64_t DIGEST = 64;  // words of a digest
+
 #define FASTDDPM_DECLARE_IMAGE_OPS(isa, base)                                                     \
   namespace isa {                                                                                 \
   void load_images(const Tensor& x, const Shape&, float* out, int threads);                       \
@@ -39,6 +41,8 @@ struct ActivationGradient {
   void sum_pixels(const float* x, int64_t images, int64_t pixels, int64_t channels, double* sums, \
                   int threads);                                                                   \
   void activation_gradient(const ActivationGradient&, int threads);                               \
+  /* lanes: DIGEST words, other ones where a word of memory is another one */                     \
+  void digest(const void* data, int64_t bytes, uint32_t* lanes, int threads);                     \
   }
 
 }  // namespace fastddpm

@@ -28,6 +28,12 @@ struct Kernels {
   decltype(&plain::sum_squares_of_pixels) sum_squares_of_pixels;
   decltype(&plain::sum_pixels) sum_pixels;
   decltype(&plain::activation_gradient) activation_gradient;
+  decltype(&plain::digest) digest;
+  decltype(&plain::best_weight_gradient) best_weight_gradient;
+  decltype(&plain::weight_gradient_workspace) weight_gradient_workspace;
+  decltype(&plain::weight_gradient_begin) weight_gradient_begin;
+  decltype(&plain::weight_gradient_add) weight_gradient_add;
+  decltype(&plain::weight_gradient_finish) weight_gradient_finish;
   decltype(&plain::convolve_bf16) convolve_bf16;
   decltype(&plain::attention_bf16) attention_bf16;
   decltype(&plain::attention_workspace_bf16) attention_workspace_bf16;

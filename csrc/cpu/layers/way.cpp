@@ -27,6 +27,12 @@ namespace {
    base::sum_squares_of_pixels,         \
    base::sum_pixels,                    \
    base::activation_gradient,           \
+   base::digest,                        \
+   base::best_weight_gradient,          \
+   base::weight_gradient_workspace,     \
+   base::weight_gradient_begin,         \
+   base::weight_gradient_add,           \
+   base::weight_gradient_finish,        \
    isa::convolve_bf16,                  \
    isa::attention_bf16,                 \
    isa::attention_workspace_bf16,       \

@@ -32,6 +32,12 @@ struct Way {
   int64_t pixel, image;   // values of a pixel of the prepared input, and of an image of it
   int64_t weight_floats;  // packed
 
+  // Whether packed weights of the one are those of the other.
+  bool same_weight(const Way& other) const {
+    return algorithm == other.algorithm && repeated == other.repeated && is.c_in == other.is.c_in &&
+           is.c_out == other.is.c_out && is.kernel == other.is.kernel;
+  }
+
   bool rounded() const { return algorithm == Algorithm::bf16; }
 
   // Whether the sources can be read as they are, if nothing is done to their values.
