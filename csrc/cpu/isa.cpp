@@ -57,7 +57,7 @@ bool multiplies(void (*convolve)(const ConvolveBf16&, int),
   for (int64_t i = 0; i < C_OUT * C_IN; ++i) weight[i] = float(i * 5 % 13 - 6);
   pack({weight, DType::f32, C_OUT, C_IN, 1, {C_IN, 1, 1, 1}}, false, packed, 1);
   convolve({1, C_IN, C_OUT, 1, 1, false, 1, PIXELS, C_IN, PIXELS * C_IN, 1, PIXELS, x, packed, bias,
-            nullptr, y},
+            nullptr, y, 0},
            1);
   for (int64_t i = 0; i < PIXELS; ++i)
     for (int64_t o = 0; o < C_OUT; ++o) {
