@@ -36,10 +36,12 @@ struct Tiling {
         rows(Multiplier::ANY_ROWS ? length : ceil_div(length, TILE) * TILE) {}
 };
 
-// Where the inputs of a block's rows begin, and their outputs, as pixels of y; -1: not wanted.
+// Where the inputs of a block's rows begin, and their outputs, as pixels of y; -1: not wanted. bias:
+// that of the row's image.
 struct Rows {
   const BF16* x[ROWS];
   int64_t y[ROWS];
+  const float* bias[ROWS];
 
   Rows(const ConvolveBf16& op, const Tiling& tiling, int64_t first, int64_t count) {
     int64_t image = first / tiling.rows, at = first % tiling.rows;
@@ -49,6 +51,7 @@ struct Rows {
       const bool wanted = j < tiling.width && at < tiling.length;
       y[row] =
           wanted ? ((image * op.height + i * tiling.repeat) * op.width + j * tiling.repeat) : -1;
+      bias[row] = op.bias + image * op.bias_image;
       if (++j == tiling.pitch) j = 0, ++i;
       if (++at == tiling.rows) at = i = j = 0, ++image;
     }
@@ -86,7 +89,6 @@ void run_rows(const ConvolveBf16& op, const Rows& rows, int64_t count, int64_t p
   alignas(64) float c[BLOCK * BLOCK];
   for (int64_t p = panel_first; p < panel_last; ++p) {
     const int64_t channel = p * BLOCK, channels = least(BLOCK, op.c_out - channel);
-    const float* bias = op.bias + channel;
     Ahead ahead = ahead_of(weight + p * panel, taps.count * steps, count);
     for (int64_t first = 0; first < count; first += BLOCK) {
       const int64_t some = least(BLOCK, count - first);
@@ -96,6 +98,7 @@ void run_rows(const ConvolveBf16& op, const Rows& rows, int64_t count, int64_t p
         if (rows.y[first + i] < 0) continue;
         const int64_t at = (rows.y[first + i] + shift) * op.c_out + channel;
         const float *sum = c + i * BLOCK, *residual = op.residual ? op.residual + at : nullptr;
+        const float* bias = rows.bias[first + i] + channel;
         if (channels == BLOCK)
           write_pixel(sum, bias, residual, BLOCK, op.y + at);  // a count that the compiler knows
         else
