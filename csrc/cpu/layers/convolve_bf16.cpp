@@ -36,21 +36,22 @@ struct Tiling {
         rows(Multiplier::ANY_ROWS ? length : ceil_div(length, TILE) * TILE) {}
 };
 
-// Where the inputs of a block's rows begin, and their outputs, as pixels of y; -1: not wanted.
+// Where the inputs of a block's rows begin, and their outputs, as pixels of y; -1: not wanted. bias:
+// that of the row's image.
 struct Rows {
   const BF16* x[ROWS];
-  const float* bias[ROWS];
   int64_t y[ROWS];
+  const float* bias[ROWS];
 
   Rows(const ConvolveBf16& op, const Tiling& tiling, int64_t first, int64_t count) {
     int64_t image = first / tiling.rows, at = first % tiling.rows;
     int64_t i = at / tiling.pitch, j = at % tiling.pitch;
     for (int64_t row = 0; row < count; ++row) {
       x[row] = op.x + image * op.image + (i * op.columns + j) * op.stride * op.pixel;
-      bias[row] = op.bias + image * op.bias_image;
       const bool wanted = j < tiling.width && at < tiling.length;
       y[row] =
           wanted ? ((image * op.height + i * tiling.repeat) * op.width + j * tiling.repeat) : -1;
+      bias[row] = op.bias + image * op.bias_image;
       if (++j == tiling.pitch) j = 0, ++i;
       if (++at == tiling.rows) at = i = j = 0, ++image;
     }

@@ -66,8 +66,9 @@ struct Weight {
 inline Weight transposed(const Weight& w) {
   const int64_t last = (w.kernel - 1) * (w.stride[2] + w.stride[3]);
   const int64_t size = w.dtype == DType::f32 ? 4 : 2;
-  return {static_cast<const char*>(w.data) + last * size,        w.dtype, w.c_in, w.c_out, w.kernel,
-          {w.stride[1], w.stride[0], -w.stride[2], -w.stride[3]}};
+  const char* first = static_cast<const char*>(w.data) + last * size;
+  return {first,   w.dtype,  w.c_in,
+          w.c_out, w.kernel, {w.stride[1], w.stride[0], -w.stride[2], -w.stride[3]}};
 }
 
 // y = conv(x) + bias (+ residual), x with its border. A 1x1 convolution can read a second source,
@@ -79,7 +80,7 @@ struct Convolve {
   int64_t height, width;         // of y
   const float *x, *x_2, *weight, *bias, *residual;  // weight: packed; bias: (c_out,)
   float* y;                                         // like residual
-  int64_t bias_image;  // floats from an image's bias to the next one's; 0: all have the same
+  int64_t bias_image;  // floats from one image's bias to the next; 0: one for all
 };
 
 // A convolution of bfloat16 operands with float32 sums. repeated: x is read as if each of its
