@@ -53,9 +53,12 @@ std::vector<float> normals(int64_t count) {
 
 WeightGradient shape_of(const Case& c, Algorithm algorithm) {
   const int64_t border = c.kernel - 1 + c.extra;
-  return {algorithm,         c.images,         c.c_in,           c.c_out,  c.kernel,
-          c.height + border, c.width + border, c.c_in + c.extra, c.height, c.width,
-          nullptr,           nullptr,          nullptr};
+  WeightGradient op{};
+  op.algorithm = algorithm, op.images = c.images, op.kernel = c.kernel;
+  op.c_in = c.c_in, op.c_out = c.c_out, op.pixel = c.c_in + c.extra;
+  op.rows = c.height + border, op.columns = c.width + border;
+  op.height = c.height, op.width = c.width;
+  return op;
 }
 
 // x, its border zero; what lies behind a pixel's channels is nobody's.
