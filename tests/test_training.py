@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from toy import SCHEDULE, generator, images, tiny_unet
 
-from fastddpm import Diffusion, Schedule, UNet, checkpoint, cli, ops, reference, training
+from fastddpm import Diffusion, Schedule, UNet, checkpoint, cli, ops, reference, run_log, training
 from fastddpm.checkpoint import read_tensors, write_tensors
 from fastddpm.data import batch_indices, open_dataset
 from fastddpm.figures import grid
@@ -519,7 +519,7 @@ def dataset(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """No pictures, and a row of the log every two steps."""
-    monkeypatch.setattr(training, "loss_plot", lambda *_: None)
+    monkeypatch.setattr(run_log, "loss_plot", lambda *_: None)
     monkeypatch.setattr(training, "LOG_EVERY", 2)
 
 
@@ -706,7 +706,7 @@ def steps_done(out: Path) -> int:
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
 def test_a_run_that_is_killed_twice_is_the_uninterrupted_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "loss_plot", lambda *_: None)  # in the runs of this process
+    monkeypatch.setattr(run_log, "loss_plot", lambda *_: None)  # in the runs of this process
     data = tmp_path / "data.npz"
     np.savez(data, images=images(30, 1, 8, 8).numpy())
     start(tmp_path / "a")

@@ -1,6 +1,6 @@
 """The native engine of the CPU: a `UNet` as a list of native calls, replayed for every step.
 
-Here stands what a U-Net becomes; lifetimes, the arena and the kernels are csrc/cpu/plan/plan.h's."""
+Here stands what a U-Net becomes; lifetimes, arena and kernels are csrc/cpu/plan/plan.h's."""
 
 from __future__ import annotations
 
