@@ -97,7 +97,7 @@ class Guard:
         """Wait for the steps so far. Where they were stopped, the next one is looked at anew."""
         *seen, _, row, skipped, stopped, after = self._state.tolist()
         self.reset(0 if stopped else int(row))
-        stop = Stop(*seen, after=int(after)) if stopped else None
+        stop = Stop(*seen, int(after)) if stopped else None
         return Seen(int(skipped), int(row), stop)
 
     def reset(self, in_a_row: int = 0) -> None:
