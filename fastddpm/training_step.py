@@ -124,12 +124,13 @@ def _gradients(
     for start, stop in pieces:
         here, last = slice(start, stop), stop == len(x0)
         weight = run.replicas.weight(stop - start, part)
-        # Dropout and what reduces are for the backward, too: a checkpoint computes anew there.
-        with _dropout(run, index[here], part.start + start, plain), run.replicas.reducing(last):
-            with contextlib.ExitStack() as stack:
-                if copies is not None:
-                    stack.enter_context(copies.in_place())
-                stack.enter_context(autocast(run.precision, run.device))
+        # Dropout, copies and what reduces are for the backward, too: a checkpoint computes there.
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_dropout(run, index[here], part.start + start, plain))
+            stack.enter_context(run.replicas.reducing(last))
+            if copies is not None:
+                stack.enter_context(copies.in_place())
+            with autocast(run.precision, run.device):
                 loss = run.diffusion.loss(
                     run.model, x0[here], t=t[here], flip=flip[here] if run.flip else None,
                     seed=run.seed, sample_index=index[here],
