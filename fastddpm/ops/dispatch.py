@@ -25,6 +25,8 @@ OPS = (
     "attention_block",
     "attention_block_backward",
     "discretized_log_likelihood",
+    "squared_error",
+    "squared_error_backward",
 )
 MODULES = {
     "reference": "fastddpm.reference",
