@@ -652,6 +652,24 @@ def _bin(x, mean, log_scale):
     return c - 0.5 * w, c + 0.5 * w, c, w, outer, narrow, slope
 
 
+# ---- squared_error -------------------------------------------------------------------------------
+
+
+def squared_error(prediction, target):
+    """(N,): the mean of (prediction - target)^2 over a sample's elements, float32 or better."""
+    compute = _compute(prediction, target)
+    error = prediction.to(compute) - target.to(compute)
+    return error.square().flatten(1).mean(1) if error.dim() > 1 else error.square()
+
+
+def squared_error_backward(grad, prediction, target):
+    """The gradient of prediction, like it; that of target is the one with the two swapped."""
+    compute = _compute(prediction, target)
+    slope = grad.to(compute) * (2 / max(prediction[:1].numel(), 1))
+    slope = slope.reshape(-1, *[1] * (prediction.dim() - 1))
+    return _as(prediction, slope * (prediction.to(compute) - target.to(compute)))
+
+
 # ---- helpers -------------------------------------------------------------------------------------
 
 

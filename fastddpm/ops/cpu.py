@@ -106,4 +106,6 @@ convolution = _cpu.convolution
 convolution_backward = _cpu.convolution_backward
 attention_block_backward = _cpu.attention_block_backward
 discretized_log_likelihood = _cpu.discretized_log_likelihood
+squared_error = _cpu.squared_error
+squared_error_backward = _cpu.squared_error_backward
 unsupported = _cpu.unsupported

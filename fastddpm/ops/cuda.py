@@ -33,6 +33,13 @@ class _Cuda(Native):
         size = self.module.group_norm_workspace(x.shape[0], x.shape[1], num_groups, backward)
         return torch.empty(size, dtype=torch.float32, device=x.device)
 
+    def squares_workspace(self, x):
+        assert self.module is not None
+        chunks = self.module.squared_error_chunks(x[:1].numel())
+        if chunks <= 1:
+            return None
+        return torch.empty(len(x) * chunks, dtype=torch.float64, device=x.device)
+
     def attention_block(
         self, x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,
         *, num_heads=1, eps=1e-6,
@@ -95,4 +102,6 @@ convolution_backward = functools.partial(
     composite.convolution_backward, group_norm_silu, group_norm_silu_backward
 )
 discretized_log_likelihood = _cuda.discretized_log_likelihood
+squared_error = _cuda.squared_error
+squared_error_backward = _cuda.squared_error_backward
 unsupported = _cuda.unsupported

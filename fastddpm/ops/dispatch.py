@@ -27,6 +27,8 @@ OPS = (
     "convolution",
     "convolution_backward",
     "discretized_log_likelihood",
+    "squared_error",
+    "squared_error_backward",
 )
 MODULES = {
     "reference": "fastddpm.reference",

@@ -668,3 +668,56 @@ discretized_log_likelihood = Op(
     _discretized_log_likelihood_setup,
     _discretized_log_likelihood_backward,
 )
+
+
+# ---- squared_error -------------------------------------------------------------------------------
+
+
+def _squared_error(prediction, target, choose=choose):
+    return choose("squared_error", prediction, target).squared_error(prediction, target)
+
+
+def _squared_error_fake(prediction, target):
+    double = prediction.dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
+    return prediction.new_empty(prediction.shape[:1], dtype=dtype)
+
+
+def _squared_error_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _squared_error_backward(ctx, grad):
+    prediction, target = ctx.saved_tensors
+    # create_graph=True: the formula itself can be differentiated
+    formula = (
+        reference.squared_error_backward if torch.is_grad_enabled() else squared_error_backward
+    )
+    wanted = ctx.needs_input_grad
+    return (
+        formula(grad, prediction, target) if wanted[0] else None,
+        formula(grad, target, prediction) if wanted[1] else None,
+    )
+
+
+squared_error = Op(
+    "squared_error",
+    "(Tensor prediction, Tensor target) -> Tensor",
+    _squared_error,
+    _squared_error_fake,
+    _squared_error_setup,
+    _squared_error_backward,
+)
+
+
+def _squared_error_gradient(grad, prediction, target, choose=choose):
+    backend = choose("squared_error_backward", prediction, target, grad)
+    return backend.squared_error_backward(grad, prediction, target)
+
+
+squared_error_backward = Op(
+    "squared_error_backward",
+    "(Tensor grad, Tensor prediction, Tensor target) -> Tensor",
+    _squared_error_gradient,
+    lambda grad, prediction, target: torch.empty_like(prediction),
+)
