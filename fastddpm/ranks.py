@@ -1,5 +1,5 @@
-"""Several processes that draw one set (torch.distributed): who draws what, and what they tell each
-other. No models."""
+"""Several processes that draw one set or train one model (torch.distributed): who does what, and
+what they tell each other. No models."""
 
 from __future__ import annotations
 
@@ -189,8 +189,9 @@ def together() -> Iterator[None]:
             raise RankError(f"rank {rank} failed: {failure}")
 
 
-def agree(**facts: Any) -> None:
-    """RankError on every rank if the ranks' facts differ, naming the first. A collective."""
+def agree(must: str = "must draw the same set", **facts: Any) -> None:
+    """RankError on every rank if the ranks' facts differ, naming the first, and what they `must`
+    do. A collective."""
     everyone: list[Any] = [facts] * place()[1]
     if len(everyone) > 1:
         with _meeting():
@@ -198,7 +199,7 @@ def agree(**facts: Any) -> None:
     for name in facts:
         if any(other[name] != everyone[0][name] for other in everyone):
             values = ", ".join(str(other[name]) for other in everyone)
-            raise RankError(f"all ranks must draw the same set; {name} differs: {values}")
+            raise RankError(f"all ranks {must}; {name} differs: {values}")
 
 
 def from_first(value: Any) -> Any:
