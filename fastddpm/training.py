@@ -113,7 +113,6 @@ def fit(
     if world > 1:
         trainer.replicate()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(ranks.heard())
         with ranks.together():
             if rank == 0:
                 out.mkdir(parents=True, exist_ok=True)
