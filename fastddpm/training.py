@@ -23,7 +23,7 @@ from fastddpm.presets import PRESETS, Preset, preset
 from fastddpm.pretrained import WEIGHTS
 from fastddpm.progress import tqdm
 from fastddpm.run_folder import SAMPLES, STATE, check_apart, check_kinds, check_new, locked
-from fastddpm.run_log import Log
+from fastddpm.run_log import Log, Row
 from fastddpm.sampling import sample
 from fastddpm.trainer import Trainer
 from fastddpm.training_step import CHOICES_STEP
@@ -155,7 +155,7 @@ def _run(
                 trainer.check_finite()  # so that a row is of steps that are done and count
                 rate = (done - first) * batch_size / (time.perf_counter() - started)
                 loss = torch.stack(losses).mean().item()
-                log.add(done, loss, rate)
+                log.add(Row(done, loss, rate))
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
                 losses, started, first = [], time.perf_counter(), done
             if done % save_every == 0 or done == steps:
