@@ -26,7 +26,7 @@ from fastddpm.training import STATE, Trainer, fit
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, kind) -> SimpleNamespace:
+def trained(tmp_path_factory, kind) -> SimpleNamespace:  # noqa: F811
     """What each of two ranks saw in on_ranks.py, and the folder of their run."""
     out = tmp_path_factory.mktemp("trained")
     by_torchrun(2, "train", out, kind)
@@ -263,9 +263,8 @@ def test_a_rank_that_is_killed_or_stopped_ends_the_run_and_nothing_is_lost(folde
     finally:
         processes[rank].kill()
         processes[rank].communicate()
-    assert "fastddpm: error: " in said
+    assert said.splitlines()[-1].startswith("fastddpm: error: "), said  # torch's store has its say
     assert "Traceback" not in said
-    assert len(said.splitlines()) == 1, said
     done = steps_done(folder / "b")
     ended(started(folder, "b", 2, f"--steps={max(done, 40)}"))
     if done <= 40:
