@@ -12,9 +12,9 @@ import torch
 from tabulate import tabulate
 
 import fastddpm
-from fastddpm import console, figures, run_folder
+from fastddpm import console, figures, ranks, run_folder
 from fastddpm.checkpoint import read_json
-from fastddpm.cli_arguments import alone, path
+from fastddpm.cli_arguments import path, timeout
 from fastddpm.data import Dataset, open_dataset
 from fastddpm.diffusion import Diffusion
 from fastddpm.host import seeded
@@ -36,7 +36,11 @@ DEFAULT_PRESET = "cifar10"
 
 
 def train(a: argparse.Namespace) -> None:
-    alone("a training run")
+    with ranks.launched(a.device, a.timeout) as a.device:
+        _train(a)
+
+
+def _train(a: argparse.Namespace) -> None:
     out = Path(a.out)
     if a.resume and not (out / STATE).is_file():
         raise FileNotFoundError(f"nothing to resume: {out / STATE} does not exist")
@@ -52,12 +56,17 @@ def train(a: argparse.Namespace) -> None:
         options = recipe.section("training")
         steps, batch_size = options.pop("steps"), options.pop("batch_size")
         trainer = Trainer(model.to(a.device), **options)
+    rank, world = ranks.place()
     parameters = sum(p.numel() for p in model.parameters())
-    console.say(f"data   {dataset.describe()}")
-    console.say(f"model  {parameters:,} parameters, preset {recipe.preset}, {trainer.precision}")
+    if rank == 0:
+        on = f", {world} ranks" * (world > 1)
+        console.say(f"data   {dataset.describe()}")
+        console.say(
+            f"model  {parameters:,} parameters, preset {recipe.preset}, {trainer.precision}{on}"
+        )
     started = time.perf_counter()
     with recipe.blamed():
-        fit(
+        ran = fit(
             trainer,
             dataset,
             out,
@@ -68,12 +77,17 @@ def train(a: argparse.Namespace) -> None:
             progress=not a.quiet,
             **recipe.section("run"),
         )
+    if rank > 0:
+        return
     rows = {
         "model": f"{out}  (fastddpm sample --model {out})",
         "pictures": f"{out / 'loss.png'}, {out / 'samples'}",
         "steps": f"{trainer.step_count:,}, {trainer.example_count:,} images",
-        "time": f"{time.perf_counter() - started:.1f} s",
+        "time": f"{time.perf_counter() - started:.1f} s, {ran.share_waited:.1%} of the steps' was "
+        "waiting for data",
     }
+    if trainer.skipped:
+        rows["skipped"] = f"{trainer.skipped:,} steps, whose loss or gradient was not finite"
     console.say(tabulate(rows.items(), tablefmt="plain"))
 
 
@@ -224,6 +238,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "preset's, and under those given here",
     )
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, exactly")
+    timeout(add)
     for section in SECTIONS:
         group = parser.add_argument_group(f"[{section}]")
         for option in (o for o in OPTIONS if o.section == section):

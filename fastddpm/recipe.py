@@ -151,6 +151,8 @@ OPTIONS = (
     Option("diffusion", "loss", _choice(get_args(Loss)), "(default: simple)", "simple"),
     Option("training", "steps", INTEGER, f"optimiser steps in all {OF_THE_PRESET}"),
     Option("training", "batch_size", INTEGER, OF_THE_PRESET),
+    Option("training", "accumulate", INTEGER, "pieces of a batch, computed one after the other for "
+           "less memory (default: 1)", 1),
     Option("training", "lr", NUMBER, f"learning rate {OF_THE_PRESET}"),
     Option("training", "warmup", INTEGER, f"steps to reach it {OF_THE_PRESET}"),
     Option("training", "ema_decay", NUMBER, f"of the averaged weights {OF_THE_PRESET}"),

@@ -159,35 +159,106 @@ class Sick(Small):
         return self.factor * super().forward(x, t)
 
 
+def passed_over(run, n: int = 8) -> None:
+    """A step whose examples are used up, and which changes nothing else."""
+    run.step_count, run.example_count = run.step_count + 1, run.example_count + n
+
+
+TOLD = pytest.mark.filterwarnings("ignore:.* of the steps .* changed nothing")
+
+
+@TOLD
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("at", [0, 2, 4])
-def test_from_a_step_that_is_not_finite_on_nothing_moves_until_it_is_named(bad, at):
-    run, healthy = trainer(Sick(), read_every=5), trainer()
-    data = batches(8)
-    before = {k: v.clone() for k, v in raw(run).items()}
-    for k, x0 in enumerate(data[:5]):
-        run.model.factor = bad if k == at else 1.0
-        if k < at:
-            healthy.step(x0)
-        if k < 4:
+@pytest.mark.parametrize("at", [{0}, {2}, {4}, {0, 1, 3, 4}])
+@pytest.mark.parametrize("read_every", [1, 3, 50])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(bad, at, read_every):
+    run, healthy = trainer(Sick(), read_every=read_every), trainer()
+    for k, x0 in enumerate(batches(7)):
+        run.model.factor = bad if k in at else 1.0
+        loss = run.step(x0)
+        assert loss.isfinite() == (k not in at)
+        passed_over(healthy) if k in at else healthy.step(x0)
+        assert all(torch.equal(v, raw(healthy)[name]) for name, v in raw(run).items()), k
+        if read_every == 1:
+            assert run.skipped == len(at & set(range(k + 1)))
+    assert_same(state(run), state(healthy))
+    assert (run.step_count, run.example_count, run.skipped) == (7, 56, len(at))
+
+
+@TOLD
+@pytest.mark.parametrize("read_every", [1, 4, 50])
+def test_ten_in_a_row_stop_the_run(read_every):
+    run, healthy = trainer(Sick(), read_every=read_every), trainer()
+    bad, message = {1, *range(3, 13)}, None
+    for k, x0 in enumerate(batches(16)):
+        run.model.factor = float("nan") if k in bad else 1.0
+        try:
             run.step(x0)
-            assert run.step_count == k + 1
-            expected = before if not at else raw(healthy)
-            assert all(torch.equal(v, expected[name]) for name, v in raw(run).items())
-            continue
-        left = rf"; steps {at + 1} .. 4 were left out, too" if at < 4 else "$"
-        with pytest.raises(FloatingPointError, match=rf"step {at}: loss .* before this step{left}"):
-            run.step(x0)
-    if at:
-        assert_same(state(run), state(healthy))
-    else:
-        assert_same(raw(run), before)
-    assert (run.step_count, run.example_count) == (at, 8 * at)
+        except FloatingPointError as error:
+            message = str(error)
+            break
+    if read_every == 50:
+        with pytest.raises(FloatingPointError) as caught:
+            run.check_finite()
+        message = str(caught.value)
+    assert message.startswith("step 12: loss nan, gradient norm nan: it is the 10th step in a row")
+    left = "; steps 13 .. 15 were left out, too" if read_every > 1 else ""
+    assert message.endswith(f"before step 3{left}")
+    for k, x0 in enumerate(batches(13)):
+        passed_over(healthy) if k in bad else healthy.step(x0)
+    assert_same(state(run), state(healthy))
+    assert (run.step_count, run.skipped) == (13, 11)
     run.model.factor = 1.0
-    for x0 in data[at:]:  # goes on as if it had never been
+    for x0 in batches(2):  # who goes on all the same may
         run.step(x0)
         healthy.step(x0)
     assert_same(state(run), state(healthy))
+
+
+@TOLD
+@pytest.mark.parametrize("read_every", [1, 7])
+def test_nine_in_a_row_do_not(read_every):
+    run = trainer(Sick(), read_every=read_every)
+    for k, x0 in enumerate(batches(30, size=1)):
+        run.model.factor = 1.0 if k % 10 == 9 else float("inf")
+        run.step(x0)
+    run.check_finite()
+    assert (run.skipped, run.skipped_in_a_row, run.step_count) == (27, 0, 30)
+
+
+@TOLD
+def test_a_resumed_run_stops_at_the_tenth_too(tmp_path):
+    run = trainer(Sick())
+    data = batches(12, size=1)
+    run.step(data[0])
+    run.model.factor = float("nan")
+    for x0 in data[1:8]:
+        run.step(x0)
+    run.save(tmp_path)
+    again = trainer(Sick())
+    again.load(tmp_path)
+    assert (again.skipped, again.skipped_in_a_row) == (7, 7)
+    assert_same(state(again), state(run))
+    for each in (run, again):
+        each.model.factor = float("nan")
+        each.step(data[8])
+        each.step(data[9])
+        with pytest.raises(FloatingPointError, match="step 10: loss nan"):
+            each.step(data[10])
+        assert each.skipped == 10
+
+
+def test_the_first_that_is_skipped_is_told_of():
+    run = trainer(Sick())
+    first, second, third = batches(3)
+    run.step(first)
+    run.model.factor = float("nan")
+    with pytest.warns(UserWarning, match=r"1 of the steps 1 .. 1 had .* not finite.* 10 in a row"):
+        run.step(second)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.step(third)
+    assert run.skipped == 2
 
 
 def raw(run) -> dict[str, torch.Tensor]:
@@ -196,10 +267,11 @@ def raw(run) -> dict[str, torch.Tensor]:
     return masters | {f"a.{k}": v for k, v in run.weights.average.items()}
 
 
+@TOLD
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_skips_as_well(dtype):
     run = trainer(tiny_unet().to(dtype), read_every=2)
-    first, second, third = batches(3, size=2, shape=SHAPE)
+    first, second = batches(2, size=2, shape=SHAPE)
     run.step(first)
     run.check_finite()
     before, weights = raw(run), [p.detach().clone() for p in run.model.parameters()]
@@ -207,20 +279,21 @@ def test_half_precision_skips_as_well(dtype):
     handle = run.model.conv_out.register_forward_hook(lambda *a: a[2] * float("nan"))
     run.step(second)
     handle.remove()
-    with pytest.raises(FloatingPointError, match="step 1: loss nan"):
-        run.step(third)
+    run.check_finite()
+    assert run.skipped == 1
     assert_same(raw(run), before)
     assert all(torch.equal(p, w) for p, w in zip(run.model.parameters(), weights, strict=True))
 
 
 @pytest.mark.parametrize("use", ["save", "ema_model", "ema_weights", "check_finite"])
-def test_whoever_asks_for_the_state_hears_of_it(tmp_path, use):
+def test_whoever_asks_for_the_state_hears_of_what_stopped_the_run(tmp_path, use):
     run = trainer(Sick(), read_every=50)
     first, second = batches(2)
     run.step(first)
     run.model.factor = float("nan")
-    run.step(second)
-    with pytest.raises(FloatingPointError, match="step 1: loss nan"):
+    for _ in range(11):
+        run.step(second)
+    with pytest.raises(FloatingPointError, match="step 10: loss nan"):
         getattr(run, use)(*([tmp_path / "run"] if use == "save" else []))
     assert not (tmp_path / "run").exists()
     getattr(run, use)(*([tmp_path / "run"] if use == "save" else []))
@@ -270,12 +343,16 @@ def test_a_guard_looks_at_all_four_values():
         (1.0, 1.0, (unit * 300).to(torch.uint8), True),
     ):
         guard = Guard(torch.device("cpu"))
-        guard.look(torch.tensor(loss), torch.tensor(norm), images)
+        pixels, unlike = guard.range_of(images), torch.zeros(1)
+        guard.look(torch.tensor(loss), torch.tensor(norm), pixels, unlike)
         assert (guard.refused.item() == 0) == good, (loss, norm, images)
-        refused = guard.read()
-        assert (refused is None) == good
-        assert good or refused.steps == 1
-        assert guard.read() is None
+        seen = guard.read()
+        stops = not (pixels.abs() < 1.001).all()
+        assert (seen.stop is not None) == stops
+        assert seen.skipped == seen.in_a_row == int(not good and not stops)
+        assert guard.read() == (0, seen.in_a_row, None)
+    guard.look(torch.tensor(1.0), torch.tensor(1.0), pixels, torch.ones(1))
+    assert guard.read().stop.unlike == 1
 
 
 def test_a_state_of_steps_that_were_taken_in_another_way_says_so(tmp_path, monkeypatch):
@@ -645,7 +722,7 @@ def test_a_gpus_steps_wait_for_nothing_and_are_the_cpus(precision, dropout):
 
 
 @pytest.mark.gpu
-def test_a_gpu_names_the_step_that_was_not_finite():
+def test_a_gpu_names_the_step_that_stopped_it():
     run = trainer(tiny_unet().cuda(), read_every=4)
     data = [x.cuda() / 127.5 - 1 for x in batches(8, size=2, shape=SHAPE)]
     for x0 in data[:5]:
@@ -660,3 +737,28 @@ def test_a_gpu_names_the_step_that_was_not_finite():
     run.step(data[5])
     run.check_finite()
     assert run.step_count == 6
+
+
+@pytest.mark.gpu
+@TOLD
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_gpu_skips_what_is_not_finite_and_stops_at_the_tenth(recorded):
+    options = {} if recorded else {"record": None}
+    run = trainer(tiny_unet().cuda(), read_every=50, **options)
+    data = [x.cuda() for x in batches(20, size=2, shape=SHAPE)]
+    for x0 in data[:5]:
+        run.step(x0)
+    assert (run.recordings._step is not None) == recorded
+    run.check_finite()
+    before = {name: v.clone() for name, v in raw(run).items()}
+    bias = run.network.conv_out.bias
+    with torch.no_grad():
+        bias.fill_(float("inf"))  # without which no step counts
+    for x0 in data[5:17]:
+        run.step(x0)
+    with pytest.raises(FloatingPointError, match=r"step 14: .*10th .* steps 15 .. 16 were left"):
+        run.check_finite()
+    assert (run.step_count, run.skipped) == (15, 10)
+    with torch.no_grad():
+        bias.copy_(before["m.conv_out.bias"])
+    assert_same(raw(run), before)
