@@ -445,10 +445,12 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
         pass
 
 
-def test_torchruns_ranks_are_refused_in_words(refused, tmp_path, monkeypatch):  # noqa: F811
+def test_a_stray_number_of_ranks_is_refused_in_words(refused, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("WORLD_SIZE", "4")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     line = refused("train", "--data=x.npz", "--out=run", *RUN)
-    assert "a training run is one process, and WORLD_SIZE is 4" in line
+    assert "WORLD_SIZE is 4 in the environment, but not RANK, MASTER_ADDR, MASTER_PORT" in line
     assert list(tmp_path.iterdir()) == []
 
 
