@@ -183,12 +183,12 @@ def _parser() -> argparse.ArgumentParser:
         """smaller: what to do where memory is out."""
         p = commands.add_parser(name, help=summary, description=summary, parents=parents)
         p.set_defaults(run=run, smaller=smaller or "a smaller model or more memory is needed")
-        return p.add_argument
+        return p
 
     add = command(
         "sample", _sample, "Draw images from a model (Algorithm 2).", machine(), _chain(),
         smaller="give a smaller --batch-size, or a folder as --out for fewer images at a time",
-    )  # fmt: skip
+    ).add_argument  # fmt: skip
     add(
         "-n",  # torchrun takes a --n for one of its own
         "--n",
@@ -218,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command(
         "interpolate", _interpolate, "Mix two images' latents (Fig. 8, 9).", machine(), _chain(),
         smaller="give a smaller --n",
-    )  # fmt: skip
+    ).add_argument  # fmt: skip
     add("first", type=path, metavar="A.png", help="an image file")
     add("second", type=path, metavar="B.png", help="another")
     add("--n", type=int, default=9, help="mixtures a row (default: 9)")
@@ -235,11 +235,10 @@ def _parser() -> argparse.ArgumentParser:
         help="a .png file (default: interpolation.png)",
     )
 
-    add = command(
+    cli_train.add_options(command(
         "train", cli_train.train, "Train a model (Algorithm 1).", machine(),
         smaller="give a smaller --batch-size, --image-size or --preset",
-    )  # fmt: skip
-    cli_train.add_options(add)
+    ))  # fmt: skip
 
     command("doctor", _doctor, "Say what was built, what can run here, and why not the faster one.")
     return parser
@@ -248,6 +247,10 @@ def _parser() -> argparse.ArgumentParser:
 def _chain() -> argparse.ArgumentParser:
     """Options of every command that samples."""
     p = argparse.ArgumentParser(add_help=False)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--precision", default="auto", choices=("auto", "fp32", "bf16"), help="(default: auto)"
+    )
     p.add_argument(
         "--model",
         type=path,

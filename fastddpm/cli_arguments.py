@@ -15,10 +15,6 @@ from fastddpm import ranks
 def machine() -> argparse.ArgumentParser:
     """Options of every command that computes."""
     p = argparse.ArgumentParser(add_help=False)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument(
-        "--precision", default="auto", choices=("auto", "fp32", "bf16"), help="(default: auto)"
-    )
     p.add_argument(
         "--device", type=device, default=device(None), help="cpu or cuda (default: cuda if there)"
     )

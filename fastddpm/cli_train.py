@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 
+import fastddpm
 from fastddpm import console, figures, ranks, run_folder
 from fastddpm.checkpoint import read_json
-from fastddpm.cli_arguments import path, size, timeout
-from fastddpm.data import open_dataset
+from fastddpm.cli_arguments import path, timeout
+from fastddpm.data import Dataset, open_dataset
 from fastddpm.diffusion import Diffusion
 from fastddpm.host import seeded
 from fastddpm.pretrained import CONFIG, build_model
-from fastddpm.schedule import Schedule
+from fastddpm.recipe import (
+    FLAG,
+    NUMBERS_OF_SCHEDULES,
+    OF_THE_DATA,
+    OPTIONS,
+    SECTIONS,
+    Recipe,
+    read_recipe,
+)
+from fastddpm.run_folder import RECIPE
 from fastddpm.training import PRESETS, STATE, Trainer, fit, preset
 from fastddpm.unet import UNet
 
-SCHEDULES = ("linear", "quadratic", "constant", "cosine")
 DEFAULT_PRESET = "cifar10"
-OF_THE_DATA = ("image_size", "in_channels")  # of a preset's model, which follow the images
 
 
 def train(a: argparse.Namespace) -> None:
@@ -33,65 +41,42 @@ def train(a: argparse.Namespace) -> None:
 
 
 def _train(a: argparse.Namespace) -> None:
-    out, recipe = Path(a.out), preset(a.preset or DEFAULT_PRESET)
+    out = Path(a.out)
     if a.resume and not (out / STATE).is_file():
         raise FileNotFoundError(f"nothing to resume: {out / STATE} does not exist")
     if not a.resume:
         run_folder.check_new(out)
     figures.check_output(out, kinds=("",))
-    run_folder.check_apart(a.data, out)
-    # What folders are resized to; arrays keep their size, and the model of a new run follows.
-    size, channels = recipe.model["image_size"], a.channels
-    if a.resume:
-        model = _resumed(a, out)
-        own = (model.in_channels, *model.image_size)
-        size, channels = model.image_size, _or(channels, model.in_channels)
-    dataset = open_dataset(a.data, size=_or(a.image_size, size), channels=channels)
-    if a.resume:
-        if own != tuple(dataset.shape):
-            raise ValueError(
-                f"{a.data} has images of shape {dataset.shape}; the run's model takes {own}"
-            )
-    else:
-        diffusion = Diffusion(
-            getattr(Schedule, a.schedule or "linear")(),
-            a.prediction or "eps",
-            a.variance or recipe.variance,
-            a.loss or "simple",
-        )
-        shape = {"in_channels": dataset.shape[0], "image_size": dataset.shape[1:]}
-        with seeded(a.seed % 2**63, torch.device("cpu")):  # the Trainer names one out of range
-            model = UNet(**{**recipe.model, **shape}, diffusion=diffusion)
-    trainer = Trainer(
-        model.to(a.device),
-        precision=a.precision,
-        lr=_or(a.lr, recipe.lr),
-        ema_decay=_or(a.ema_decay, recipe.ema_decay),
-        ema_warmup=recipe.ema_warmup,
-        grad_clip=recipe.grad_clip,
-        warmup=_or(a.warmup, recipe.warmup),
-        flip=recipe.flip,
-        seed=a.seed,
-        accumulate=a.accumulate,
-    )
+    recipe, model = _recipe(a, out)
+    if (source := recipe["data.path"]) is None:
+        raise ValueError("there is no data: give --data, or path in [data] of a recipe")
+    run_folder.check_apart(source, out)
+    with recipe.blamed():
+        dataset, model = _built(recipe, source, model)
+        options = recipe.section("training")
+        steps, batch_size = options.pop("steps"), options.pop("batch_size")
+        trainer = Trainer(model.to(a.device), **options)
     rank, world = ranks.place()
-    parameters, name = sum(p.numel() for p in model.parameters()), a.preset or DEFAULT_PRESET
+    parameters = sum(p.numel() for p in model.parameters())
     if rank == 0:
         on = f", {world} ranks" * (world > 1)
         console.say(f"data   {dataset.describe()}")
-        console.say(f"model  {parameters:,} parameters, preset {name}, {trainer.precision}{on}")
+        console.say(
+            f"model  {parameters:,} parameters, preset {recipe.preset}, {trainer.precision}{on}"
+        )
     started = time.perf_counter()
-    ran = fit(
-        trainer,
-        dataset,
-        out,
-        steps=_or(a.steps, recipe.steps),
-        batch_size=_or(a.batch_size, recipe.batch_size),
-        save_every=a.save_every,
-        sample_every=a.sample_every,
-        resume=a.resume,
-        progress=not a.quiet,
-    )
+    with recipe.blamed():
+        ran = fit(
+            trainer,
+            dataset,
+            out,
+            steps=steps,
+            batch_size=batch_size,
+            recipe=_record(recipe, trainer, model, dataset),
+            resume=a.resume,
+            progress=not a.quiet,
+            **recipe.section("run"),
+        )
     if rank > 0:
         return
     rows = {
@@ -106,36 +91,121 @@ def _train(a: argparse.Namespace) -> None:
     console.say(tabulate(rows.items(), tablefmt="plain"))
 
 
-def _resumed(a: argparse.Namespace, out: Path) -> UNet:
-    """The model of the run in `out` with fresh weights; ValueError names what was asked for and is
-    another there. What is not asked for is the run's.
+def _recipe(a: argparse.Namespace, out: Path) -> tuple[Recipe, UNet | None]:
+    """What the run's own recipe, the preset, the file and the command line make together; and the
+    model of the run that is to go on, with fresh weights, or None.
     """
-    model = build_model(read_json(out / CONFIG), out / CONFIG)
-    process = model.diffusion
-    there: dict[str, Any] = {
-        "--schedule": process.schedule.to_config(),
-        "--prediction": process.prediction,
-        "--variance": process.variance,
-        "--loss": process.objective,
+    file = read_recipe(a.recipe) if a.recipe is not None else None
+    if file is not None and file.preset is not None and a.preset not in (None, file.preset):
+        raise ValueError(f"preset is {file.preset!r} in {a.recipe} and {a.preset!r} here")
+    name = a.preset or (file.preset if file is not None else None)
+    asked = dict(file.values) if file is not None else {}
+    words = {o.key: o.value(v) for o in OPTIONS if (v := getattr(a, o.key)) is not None}
+    asked |= words
+
+    own = read_recipe(out / RECIPE) if a.resume and os.path.lexists(out / RECIPE) else None
+    recipe = Recipe.of_preset((own.preset if own is not None else None) or name or DEFAULT_PRESET)
+    model = None
+    if own is not None:
+        recipe.lay_over(own.values)
+    if a.resume:
+        model = build_model(read_json(out / CONFIG), out / CONFIG)
+        recipe.lay_over(_of_model(model))
+        _check_model(out, model, recipe, asked, name, known=own is not None)
+    if file is not None:
+        recipe.lay_over(file.values, a.recipe)
+    recipe.lay_over(words)
+    return recipe, model
+
+
+def _built(recipe: Recipe, source: str, model: UNet | None) -> tuple[Dataset, UNet]:
+    """The data and the model: of a new run it follows the images, in a run that goes on they have
+    to be of its size.
+    """
+    size, channels = recipe["data.image_size"], recipe["data.channels"]
+    dataset = open_dataset(source, size=tuple(size) if isinstance(size, list) else size,
+                           channels=channels)  # fmt: skip
+    if model is not None:
+        own = (model.in_channels, *model.image_size)
+        if own != tuple(dataset.shape):
+            raise ValueError(
+                f"{source} has images of shape {dataset.shape}; the run's model takes {own}"
+            )
+        return dataset, model
+    process = {k: recipe[f"diffusion.{k}"] for k in ("prediction", "variance", "loss")}
+    diffusion = Diffusion(recipe.schedule(), **process)
+    shape = {"in_channels": dataset.shape[0], "image_size": dataset.shape[1:]}
+    seed = recipe["training.seed"]
+    with seeded(seed % 2**63, torch.device("cpu")):  # the Trainer names one out of range
+        return dataset, UNet(**recipe.section("model"), **shape, diffusion=diffusion)
+
+
+def _of_model(model: UNet) -> dict[str, Any]:
+    """A model's own options by the recipe's keys."""
+    process = model.diffusion.to_config()
+    schedule = process.pop("schedule")
+    kind = schedule.pop("kind")
+    values = {f"model.{k}": v for k, v in model.config.items() if k not in OF_THE_DATA}
+    values |= {f"diffusion.{name}": None for name in ("T", *NUMBERS_OF_SCHEDULES)}
+    values |= {f"diffusion.{k}": v for k, v in {**process, "schedule": kind}.items()}
+    if kind != "custom":
+        values |= {f"diffusion.{k}": v for k, v in schedule.items()}
+    return {**values, "data.image_size": list(model.image_size), "data.channels": model.in_channels}
+
+
+def _record(
+    recipe: Recipe, trainer: Trainer, model: UNet, dataset: Dataset
+) -> dict[str, Any] | None:
+    """The whole recipe of this run, as a file of which it can be begun again; None where a schedule
+    has no name.
+    """
+    of_model = _of_model(model)
+    if of_model["diffusion.schedule"] == "custom":
+        return None
+    whole = Recipe(recipe.preset, {**recipe.values, **of_model})
+    whole.values |= {
+        "training.precision": trainer.precision,
+        "data.path": os.path.abspath(recipe["data.path"]),
     }
-    asked = {name: getattr(a, name.removeprefix("--")) for name in there}
-    if a.schedule is not None:
-        asked["--schedule"] = getattr(Schedule, a.schedule)().to_config()
-    if a.preset is not None:
-        of_preset = {k: v for k, v in preset(a.preset).model.items() if k not in OF_THE_DATA}
-        there |= {f"--preset {a.preset}: {k}": model.config[k] for k in of_preset}
-        asked |= {f"--preset {a.preset}: {k}": _listed(v) for k, v in of_preset.items()}
-    else:
+    return whole.to_json(fastddpm.__version__)
+
+
+def _check_model(
+    out: Path, model: UNet, own: Recipe, asked: dict[str, Any], name: str | None, *, known: bool
+) -> None:
+    """ValueError names what was asked for and is another in the run in `out`. What is not asked for
+    is the run's.
+
+    own: the run's; known: it has a recipe, so that the preset need not be named again
+    """
+    there = {"--schedule": model.diffusion.schedule.to_config()}
+    here: dict[str, Any] = {}
+    of_schedule = [f"diffusion.{k}" for k in ("schedule", "T", *NUMBERS_OF_SCHEDULES)]
+    if numbers := {k: v for k, v in asked.items() if k in of_schedule}:
+        wanted = Recipe(own.preset, dict(own.values))
+        wanted.lay_over(numbers)
+        if wanted["diffusion.schedule"] != "custom":
+            here["--schedule"] = wanted.schedule().to_config()
+    for option in OPTIONS:
+        if option.section in ("model", "diffusion") and option.key not in of_schedule:
+            there[option.flag] = own[option.key]
+            if option.key in asked:
+                here[option.flag] = asked[option.key]
+    if name is not None:
+        of_preset = {k: v for k, v in preset(name).model.items() if k not in OF_THE_DATA}
+        there |= {f"--preset {name}: {k}": model.config[k] for k in of_preset}
+        here |= {f"--preset {name}: {k}": _listed(v) for k, v in of_preset.items()}
+        there["--preset"], here["--preset"] = own.preset, name
+    elif not known:
         fitting = [name for name in PRESETS if _is_of(model, name)]
         if fitting and DEFAULT_PRESET not in fitting:
             raise ValueError(
                 f"{out / CONFIG}: the run's model is not that of {DEFAULT_PRESET}, the preset "
                 f"where none is given: add --preset {' or '.join(fitting)}, as it was begun with"
             )
-    for name, value in asked.items():
-        if value is not None and value != there[name]:
-            raise ValueError(f"{out / CONFIG}: {name} is {there[name]!r} there and {value!r} here")
-    return model
+    for word, value in here.items():
+        if value != there[word]:
+            raise ValueError(f"{out / CONFIG}: {word} is {there[word]!r} there and {value!r} here")
 
 
 def _is_of(model: UNet, name: str) -> bool:
@@ -148,18 +218,11 @@ def _listed(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def _or(value, default):
-    """What was given on the command line, be it 0, or the default."""
-    return default if value is None else value
+# ---- arguments ----------------------------------------------------------------------------------
 
 
-def add_options(add: Callable[..., Any]) -> None:
-    add(
-        "--data",
-        type=path,
-        required=True,
-        help="a folder of images, idx, npz or npy arrays, CIFAR-10's archive, a zip, an lmdb",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--out", type=path, required=True, help="the run's folder")
     add(
         "--preset",
@@ -167,41 +230,28 @@ def add_options(add: Callable[..., Any]) -> None:
         metavar="NAME",
         help=f"model and recipe: {', '.join(sorted(PRESETS))} (default: {DEFAULT_PRESET})",
     )
+    add(
+        "--recipe",
+        type=path,
+        metavar="FILE",
+        help="options from a .toml or .json file, such as the recipe.json of a run: over the "
+        "preset's, and under those given here",
+    )
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, exactly")
-    add("--steps", type=int, help="optimiser steps in all (default: the preset's)")
-    add("--batch-size", type=int, help="(default: the preset's)")
-    add(
-        "--accumulate",
-        type=int,
-        default=1,
-        help="pieces of a batch, computed one after the other for less memory (default: 1)",
-    )
-    add("--lr", type=float, help="learning rate (default: the preset's)")
-    add("--warmup", type=int, help="steps to reach it (default: the preset's)")
-    add("--ema-decay", type=float, help="of the averaged weights (default: the preset's)")
-    add(
-        "--image-size",
-        type=size,
-        help="resize images of a folder to it: 64, or 64x48 for height x width (default: the "
-        "preset's)",
-    )
-    add("--channels", type=int, choices=(1, 3), help="grey or colour (default: colour if any is)")
-    add("--schedule", choices=SCHEDULES, help="betas (default: linear)")
-    add("--prediction", choices=("eps", "x0", "mean"), help="(default: eps)")
-    add(
-        "--variance",
-        choices=("fixed_large", "fixed_small", "learned"),
-        help="(default: the preset's)",
-    )
-    add("--loss", choices=("simple", "vlb"), help="(default: simple)")
-    add("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
-    add(
-        "--sample-every",
-        type=int,
-        default=5000,
-        help="steps between sample grids, 0: none (default: 5000)",
-    )
     timeout(add)
+    for section in SECTIONS:
+        group = parser.add_argument_group(f"[{section}]")
+        for option in (o for o in OPTIONS if o.section == section):
+            word: dict[str, Any] = {"dest": option.key, "help": option.help}
+            if option.kind is FLAG:
+                word["action"] = argparse.BooleanOptionalAction
+            elif option.kind.choices is not None:
+                word["choices"] = option.kind.choices
+            else:
+                word |= {"type": option.kind.parse, "metavar": option.name.upper()}
+            if option.key == "data.channels":
+                word["choices"] = (1, 3)
+            group.add_argument(option.flag, **word)
 
 
 def _preset(name: str) -> str:
