@@ -96,12 +96,14 @@ def read(arguments: list[str] | None) -> tuple[argparse.Namespace, UNet, list[st
     asked = (options.precisions or "fp32").split(",")
     if unknown := set(asked) - set(DTYPES):
         parser.error(f"--precisions must be of fp32, bf16; got {', '.join(sorted(unknown))}")
+    if not 0 <= options.dropout < 1:
+        parser.error(f"--dropout must lie in [0, 1); got {options.dropout:g}")
     try:
         model = make_model(options.model, options.quick)
         if options.train:
             model = with_dropout(model, options.dropout)
     except (OSError, ValueError) as error:
-        parser.error(f"--model or --dropout: {error}")
+        parser.error(f"--model: {error}")
     return options, model, names
 
 

@@ -84,7 +84,7 @@ def torch_step(
     """loss, gradient.NAME (clipped) of the first step on PyTorch's ops, with weights in dtype and
     products in `precision`.
     """
-    own = copy.deepcopy(model).to(dtype).train()
+    own = copy.deepcopy(model).to(dtype).eval()  # which drops nothing
     ab = torch.as_tensor(model.diffusion.schedule.alphas_cumprod)[draws.t][:, None, None, None]
     x0 = torch.where(draws.flip[:, None, None, None], x0.flip(-1), x0)
     xt = (ab.sqrt() * (x0.double() / 127.5 - 1) + (1 - ab).sqrt() * draws.eps.double()).to(dtype)
@@ -124,7 +124,7 @@ def errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]
     gradients = {k: v for k, v in truth.items() if k.startswith("gradient.")}
     size = torch.stack([g.double().norm() for g in gradients.values()]).norm()
     typical = size.item() / sum(g.numel() for g in gradients.values()) ** 0.5
-    loss = abs(got["loss"].double() - truth["loss"].double()) / abs(truth["loss"].double())
+    loss = abs(got["loss"].double() / truth["loss"].double() - 1)
     distances = [distance(got.get(name), g, typical) for name, g in gradients.items()]
     worst = max(math.inf if math.isnan(d) else d for d in distances)
     return {"loss": loss.item(), "gradient": worst}
@@ -138,6 +138,8 @@ def optimiser_errors(got: dict[str, Tensor], start: dict[str, Tensor]) -> dict[s
     averaged = any(name.startswith("average.") for name in got)
     for name, before in start.items():
         before, leaf = before.double(), name.removeprefix("start.")
+        if not {f"gradient.{leaf}", f"weight.{leaf}"} <= got.keys():
+            return {"weight": math.inf}
         g, weight = (got[f"{kind}.{leaf}"].double() for kind in ("gradient", "weight"))
         step = weight - before
         off = ((step + LR * g / (g.abs() + ADAM_EPS)).abs().max() / LR).item()
