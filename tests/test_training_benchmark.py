@@ -8,6 +8,7 @@ import importlib.util
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -297,3 +298,52 @@ def test_the_truth_is_pytorchs_autograd_of_the_loss(throughput):
     assert norm > 1  # so that clipping is seen
     expected = {f"gradient.{n}": p.grad / norm for n, p in model.named_parameters()}
     assert race.errors({"loss": loss, **expected}, truth)["gradient"] < 1e-5
+
+
+# ---- loss curves ---------------------------------------------------------------------------------
+
+
+def test_loss_curves(tmp_path, capsys):
+    """Both precisions take the steps that a Trainer takes alone, on the same batches."""
+    from fastddpm.data import batch_indices
+    from fastddpm.presets import preset
+
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (10, 28, 28), dtype=torch.uint8, generator=random)
+    np.save(tmp_path / "images.npy", images.numpy())
+    file = tmp_path / "curves.png"
+    with script("loss_curves") as module:
+        options = (f"--data={tmp_path / 'images.npy'}", "--steps=3", "--batch-size=4", "--seed=5")
+        assert module.main([str(file), *options]) == 0
+    report = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    found, recipe = report["loss"], preset("fashion-mnist")
+    torch.manual_seed(5)
+    trainer = fastddpm.Trainer(
+        fastddpm.UNet(**recipe.model), precision="fp32", lr=recipe.lr, warmup=recipe.warmup,
+        ema_decay=recipe.ema_decay, ema_warmup=True, flip=False, seed=5,
+    )  # fmt: skip
+    alone = [
+        trainer.step(images[batch_indices(10, 4, step, seed=5)][:, None]).item()
+        for step in range(3)
+    ]
+    assert found["fp32"] == pytest.approx(alone, rel=1e-6)
+    assert found["bf16"] == pytest.approx(alone, rel=1e-2)
+    assert found["bf16"] != found["fp32"]
+    assert "bf16 over fp32" in capsys.readouterr().out
+    with Image.open(file) as image:
+        assert image.width > image.height > 100
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["x.jpg"], "the plot must be a .png file; got x.jpg"),
+        (["x.png", "--steps=0"], "--steps must be at least 1; got 0"),
+        (["x.png", "--data=nowhere.npy"], "nowhere.npy"),
+        (["x.png", "--preset=mnist"], "preset must be one of"),
+    ],
+)
+def test_bad_loss_curves(capsys, options, message):
+    with script("loss_curves") as module, pytest.raises(SystemExit):
+        module.main(options)
+    assert message in capsys.readouterr().err
