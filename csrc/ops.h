@@ -186,6 +186,29 @@ struct DiscretizedLogLikelihood {
   Tensor x, mean, log_scale, out;
 };
 
+// out[n] = the mean of (prediction - target)^2 over the elements of sample n. Squares are summed in
+// float64, in an order of the sample's shape alone.
+struct SquaredError {
+  Shape shape;
+  Tensor prediction, target;
+  float* out;         // (N,) contiguous
+  double* workspace;  // CUDA: N squared_error_chunks() numbers, or null for one chunk a sample
+};
+
+// CUDA: how many sums of a sample of so many elements meet in the workspace.
+constexpr int64_t SQUARED_ERROR_CHUNK = 1 << 14;
+
+inline int64_t squared_error_chunks(int64_t elements) {
+  return (elements + SQUARED_ERROR_CHUNK - 1) / SQUARED_ERROR_CHUNK;
+}
+
+// dprediction = 2 grad[n] (prediction - target) / the elements of a sample.
+struct SquaredErrorBackward {
+  Shape shape;
+  Matrix grad;  // (N,)
+  Tensor prediction, target, dprediction;
+};
+
 namespace cpu {
 void randn(const Randn& op, int threads);
 void choices(const Choices& op, int threads);
@@ -197,6 +220,8 @@ void residual_sum(const ResidualSum& op, int threads);
 void attention_block(const AttentionBlock& op, int threads);
 void attention_block_backward(const AttentionBlockBackward& op, int threads);
 void discretized_log_likelihood(const DiscretizedLogLikelihood& op, int threads);
+void squared_error(const SquaredError& op, int threads);
+void squared_error_backward(const SquaredErrorBackward& op, int threads);
 }  // namespace cpu
 
 namespace cuda {
@@ -208,6 +233,8 @@ void group_norm_silu(const GroupNormSilu& op, void* stream);
 void group_norm_silu_backward(const GroupNormSiluBackward& op, void* stream);
 void residual_sum(const ResidualSum& op, void* stream);
 void discretized_log_likelihood(const DiscretizedLogLikelihood& op, void* stream);
+void squared_error(const SquaredError& op, void* stream);
+void squared_error_backward(const SquaredErrorBackward& op, void* stream);
 }  // namespace cuda
 
 }  // namespace fastddpm

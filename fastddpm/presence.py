@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 POLL = 0.25  # seconds between two looks at the others, at most
+WORDS = "words"  # the store's key of them
+LAST_WORDS = 2.0  # seconds that these may take, where a rank ends or is missed
 
 
 class RankError(RuntimeError):
@@ -43,6 +45,7 @@ class Presence:
         self._signs: dict[int, Sign] = {}
         self._rounds = 0  # of looks at the others: it grows while the store answers
         self._failure = ""
+        self._words, self._heard = "", ""  # to be said; the first that a rank said
 
     def __enter__(self) -> Presence:
         self._own = self.store(first=True)
@@ -98,6 +101,22 @@ class Presence:
             finally:
                 self._waiting = False
 
+    def say(self, words: str) -> None:
+        """What ends this rank, for those who will miss it."""
+        with self._changed:
+            self._words = f"rank {self.rank} failed: {words}"
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._failure or not self._words, LAST_WORDS)
+
+    def last_words(self) -> str:
+        """What the first rank that ended said of itself; "" where none said anything."""
+        with self._changed:
+            self._waiting = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._failure or self._heard, LAST_WORDS)
+            self._waiting = False
+            return self._heard
+
     def _wait(self) -> None:
         absent = [rank for rank in range(self.world) if rank != self.rank]
         silent, unanswered = dict.fromkeys(absent, 0.0), 0.0
@@ -109,7 +128,9 @@ class Presence:
             if self._failure:
                 raise RankError(f"the meeting place of the ranks is gone ({self._failure})")
             if left := [rank for rank in absent if self._signs.get(rank, Sign()).left]:
-                raise RankError(f"{_named(left)} ended without what the others wait for")
+                raise RankError(
+                    self._heard or f"{_named(left)} ended without what the others wait for"
+                )
             self._changed.wait(POLL)
             # A time in which this process was stopped itself does not count.
             now = time.monotonic()
@@ -138,12 +159,16 @@ class Presence:
             with self._changed:
                 came = self._met > sign.met
                 sign = Sign(sign.number + 1, self._met, int(self._leaving))
-                look = self._waiting
+                look, words = self._waiting, self._words
             signs: dict[int, Sign] = {}
+            heard = ""
             try:
+                if words:  # before the sign that it left
+                    self._own.compare_set(WORDS, "", words)
                 self._own.set(f"rank/{self.rank}", " ".join(map(str, sign)))
                 if look:
                     signs = self._look()
+                    heard = self._own.get(WORDS).decode() if self._own.check([WORDS]) else ""
             except (RuntimeError, ValueError) as error:
                 with self._changed:
                     self._failure = first_line(error)
@@ -151,13 +176,16 @@ class Presence:
                 return
             with self._changed:
                 self._signs.update(signs)
+                self._heard = self._heard or heard
+                if words:
+                    self._words = ""
                 self._rounds += 1
                 self._changed.notify_all()
                 if self._waiting:
                     pause = 0.005 if came else min(1.5 * pause, POLL)
                 else:
                     pause = min(1.0, self.timeout / 10)
-                if self._met == sign.met and not self._leaving:
+                if self._met == sign.met and not self._leaving and not self._words:
                     self._changed.wait(min(pause, self.timeout / 10))
 
     def _look(self) -> dict[int, Sign]:

@@ -129,6 +129,39 @@ def _meeting() -> Iterator[None]:
         raise RankError(f"the ranks lost one another: {why}") from None
 
 
+@contextlib.contextmanager
+def losing() -> Iterator[None]:
+    """A block of work whose collectives are torch's: RankError where a rank was lost in one, saying
+    what that rank said last."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_of_a_lost_rank(error):
+            raise
+        why = str(error).strip().splitlines()[0]
+        said = "" if _presence is None else _presence.last_words()
+        raise RankError(said or f"the ranks lost one another: {why}") from None
+
+
+def _is_of_a_lost_rank(error: RuntimeError) -> bool:
+    """NCCL's errors have a class of their own, gloo's the path of its sources."""
+    return dist.is_available() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """A block in which the ranks wait for one another in collectives: what ends it on one is what
+    the others say of it, where they lose it in `losing`."""
+    try:
+        yield
+    except RankError:
+        raise
+    except BaseException as error:
+        if _presence is not None:
+            _presence.say(f"{type(error).__name__}: {error}")
+        raise
+
+
 def share(n: int, rank: int, world: int) -> tuple[int, int]:
     """The range of n numbers that is this rank's; the ranges follow one another."""
     return n * rank // world, n * (rank + 1) // world

@@ -17,19 +17,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastddpm import _native
+from fastddpm import _native, unet_walk
 from fastddpm.arguments import check_one_device, check_pixels
 from fastddpm.checkpoint import named, read_tensors, write_tensors
 from fastddpm.diffusion import Diffusion
 from fastddpm.engine import cuda_graph
 from fastddpm.engine.cuda_graph import Record
-from fastddpm.guard import SLACK, Guard
+from fastddpm.guard import IN_A_ROW, SLACK, Guard
 from fastddpm.host import callers_level, own_state, plain, training
 from fastddpm.master_weights import DTYPES, MasterWeights
 from fastddpm.ops import dispatch
 from fastddpm.options import check_flag, check_integer, check_number
 from fastddpm.precision import Precision, float32_kept, resolve_precision
 from fastddpm.pretrained import save_config, save_model
+from fastddpm.ranks import losing
+from fastddpm.replicas import Replicas, replicated
 from fastddpm.run_folder import STATE
 from fastddpm.run_settings import architecture, compare, differing, read_settings
 from fastddpm.trainer_state import check_tensors, take, tensors_of
@@ -50,7 +52,8 @@ class Trainer:
 
     model:     any module (x_t, t) -> output; trained in place, through its wrappers if it has some
                (DistributedDataParallel, torch.compile, ...); what is averaged and saved is the
-               network inside. Parameters in half precision keep float32 masters and averages
+               network inside. Parameters in half precision keep float32 masters and averages. In a
+               DistributedDataParallel a step is one of all its ranks: see `step`
     diffusion: None: the model's own, or the paper's; another becomes the own one of a UNet, whose
                weights it is trained for from here on
     precision: "fp32", "bf16" (autocast, float32 weights) or "auto" (bf16 where the hardware
@@ -63,15 +66,20 @@ class Trainer:
     ema_warmup: average over the first steps with min(ema_decay, (1 + k) / (10 + k)), so that a
                short run's average is not the initial weights; the paper has none
     flip:      mirror half of the images
+    accumulate: pieces that a rank's images are computed in, one after the other, for less memory;
+               the step is the same but for rounding
 
     record:     what records the steps of a plain UNet on a GPU, to launch each as one: see
                 engine/cuda_graph.py; None: they are made one operation after the other
     read_every: steps between two looks at whether all were finite, for which the host waits until
                 they are done; None: each on a CPU, else every 50th
 
+    A step whose loss or gradient is not finite is skipped: weights, moments and averages stay as
+    they are, and the next step takes the next examples. `skipped` counts them, up to the last
+    look; the tenth in a row is a FloatingPointError: see check_finite.
+
     Numbers may be NumPy's. Raises ValueError for an option out of range and for a model that is
-    changed (layers, device, dtype, process) after the trainer was made or has nothing to train,
-    FloatingPointError when the loss or gradient is not finite: see check_finite."""
+    changed (layers, device, dtype, process) after the trainer was made or has nothing to train."""
 
     @own_state()
     def __init__(
@@ -87,6 +95,7 @@ class Trainer:
         warmup: int = 5000,
         flip: bool = True,
         seed: int = 0,
+        accumulate: int = 1,
         read_every: int | None = None,
         record: Record | None = cuda_graph.record,
     ):
@@ -95,10 +104,12 @@ class Trainer:
         self.grad_clip = check_number("grad_clip", grad_clip, lambda x: x > 0, "above 0")
         self.warmup = check_integer("warmup", warmup, 0)
         self.seed = check_integer("seed", seed, 0)
+        self.accumulate = check_integer("accumulate", accumulate, 1)
         self.ema_warmup, self.flip = check_flag("ema_warmup", ema_warmup), check_flag("flip", flip)
         self.diffusion = Diffusion.of(model, diffusion)
         self.diffusion.warn_of_the_end()
         self.model, self.network = model, unwrap(model)
+        self.replicas = Replicas(model)
         if not isinstance(self.network, torch.nn.Module):
             raise ValueError(f"model must be a torch.nn.Module; got {type(self.network).__name__}")
         if any(p.is_inference() for p in self.network.parameters()):
@@ -113,15 +124,17 @@ class Trainer:
         self.precision = resolve_precision(precision, self.device)
         self.step_count = 0
         self.example_count = 0
-        self._told_of_range = False
+        self.skipped = self.skipped_in_a_row = 0
+        self._told_of_range = self._told_of_skipping = False
         if read_every is None:
             read_every = 1 if self.device.type == "cpu" else READ_EVERY
         self.read_every = check_integer("read_every", read_every, 1)
         self.guard = Guard(self.device)
-        self._unread: list[tuple[int, int]] = []  # the counts before each step since the last look
+        # The counts before and after each step since the last look.
+        self._unread: list[tuple[tuple[int, int], tuple[int, int]]] = []
         self.optimizer = torch.optim.Adam(self._masters, lr=self.lr, fused=True)
         self.copies = None
-        if self.precision == "bf16" and type(model) is UNet:
+        if self.precision == "bf16" and type(model) is UNet and unet_walk.takes_copies(self.device):
             self.copies = WorkingCopies(self.network)
         if record is cuda_graph.record and cuda_graph.unsupported(self.device) is not None:
             record = None
@@ -152,52 +165,99 @@ class Trainer:
     def _masters(self) -> list[torch.Tensor]:
         return list(self.weights.masters.values())
 
+    def replicate(self) -> None:
+        """Train the model on all ranks of torch.distributed from here on, as if it had been given
+        in a DistributedDataParallel. All ranks must call this; they get rank 0's weights."""
+        if self.replicas.world > 1:
+            return
+        if not isinstance(self.model, torch.nn.Module):
+            raise ValueError(f"a {type(self.model).__name__} can't be trained on several ranks: "
+                             "give the module itself")  # fmt: skip
+        with losing():
+            self.model = replicated(self.model, self.device)
+        self.replicas = Replicas(self.model)
+
     @own_state(grad=True)
-    def step(self, x0: torch.Tensor) -> torch.Tensor:
+    def step(self, x0: torch.Tensor, *, part: tuple[int, int, int] | None = None) -> torch.Tensor:
         """One optimiser step on x0, (N, C, H, W) uint8 or float in [-1, 1]; returns the mean loss,
         detached, on the model's device.
 
         On a GPU the step is queued, and what is wrong with its numbers is known at the next look
-        (`read_every`, see check_finite)."""
+        (`read_every`, see check_finite).
+
+        In a DistributedDataParallel all ranks take the step together, each with its images of it,
+        and the loss, the gradient and the counts are those of all: the step is that of one process
+        with all of the images, but for rounding.
+
+        part: (start, stop, total): x0 are the images start .. stop - 1 of the step's total; None:
+              each rank has as many as any other, in the order of the ranks. A rank whose part is
+              empty gives one image, which does not count. ValueError on every rank where the parts
+              are not those of one step, which then is none
+        """
         self._check()
         x0 = uploaded(plain(self._checked(x0)), self.device)
-        n, k = x0.shape[0], self.step_count
+        own, k = self.replicas.part(part, x0.shape[0]), self.step_count
         rate = _float32(self.lr * min((k + 1) / max(self.warmup, 1), 1.0))
         decay = min(self.ema_decay, (1 + k) / (10 + k)) if self.ema_warmup else self.ema_decay
         module = self.model if isinstance(self.model, torch.nn.Module) else self.network
-        with training(module), float32_kept(self.precision, self.device):
-            loss = take_step(self, x0, rate, _float32(1 - decay))
+        with training(module), float32_kept(self.precision, self.device), losing():
+            loss = take_step(self, x0, own, rate, _float32(1 - decay))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self._unread.append((k, self.example_count))
+        before = self.step_count, self.example_count
         self.step_count += 1
-        self.example_count += n
+        self.example_count += own.total
+        self._unread.append((before, (self.step_count, self.example_count)))
         if len(self._unread) >= self.read_every:
             self.check_finite()
         return loss
 
     def check_finite(self) -> None:
-        """Wait for the steps so far, and see whether each counts: `step` does it every
-        `read_every`th time, and save, ema_model and ema_weights.
+        """Wait for the steps so far, and see which were skipped, since their loss or gradient was
+        not finite, and whether the run was stopped: `step` does it every `read_every`th time, and
+        save, ema_model and ema_weights. The first that was skipped is told of in a warning.
 
-        Raises ValueError where a step's pixels were out of range, else FloatingPointError where its
-        loss or gradient was not finite. The steps after it were left out, too: weights, averages,
-        moments and counts are those before it, whenever it is found, and the next step takes its
-        place. (Buffers, which a network writes itself, are as its last forward left them.)"""
-        refused, counts = self.guard.read(), self._unread
+        Raises FloatingPointError where ten in a row were skipped; ValueError where a step's pixels
+        were out of range, or the ranks' parts not those of one step: that step is none, and the
+        next one takes its place. Whenever it is found, steps after what stopped the run were left
+        out: weights, averages, moments and counts are as if they had not been taken. (Buffers,
+        which a network writes itself, are as its last forward left them.)"""
+        seen, counts = self.guard.read(), self._unread
         self._unread = []
-        if refused is None:
+        self.skipped += seen.skipped
+        self.skipped_in_a_row = 0 if seen.stop else seen.in_a_row
+        if seen.stop is None:
+            if seen.skipped:
+                self._tell_of_skipping(seen.skipped, counts[0][0][0])
             return
-        last = self.step_count - 1
-        self.step_count, self.example_count = counts[len(counts) - refused.steps]
-        also = f"; steps {self.step_count + 1} .. {last} were left out, too"
-        what = (
-            f"step {self.step_count}: loss {refused.loss}, gradient norm {refused.norm}; the "
-            f"weights are those before this step{also if refused.steps > 1 else ''}"
+        stop, last = seen.stop, self.step_count - 1
+        before, after = counts[len(counts) - 1 - stop.after]
+        what = f"step {before[0]}: loss {stop.loss}, gradient norm {stop.norm}"
+        left = f"; steps {before[0] + 1} .. {last} were left out, too" if stop.after else ""
+        if stop.out_of_range or stop.unlike:
+            self.step_count, self.example_count = before
+            what += f"; the weights are those before this step{left}"
+            if stop.out_of_range:
+                raise ValueError(f"{_out_of_range(stop.low, stop.high)} ({what})")
+            raise ValueError(
+                "the ranks did not take one step together: their parts must follow one another "
+                f"and make up a step, the same one on each; without part=, as many images ({what})"
+            )
+        self.step_count, self.example_count = after
+        raise FloatingPointError(
+            f"{what}: it is the {IN_A_ROW}th step in a row that is not finite; the weights are "
+            f"those before step {before[0] - IN_A_ROW + 1}{left}"
         )
-        if refused.out_of_range:
-            raise ValueError(f"{_out_of_range(refused.low, refused.high)} ({what})")
-        raise FloatingPointError(what)
+
+    def _tell_of_skipping(self, skipped: int, first: int) -> None:
+        if not self._told_of_skipping:
+            self._told_of_skipping = True
+            warnings.warn(
+                f"{skipped} of the steps {first} .. {self.step_count - 1} had a loss or gradient "
+                "that is not finite, and changed nothing: Trainer.skipped counts them, "
+                f"{IN_A_ROW} in a row stop the run",
+                stacklevel=callers_level(),
+            )
 
     def _checked(self, x0: torch.Tensor) -> torch.Tensor:
         """The batch, if it is one of images; else the ValueError that says what it is."""
@@ -217,7 +277,8 @@ class Trainer:
         if x0.device == self.device and self.read_every > 1 and self.step_count > 0:
             return x0  # reading may wait for the steps before: the guard looks at the values
         low, high = torch.stack(torch.aminmax(x0.detach())).tolist()
-        if not (low >= -1 - SLACK and high <= 1 + SLACK):  # NaN is in no range
+        # Of several ranks all raise it, or the others would wait for this one: see the guard.
+        if self.replicas.world == 1 and not (low >= -1 - SLACK and high <= 1 + SLACK):  # nor NaN
             raise ValueError(_out_of_range(low, high))
         if low >= 0 and not self._told_of_range and self.step_count == 0 and high > low:
             self._told_of_range = True
@@ -268,6 +329,8 @@ class Trainer:
         settings = {
             "step_count": self.step_count,
             "example_count": self.example_count,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "machine": self._machine(),
             "run": dict(run or {}),
             **self.recipe(),
@@ -298,9 +361,12 @@ class Trainer:
         tensors, metadata = read_tensors(path, ours=True)
         settings = read_settings(path, metadata)
         counts = {name: settings.pop(name, None) for name in ("step_count", "example_count")}
+        # Of a state that is older than that any may be skipped, none was.
+        counts |= {name: settings.pop(name, 0) for name in ("skipped", "skipped_in_a_row")}
         for name, count in counts.items():
             check_integer(f"{path}: {name}", count, 0)
         machine, before = (_object(settings.pop(name, None)) for name in ("machine", "run"))
+        machine = {"ranks": 1, "accumulate": 1, **machine}
         compare(path, settings, self.recipe())
         if run is not None and before:
             compare(path, before, dict(run))
@@ -319,10 +385,12 @@ class Trainer:
                 stacklevel=callers_level(),
             )  # fmt: skip
         self.recordings.forget()
-        self.guard.reset()  # what steps were taken here is no matter any more
+        self.guard.reset(counts["skipped_in_a_row"])  # of what was done here nothing matters
         self._unread = []
         take(tensors, self.weights, self.optimizer)
         self.step_count, self.example_count = counts["step_count"], counts["example_count"]
+        self.skipped = counts["skipped"]
+        self.skipped_in_a_row = counts["skipped_in_a_row"]
 
     def recipe(self) -> dict[str, Any]:
         """What must be the same for a resumed run to take the same steps, JSON-ready; ValueError
@@ -353,6 +421,8 @@ class Trainer:
             "torch": torch.__version__,
             "backend": dispatch.forced(),
             "way of taking steps": WAY,
+            "ranks": self.replicas.world,
+            "accumulate": self.accumulate,
         }
         if self.device.type == "cpu":
             facts |= {"threads": torch.get_num_threads(), "instruction set": _native.isa()}

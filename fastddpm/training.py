@@ -3,8 +3,6 @@ step at a time is trainer.py's, recipes are presets.py's."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import time
 from collections.abc import Iterator
@@ -15,26 +13,17 @@ from typing import Any
 import torch
 
 from fastddpm import ranks
-from fastddpm.checkpoint import atomic_write, named
+from fastddpm.checkpoint import named
 from fastddpm.data import Dataset, batch_indices
-from fastddpm.data.files import RegularFile
 from fastddpm.data.limits import check_memory
-from fastddpm.figures import check_channels, loss_plot, save_samples
+from fastddpm.figures import check_channels, save_samples
 from fastddpm.host import own_state
 from fastddpm.options import check_integer
 from fastddpm.presets import PRESETS, Preset, preset
 from fastddpm.pretrained import WEIGHTS
 from fastddpm.progress import tqdm
-from fastddpm.run_folder import (
-    LOG,
-    PLOT,
-    SAMPLES,
-    STATE,
-    check_apart,
-    check_kinds,
-    check_new,
-    locked,
-)  # fmt: skip
+from fastddpm.run_folder import SAMPLES, STATE, check_apart, check_kinds, check_new, locked
+from fastddpm.run_log import Log
 from fastddpm.sampling import sample
 from fastddpm.trainer import Trainer
 from fastddpm.training_step import CHOICES_STEP
@@ -46,8 +35,6 @@ __all__ = ["CHOICES_STEP", "PRESETS", "STATE", "Log", "Preset", "Trainer", "fit"
 CPU = torch.device("cpu")
 LOG_EVERY = 50  # steps that a row of log.csv averages over
 BYTES_A_VALUE = 5  # of a batch, at the least: as bytes and as float32
-LONGEST_LOG = 2**26  # bytes: some two million rows
-COLUMNS = ["step", "loss", "images_per_second"]
 
 
 @own_state()
@@ -209,50 +196,3 @@ def _batches(
             if step + 1 < stop:
                 ahead.append(reader.submit(load, step + 1))
             yield uploaded(images, device, ours=True)
-
-
-class Log:
-    """log.csv and loss.png of a run, up to the step that its checkpoint holds."""
-
-    def __init__(self, out: Path, step: int, objective: str):
-        self.out, self.unit = out, "mean squared error" if objective == "simple" else "bits/dim"
-        self.rows: list[tuple[int, float, float]] = []
-        if step and (out / LOG).exists():
-            self.rows = [row for row in read_log(out / LOG) if row[0] <= step]
-
-    def add(self, step: int, loss: float, rate: float) -> None:
-        self.rows.append((step, loss, rate))
-
-    def write(self) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow(COLUMNS)
-        writer.writerows((s, f"{loss:.6f}", f"{rate:.1f}") for s, loss, rate in self.rows)
-        with atomic_write(self.out / LOG) as file:
-            file.write(text.getvalue().encode())
-        if self.rows:
-            steps, losses, _ = zip(*self.rows, strict=True)
-            loss_plot(self.out / PLOT, steps, losses, self.unit)
-
-
-def read_log(path: Path) -> list[tuple[int, float, float]]:
-    """The rows of a log.csv; ValueError names the file and the line that is none."""
-    line = 1
-    try:
-        with RegularFile(path) as file:
-            if file.length > LONGEST_LOG:
-                raise ValueError(f"it is longer than {LONGEST_LOG} bytes")
-            text = file.read(file.length, 0).decode("utf-8")
-        rows = csv.reader(io.StringIO(text, newline=""))
-        if next(rows, None) != COLUMNS:
-            raise ValueError(f"it must be {','.join(COLUMNS)}")
-        read = []
-        for step, loss, rate in rows:
-            line = rows.line_num
-            read.append((int(step), float(loss), float(rate)))
-        return read
-    except (ValueError, OSError, csv.Error) as error:
-        raise ValueError(
-            f"{path} can't be read near line {line}: {error}; mend the file, or remove it and the "
-            "run goes on without"
-        ) from None

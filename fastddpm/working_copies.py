@@ -58,21 +58,27 @@ class WorkingCopies:
                 parameters[leaf] = weight  # type: ignore[assignment]
 
     def take_gradients(self) -> None:
-        """The copies' gradients become those of the weights, float32."""
+        """The copies' gradients are added to those of the weights, float32."""
         widen(self._copies, self._weights)
 
 
 @torch.no_grad()
 def widen(narrow: list[torch.Tensor], wide: list[torch.Tensor]) -> None:
-    """Gradients of rounded copies become those of the tensors that they are copies of, in their
-    types; a copy keeps none."""
-    gradients, widened = [], []
+    """Gradients of rounded copies are added to those of the tensors that they are copies of, in
+    their types; a copy keeps none."""
+    gradients, widened, added, sums = [], [], [], []
     for p, w in zip(narrow, wide, strict=True):
-        w.grad = None
-        if p.grad is not None:
-            w.grad = torch.empty_like(w)
-            widened.append(w.grad)
-            gradients.append(p.grad)
-            p.grad = None
+        if p.grad is None:
+            continue
+        gradients.append(p.grad)
+        widened.append(torch.empty_like(w))
+        p.grad = None
+        if w.grad is None:
+            w.grad = widened[-1]
+        else:
+            added.append(widened[-1])
+            sums.append(w.grad)
     if gradients:
         torch._foreach_copy_(widened, gradients)
+    if sums:
+        torch._foreach_add_(sums, added)

@@ -287,13 +287,14 @@ def test_limits_of_memory_give_images_or_one_line(folder, engine):
     command = [sys.executable, "-c", f"import fastddpm.cli; print({peak})"]
     imported = int(subprocess.check_output(command, text=True)) // 1024
     # Libraries that don't load say so by a traceback; what counts begins when they are there.
-    begun = 'import sys; from fastddpm.cli import main; print("begun", flush=True); sys.exit(main())'
+    begun = 'from fastddpm.cli import main; print("begun", flush=True); raise SystemExit(main())'
+    sample = f"{sys.executable} -c '{begun}' sample --model large -n 8 --batch-size 8 --steps 1"
     codes = []
     for megabytes in range(imported - 100, imported + 2500, 200):
         (folder / "x.npz").unlink(missing_ok=True)
         done = program(
-            f"ulimit -v {megabytes * 1024}; {sys.executable} -c '{begun}' sample --model large -n 8 "
-            f"--batch-size 8 --steps 1 --engine {engine} --precision fp32 --out x.npz --quiet", folder,
+            f"ulimit -v {megabytes * 1024}; {sample} --engine {engine} --precision fp32 "
+            "--out x.npz --quiet", folder,
         )  # fmt: skip
         codes.append(done.returncode)
         assert (done.returncode == 0) == (folder / "x.npz").exists(), done.stderr

@@ -25,7 +25,7 @@ from fastddpm.engine.eager import Eager
 pytestmark = pytest.mark.skipif(_native.C is None, reason="plans need the native module")
 
 CPU = torch.device("cpu")
-# How much more than the sum as it is written the algorithms err at most: see csrc/cpu/layers/winograd.h.
+# How much more than the sum as it is written the algorithms err at most: see layers/winograd.h.
 FACTOR = {"direct": 1, "winograd_2": 1, "winograd_4": 8}
 
 

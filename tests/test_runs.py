@@ -26,7 +26,7 @@ from test_training import command as resume_command
 from test_training import start as start_run
 from toy import SCHEDULE, images, tiny_unet
 
-from fastddpm import Diffusion, UNet, checkpoint, cli, figures, run_folder, training
+from fastddpm import Diffusion, UNet, checkpoint, cli, figures, run_folder, run_log
 from fastddpm.checkpoint import CONFIG, WEIGHTS, read_json, read_tensors, write_json, write_tensors
 from fastddpm.data import open_dataset
 from fastddpm.data.identity import Fingerprint
@@ -566,7 +566,7 @@ def test_a_lost_stderr_does_not_stop_a_run(tmp_path, dataset, quick, monkeypatch
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
 def test_a_run_that_is_killed_twenty_times_is_the_uninterrupted_run(tmp_path, monkeypatch):
     """At random moments: while it starts, reads, computes and writes, of runs of a few seconds."""
-    monkeypatch.setattr(training, "loss_plot", lambda *_: None)
+    monkeypatch.setattr(run_log, "loss_plot", lambda *_: None)
     data = tmp_path / "data.npz"
     np.savez(data, images=images(30, 1, 8, 8).numpy())
     steps = "--steps=400"

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from toy import tiny_unet
 
-from fastddpm import host, training_graph, training_step, upload
+from fastddpm import host, training_graph, training_step, unet_walk, upload
 from fastddpm.guard import Guard
 from fastddpm.ops import library
 from fastddpm.trainer import Trainer
@@ -66,6 +66,12 @@ def as_on_a_gpu(monkeypatch):
 
     yield operations
     monkeypatch.undo()
+
+
+@pytest.fixture
+def as_elsewhere(monkeypatch):
+    """A CPU's own walk is not taken: a UNet computes by its modules, or for dropout as on a GPU."""
+    monkeypatch.delitem(unet_walk.WAYS, "cpu")
 
 
 # ---- no waiting ----------------------------------------------------------------------------------
@@ -119,7 +125,7 @@ def kernels(run, x0, monkeypatch) -> collections.Counter:
     return collections.Counter({k: v for k, v in operations.counts.items() if k not in views})
 
 
-def test_how_many_operations_a_step_is(monkeypatch):
+def test_how_many_operations_a_step_is(monkeypatch, as_elsewhere):
     """Before there was an op for t and flips and one copy of all weights, 268 operations drew t and
     flips, and autocast cast each weight and each gradient by itself."""
     options = {"precision": "bf16", "read_every": 10}
@@ -159,35 +165,106 @@ class Sick(Small):
         return self.factor * super().forward(x, t)
 
 
+def passed_over(run, n: int = 8) -> None:
+    """A step whose examples are used up, and which changes nothing else."""
+    run.step_count, run.example_count = run.step_count + 1, run.example_count + n
+
+
+TOLD = pytest.mark.filterwarnings("ignore:.* of the steps .* changed nothing")
+
+
+@TOLD
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("at", [0, 2, 4])
-def test_from_a_step_that_is_not_finite_on_nothing_moves_until_it_is_named(bad, at):
-    run, healthy = trainer(Sick(), read_every=5), trainer()
-    data = batches(8)
-    before = {k: v.clone() for k, v in raw(run).items()}
-    for k, x0 in enumerate(data[:5]):
-        run.model.factor = bad if k == at else 1.0
-        if k < at:
-            healthy.step(x0)
-        if k < 4:
+@pytest.mark.parametrize("at", [{0}, {2}, {4}, {0, 1, 3, 4}])
+@pytest.mark.parametrize("read_every", [1, 3, 50])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(bad, at, read_every):
+    run, healthy = trainer(Sick(), read_every=read_every), trainer()
+    for k, x0 in enumerate(batches(7)):
+        run.model.factor = bad if k in at else 1.0
+        loss = run.step(x0)
+        assert loss.isfinite() == (k not in at)
+        passed_over(healthy) if k in at else healthy.step(x0)
+        assert all(torch.equal(v, raw(healthy)[name]) for name, v in raw(run).items()), k
+        if read_every == 1:
+            assert run.skipped == len(at & set(range(k + 1)))
+    assert_same(state(run), state(healthy))
+    assert (run.step_count, run.example_count, run.skipped) == (7, 56, len(at))
+
+
+@TOLD
+@pytest.mark.parametrize("read_every", [1, 4, 50])
+def test_ten_in_a_row_stop_the_run(read_every):
+    run, healthy = trainer(Sick(), read_every=read_every), trainer()
+    bad, message = {1, *range(3, 13)}, None
+    for k, x0 in enumerate(batches(16)):
+        run.model.factor = float("nan") if k in bad else 1.0
+        try:
             run.step(x0)
-            assert run.step_count == k + 1
-            expected = before if not at else raw(healthy)
-            assert all(torch.equal(v, expected[name]) for name, v in raw(run).items())
-            continue
-        left = rf"; steps {at + 1} .. 4 were left out, too" if at < 4 else "$"
-        with pytest.raises(FloatingPointError, match=rf"step {at}: loss .* before this step{left}"):
-            run.step(x0)
-    if at:
-        assert_same(state(run), state(healthy))
-    else:
-        assert_same(raw(run), before)
-    assert (run.step_count, run.example_count) == (at, 8 * at)
+        except FloatingPointError as error:
+            message = str(error)
+            break
+    if read_every == 50:
+        with pytest.raises(FloatingPointError) as caught:
+            run.check_finite()
+        message = str(caught.value)
+    assert message.startswith("step 12: loss nan, gradient norm nan: it is the 10th step in a row")
+    left = "; steps 13 .. 15 were left out, too" if read_every > 1 else ""
+    assert message.endswith(f"before step 3{left}")
+    for k, x0 in enumerate(batches(13)):
+        passed_over(healthy) if k in bad else healthy.step(x0)
+    assert_same(state(run), state(healthy))
+    assert (run.step_count, run.skipped) == (13, 11)
     run.model.factor = 1.0
-    for x0 in data[at:]:  # goes on as if it had never been
+    for x0 in batches(2):  # who goes on all the same may
         run.step(x0)
         healthy.step(x0)
     assert_same(state(run), state(healthy))
+
+
+@TOLD
+@pytest.mark.parametrize("read_every", [1, 7])
+def test_nine_in_a_row_do_not(read_every):
+    run = trainer(Sick(), read_every=read_every)
+    for k, x0 in enumerate(batches(30, size=1)):
+        run.model.factor = 1.0 if k % 10 == 9 else float("inf")
+        run.step(x0)
+    run.check_finite()
+    assert (run.skipped, run.skipped_in_a_row, run.step_count) == (27, 0, 30)
+
+
+@TOLD
+def test_a_resumed_run_stops_at_the_tenth_too(tmp_path):
+    run = trainer(Sick())
+    data = batches(12, size=1)
+    run.step(data[0])
+    run.model.factor = float("nan")
+    for x0 in data[1:8]:
+        run.step(x0)
+    run.save(tmp_path)
+    again = trainer(Sick())
+    again.load(tmp_path)
+    assert (again.skipped, again.skipped_in_a_row) == (7, 7)
+    assert_same(state(again), state(run))
+    for each in (run, again):
+        each.model.factor = float("nan")
+        each.step(data[8])
+        each.step(data[9])
+        with pytest.raises(FloatingPointError, match="step 10: loss nan"):
+            each.step(data[10])
+        assert each.skipped == 10
+
+
+def test_the_first_that_is_skipped_is_told_of():
+    run = trainer(Sick())
+    first, second, third = batches(3)
+    run.step(first)
+    run.model.factor = float("nan")
+    with pytest.warns(UserWarning, match=r"1 of the steps 1 .. 1 had .* not finite.* 10 in a row"):
+        run.step(second)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.step(third)
+    assert run.skipped == 2
 
 
 def raw(run) -> dict[str, torch.Tensor]:
@@ -196,10 +273,11 @@ def raw(run) -> dict[str, torch.Tensor]:
     return masters | {f"a.{k}": v for k, v in run.weights.average.items()}
 
 
+@TOLD
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_skips_as_well(dtype):
     run = trainer(tiny_unet().to(dtype), read_every=2)
-    first, second, third = batches(3, size=2, shape=SHAPE)
+    first, second = batches(2, size=2, shape=SHAPE)
     run.step(first)
     run.check_finite()
     before, weights = raw(run), [p.detach().clone() for p in run.model.parameters()]
@@ -207,20 +285,21 @@ def test_half_precision_skips_as_well(dtype):
     handle = run.model.conv_out.register_forward_hook(lambda *a: a[2] * float("nan"))
     run.step(second)
     handle.remove()
-    with pytest.raises(FloatingPointError, match="step 1: loss nan"):
-        run.step(third)
+    run.check_finite()
+    assert run.skipped == 1
     assert_same(raw(run), before)
     assert all(torch.equal(p, w) for p, w in zip(run.model.parameters(), weights, strict=True))
 
 
 @pytest.mark.parametrize("use", ["save", "ema_model", "ema_weights", "check_finite"])
-def test_whoever_asks_for_the_state_hears_of_it(tmp_path, use):
+def test_whoever_asks_for_the_state_hears_of_what_stopped_the_run(tmp_path, use):
     run = trainer(Sick(), read_every=50)
     first, second = batches(2)
     run.step(first)
     run.model.factor = float("nan")
-    run.step(second)
-    with pytest.raises(FloatingPointError, match="step 1: loss nan"):
+    for _ in range(11):
+        run.step(second)
+    with pytest.raises(FloatingPointError, match="step 10: loss nan"):
         getattr(run, use)(*([tmp_path / "run"] if use == "save" else []))
     assert not (tmp_path / "run").exists()
     getattr(run, use)(*([tmp_path / "run"] if use == "save" else []))
@@ -270,12 +349,16 @@ def test_a_guard_looks_at_all_four_values():
         (1.0, 1.0, (unit * 300).to(torch.uint8), True),
     ):
         guard = Guard(torch.device("cpu"))
-        guard.look(torch.tensor(loss), torch.tensor(norm), images)
+        pixels, unlike = guard.range_of(images), torch.zeros(1)
+        guard.look(torch.tensor(loss), torch.tensor(norm), pixels, unlike)
         assert (guard.refused.item() == 0) == good, (loss, norm, images)
-        refused = guard.read()
-        assert (refused is None) == good
-        assert good or refused.steps == 1
-        assert guard.read() is None
+        seen = guard.read()
+        stops = not (pixels.abs() < 1.001).all()
+        assert (seen.stop is not None) == stops
+        assert seen.skipped == seen.in_a_row == int(not good and not stops)
+        assert guard.read() == (0, seen.in_a_row, None)
+    guard.look(torch.tensor(1.0), torch.tensor(1.0), pixels, torch.ones(1))
+    assert guard.read().stop.unlike == 1
 
 
 def test_a_state_of_steps_that_were_taken_in_another_way_says_so(tmp_path, monkeypatch):
@@ -294,7 +377,7 @@ def test_a_state_of_steps_that_were_taken_in_another_way_says_so(tmp_path, monke
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_copies_of_all_weights_are_autocasts(dropout):
+def test_copies_of_all_weights_are_autocasts(dropout, as_elsewhere):
     """To the bit, but for a weight that the fused walk multiplies by twice: its two gradients are
     added up in bfloat16."""
     runs = [
@@ -320,7 +403,20 @@ def test_copies_of_all_weights_are_autocasts(dropout):
     assert runs[0].network.state_dict().keys() == tiny_unet().state_dict().keys()
 
 
-def test_copies_are_gone_after_a_forward_that_fails():
+def test_a_cpu_needs_no_copies():
+    """Its ops round the weights, and return the weights' gradients in float32."""
+    runs = [
+        trainer(wrap(tiny_unet(dropout=0.3)), precision="bf16") for wrap in (lambda m: m, Passing)
+    ]
+    assert runs[0].copies is None
+    for x0 in batches(3, size=2, shape=SHAPE):
+        assert torch.equal(*[run.step(x0) for run in runs])
+    assert_same(raw(runs[0]), raw(runs[1]))
+    gradient = runs[0].network.mid.block_1.conv1.weight.grad
+    assert not torch.equal(gradient, gradient.bfloat16().float())
+
+
+def test_copies_are_gone_after_a_forward_that_fails(as_elsewhere):
     run = trainer(tiny_unet(), precision="bf16")
     before = list(run.network.parameters())
     with pytest.raises(ValueError, match="7"):
@@ -329,7 +425,7 @@ def test_copies_are_gone_after_a_forward_that_fails():
     run.step(batches(1, size=2, shape=SHAPE)[0])
 
 
-def test_weights_that_are_frozen_or_written_between_steps():
+def test_weights_that_are_frozen_or_written_between_steps(as_elsewhere):
     runs = [trainer(wrap(tiny_unet()), precision="bf16") for wrap in (lambda m: m, Passing)]
     for k, x0 in enumerate(batches(3, size=2, shape=SHAPE)):
         for run in runs:
@@ -540,6 +636,19 @@ def test_a_checkpoint_around_a_network_changes_nothing():
     assert_same(raw(runs[0]), raw(runs[1]))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_nor_do_checkpoints_of_blocks(precision, kind, monkeypatch):
+    if kind == "gpu":
+        monkeypatch.setattr(unet_walk, "WAYS", {"cpu": unet_walk.Walk})
+    model = tiny_unet(dropout=0.5)
+    runs = [trainer(m, precision=precision) for m in (model, tiny_unet(dropout=0.5))]
+    model.checkpoint_blocks()
+    for x0 in batches(2, size=2, shape=SHAPE):
+        assert torch.equal(*[run.step(x0) for run in runs])
+    assert_same(raw(runs[0]), raw(runs[1]))
+
+
 class FakeGenerators:
     def __init__(self, n):
         self.each = [torch.Generator().manual_seed(k) for k in range(n)]
@@ -645,7 +754,7 @@ def test_a_gpus_steps_wait_for_nothing_and_are_the_cpus(precision, dropout):
 
 
 @pytest.mark.gpu
-def test_a_gpu_names_the_step_that_was_not_finite():
+def test_a_gpu_names_the_step_that_stopped_it():
     run = trainer(tiny_unet().cuda(), read_every=4)
     data = [x.cuda() / 127.5 - 1 for x in batches(8, size=2, shape=SHAPE)]
     for x0 in data[:5]:
@@ -660,3 +769,28 @@ def test_a_gpu_names_the_step_that_was_not_finite():
     run.step(data[5])
     run.check_finite()
     assert run.step_count == 6
+
+
+@pytest.mark.gpu
+@TOLD
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_gpu_skips_what_is_not_finite_and_stops_at_the_tenth(recorded):
+    options = {} if recorded else {"record": None}
+    run = trainer(tiny_unet().cuda(), read_every=50, **options)
+    data = [x.cuda() for x in batches(20, size=2, shape=SHAPE)]
+    for x0 in data[:5]:
+        run.step(x0)
+    assert (run.recordings._step is not None) == recorded
+    run.check_finite()
+    before = {name: v.clone() for name, v in raw(run).items()}
+    bias = run.network.conv_out.bias
+    with torch.no_grad():
+        bias.fill_(float("inf"))  # without which no step counts
+    for x0 in data[5:17]:
+        run.step(x0)
+    with pytest.raises(FloatingPointError, match=r"step 14: .*10th .* steps 15 .. 16 were left"):
+        run.check_finite()
+    assert (run.step_count, run.skipped) == (15, 10)
+    with torch.no_grad():
+        bias.copy_(before["m.conv_out.bias"])
+    assert_same(raw(run), before)

@@ -41,6 +41,17 @@ constexpr bool is_cuda(void (*)(const Op&, int)) {
   return false;
 }
 
+// Whether an op is given memory for sums, the emulated ones of the tests too.
+template <class Op>
+constexpr bool needs_workspace(void (*)(const Op&, void*)) {
+  return true;
+}
+
+template <class Op>
+constexpr bool needs_workspace(void (*)(const Op&, int)) {
+  return false;
+}
+
 template <auto run>
 void def_randn(py::module_& m) {
   m.def("randn", [](py::handle out, py::handle seed, py::handle step, py::handle sample_index,
@@ -287,6 +298,39 @@ void def_discretized_log_likelihood(py::module_& m) {
   });
 }
 
+template <auto run>
+void def_squared_error(py::module_& m) {
+  m.def("squared_error", [](py::handle prediction, py::handle target, py::handle out,
+                            py::handle workspace, int64_t where) {
+    if (out.is_none()) throw py::value_error("out must be given");
+    Reader read(is_cuda(run));
+    SquaredError op{};
+    op.shape = read.set_shape(prediction, "prediction");
+    op.prediction = read.tensor(prediction, "prediction");
+    op.target = read.tensor(target, "target");
+    op.out = read.floats(out, "out", op.shape.n);
+    const int64_t chunks = squared_error_chunks(op.shape.c * op.shape.h * op.shape.w);
+    if (needs_workspace(run) && chunks > 1)
+      op.workspace = read.doubles(workspace, "workspace", op.shape.n * chunks);
+    launch(run, op, where);
+  });
+}
+
+template <auto run>
+void def_squared_error_backward(py::module_& m) {
+  m.def("squared_error_backward", [](py::handle grad, py::handle prediction, py::handle target,
+                                     py::handle dprediction, int64_t where) {
+    if (grad.is_none()) throw py::value_error("grad must be given");
+    Reader read(is_cuda(run));
+    const Shape shape = read.set_shape(prediction, "prediction");
+    launch(run,
+           SquaredErrorBackward{
+               shape, read.weight(grad, "grad", shape.n), read.tensor(prediction, "prediction"),
+               read.tensor(target, "target"), read.output(dprediction, "dprediction")},
+           where);
+  });
+}
+
 }  // namespace
 
 PosteriorStep posterior_step_of(bool cuda, py::handle xt, py::handle model_output, py::handle z,
@@ -322,6 +366,8 @@ void def_cpu_ops(py::module_& m) {
   def_attention_block<cpu::attention_block>(m);
   def_attention_block_backward(m);
   def_discretized_log_likelihood<cpu::discretized_log_likelihood>(m);
+  def_squared_error<cpu::squared_error>(m);
+  def_squared_error_backward<cpu::squared_error_backward>(m);
 }
 #endif
 
@@ -335,6 +381,13 @@ void def_cuda(py::module_& m) {
   def_group_norm_silu_backward<cuda::group_norm_silu_backward>(m);
   def_residual_sum<cuda::residual_sum>(m);
   def_discretized_log_likelihood<cuda::discretized_log_likelihood>(m);
+  def_squared_error<cuda::squared_error>(m);
+  def_squared_error_backward<cuda::squared_error_backward>(m);
+  m.def("squared_error_chunks", [](int64_t elements) {
+    if (elements < 0 || elements > MAX_ELEMENTS)
+      throw py::value_error("elements must be in 0 .. 2^48");
+    return squared_error_chunks(elements);
+  });
   m.def("group_norm_workspace", [](int64_t n, int64_t c, int64_t groups, bool backward) {
     if (n < 0 || c < 0 || groups < 0 || n > MAX_SIZE || c > MAX_SIZE || groups > MAX_SIZE)
       throw py::value_error("n, c and groups must be in 0 .. 2^24");

@@ -24,7 +24,7 @@ constexpr int64_t MAX_SIZE = int64_t(1) << 24;      // of an argument that stand
 
 struct Torch {                                    // looked up once
   PyObject *base, *tensor, *parameter, *disable;  // types
-  PyObject *float32, *bfloat16, *float16, *uint8, *int64, *boolean;
+  PyObject *float32, *bfloat16, *float16, *float64, *uint8, *int64, *boolean;
   // Functions of the base class and of storages; properties are asked by getter_of().
   PyObject *shape, *dtype, *stride, *get_device, *is_cpu, *is_neg, *data_ptr, *storage;
   PyObject *storage_bytes, *storage_ptr;
@@ -39,6 +39,7 @@ struct Torch {                                    // looked up once
     disable = find(module.attr("_C"), "DisableTorchFunctionSubclass");
     float32 = find(module, "float32"), bfloat16 = find(module, "bfloat16");
     float16 = find(module, "float16"), uint8 = find(module, "uint8");
+    float64 = find(module, "float64");
     int64 = find(module, "int64"), boolean = find(module, "bool");
     shape = find(base, "shape"), dtype = find(base, "dtype"), is_cpu = find(base, "is_cpu");
     stride = find(base, "stride"), get_device = find(base, "get_device");
@@ -194,6 +195,14 @@ class Reader {
                                               (strides.value[0] == columns || rows <= 1);
     if (!contiguous && rows && columns) refuse(name, "must be contiguous");
     return static_cast<float*>(address(x, name, sizes, strides, 4));
+  }
+
+  // (count,) contiguous float64 that the op writes.
+  double* doubles(py::handle x, const char* name, int64_t count) {
+    const Numbers sizes = vector(x, name, count, -1), strides = strides_of(x, name);
+    require_dtype(x, name, torch().float64, "float64");
+    if (strides.value[0] != 1 && count > 1) refuse(name, "must be contiguous");
+    return static_cast<double*>(address(x, name, sizes, strides, 8));
   }
 
   // The shape of the tensors to come has so many channels.

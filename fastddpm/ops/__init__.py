@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.ops import checks, library
+from fastddpm.ops.convolve import convolution
 from fastddpm.ops.dispatch import use_backend
 from fastddpm.options import check_flag, shown
 from fastddpm.schedule import check_choice
@@ -26,12 +27,14 @@ from fastddpm.schedule import check_choice
 __all__ = [
     "attention_block",
     "choices",
+    "convolution",
     "discretized_log_likelihood",
     "group_norm_silu",
     "noise",
     "posterior_step",
     "randn",
     "residual_sum",
+    "squared_error",
     "use_backend",
 ]
 
@@ -256,7 +259,7 @@ def group_norm_silu(
     plain = before is None and x2 is None and residual is None
     if plain and isinstance(dropout, float) and dropout == 0.0:
         return library.group_norm_silu(x, *norm)
-    checks.before(before, n, c1, device)
+    checks.per_channel("before", before, n, c1, device)
     stream = checks.dropout_stream(dropout, seed, step, sample_index, n, device)
     if residual is None:
         return library.group_norm_silu(x, *norm, before, x2, *stream)
@@ -278,7 +281,7 @@ def residual_sum(x: Tensor, residual: Tensor | None = None, before: Tensor | Non
         raise ValueError(f"x must be (N, C, ...); got {tuple(x.shape)}")
     if residual is not None:
         checks.operand("residual", residual, "x", x)
-    checks.before(before, x.shape[0], x.shape[1], x.device)
+    checks.per_channel("before", before, x.shape[0], x.shape[1], x.device)
     return library.residual_sum(x, residual, before)
 
 
@@ -345,3 +348,21 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
     if not x.shape == mean.shape == log_scale.shape:
         checks.broadcastable(x=x, mean=mean, log_scale=log_scale)
     return library.discretized_log_likelihood(x, mean, log_scale)
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean of (prediction - target)^2 over each sample's elements: the simple loss of every
+    image (DDPM Eq. 14).
+
+    prediction: (N, ...) float;  target: like prediction, of any other float dtype but float64
+    returns (N,) float32, float64 for float64; NaN for samples without elements, as torch's mean
+
+    Gradients for both, and theirs: 2 grad (prediction - target) / elements in one pass over what
+    the op was given, which is all that is kept. Differences are float32, a sample's sum float64 in
+    an order of its shape and layout alone.
+    """
+    checks.floating("prediction", prediction)
+    if prediction.dim() == 0:
+        raise ValueError("prediction must be (N, ...); got ()")
+    checks.operand("target", target, "prediction", prediction)
+    return library.squared_error(prediction, target)

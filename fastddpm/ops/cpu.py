@@ -48,4 +48,6 @@ residual_sum = _cpu.residual_sum
 attention_block = _cpu.attention_block
 attention_block_backward = _cpu.attention_block_backward
 discretized_log_likelihood = _cpu.discretized_log_likelihood
+squared_error = _cpu.squared_error
+squared_error_backward = _cpu.squared_error_backward
 unsupported = _cpu.unsupported

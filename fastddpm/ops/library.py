@@ -116,7 +116,7 @@ def _function(name: str, run: Callable, setup: Callable | None, backward: Callab
     return type(name, (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
 
 
-def _check_draw(t: Tensor | None, step: Tensor, sample_index: Tensor) -> None:
+def check_draw(t: Tensor | None, step: Tensor, sample_index: Tensor) -> None:
     if step is not t:
         values_in("step", step, STEP_END, "2^32 - 1")
     values_in("sample_index", sample_index, INDEX_END, "2^63 - 1")
@@ -209,7 +209,7 @@ noise = Op(
 
 def _drawn_noise(x0, t, table, seed, step, sample_index, flip, dtype, choose=choose):
     _check_t(t, table)
-    _check_draw(t, step, sample_index)
+    check_draw(t, step, sample_index)
     backend = choose("noise", x0, t, table, step, sample_index, flip, dtype=dtype)
     return backend.noise(
         x0, t, table, seed=seed, step=step, sample_index=sample_index, flip=flip, dtype=dtype
@@ -252,7 +252,7 @@ def _posterior_step(
 ):  # fmt: skip
     _check_t(t, table)
     if z is None:
-        _check_draw(t, step, sample_index)
+        check_draw(t, step, sample_index)
     backend = choose(
         "posterior_step", xt, model_output, t, table, z, step, sample_index, log_variance,
         device_seed,
@@ -363,7 +363,7 @@ def _group_norm_silu(
     *, residual=None, choose=choose,
 ):  # fmt: skip
     if dropout:
-        _check_draw(None, step, sample_index)
+        check_draw(None, step, sample_index)
     backend = _norm_backend(
         "group_norm_silu", choose, x, weight, bias, scale, shift, step, sample_index,
         before=before, residual=residual, x2=x2, dropout=dropout,
@@ -665,4 +665,57 @@ discretized_log_likelihood = Op(
     _discretized_log_likelihood_fake,
     _discretized_log_likelihood_setup,
     _discretized_log_likelihood_backward,
+)
+
+
+# ---- squared_error -------------------------------------------------------------------------------
+
+
+def _squared_error(prediction, target, choose=choose):
+    return choose("squared_error", prediction, target).squared_error(prediction, target)
+
+
+def _squared_error_fake(prediction, target):
+    double = prediction.dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
+    return prediction.new_empty(prediction.shape[:1], dtype=dtype)
+
+
+def _squared_error_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _squared_error_backward(ctx, grad):
+    prediction, target = ctx.saved_tensors
+    # create_graph=True: the formula itself can be differentiated
+    formula = (
+        reference.squared_error_backward if torch.is_grad_enabled() else squared_error_backward
+    )
+    wanted = ctx.needs_input_grad
+    return (
+        formula(grad, prediction, target) if wanted[0] else None,
+        formula(grad, target, prediction) if wanted[1] else None,
+    )
+
+
+squared_error = Op(
+    "squared_error",
+    "(Tensor prediction, Tensor target) -> Tensor",
+    _squared_error,
+    _squared_error_fake,
+    _squared_error_setup,
+    _squared_error_backward,
+)
+
+
+def _squared_error_gradient(grad, prediction, target, choose=choose):
+    backend = choose("squared_error_backward", prediction, target, grad)
+    return backend.squared_error_backward(grad, prediction, target)
+
+
+squared_error_backward = Op(
+    "squared_error_backward",
+    "(Tensor grad, Tensor prediction, Tensor target) -> Tensor",
+    _squared_error_gradient,
+    lambda grad, prediction, target: torch.empty_like(prediction),
 )

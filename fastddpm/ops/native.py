@@ -34,6 +34,10 @@ class Native:
         """What group_norm_silu needs beside its outputs: nothing on the CPU."""
         return None
 
+    def squares_workspace(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What squared_error needs for samples like those of x: nothing on the CPU."""
+        return None
+
     def sum_over_samples(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C) -> (C,)."""
         return x.sum(0)
@@ -181,6 +185,17 @@ class Native:
         out = torch.empty_like(x, dtype=dtype)
         self.call("discretized_log_likelihood", x, x, mean, log_scale, out)
         return out
+
+    def squared_error(self, prediction, target):
+        out = torch.empty(len(prediction), dtype=torch.float32, device=prediction.device)
+        work = self.squares_workspace(prediction)
+        self.call("squared_error", prediction, prediction, target, out, work)
+        return out
+
+    def squared_error_backward(self, grad, prediction, target):
+        dprediction = torch.empty_like(prediction)
+        self.call("squared_error_backward", grad, grad, prediction, target, dprediction)
+        return dprediction
 
 
 def _unsupported_dtype(dtype: torch.dtype) -> str:
