@@ -95,9 +95,9 @@ class Guard:
 
     def read(self) -> Seen:
         """Wait for the steps so far. Where they were stopped, the next one is looked at anew."""
-        *seen, _, row, skipped, stopped, after = self._state.tolist()
+        loss, norm, low, high, unlike, _, row, skipped, stopped, after = self._state.tolist()
         self.reset(0 if stopped else int(row))
-        stop = Stop(*seen, int(after)) if stopped else None
+        stop = Stop(loss, norm, low, high, unlike, int(after)) if stopped else None
         return Seen(int(skipped), int(row), stop)
 
     def reset(self, in_a_row: int = 0) -> None:
