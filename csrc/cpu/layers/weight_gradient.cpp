@@ -17,20 +17,26 @@ namespace {
 
 constexpr int64_t power_below(int64_t x) { return x < 2 ? 1 : 2 * power_below(x / 2); }
 
-constexpr int64_t VECTORS = PANEL / WIDTH;
 constexpr int64_t ROWS = power_below(STRIP) < WIDTH ? power_below(STRIP) : WIDTH;  // of sums
-constexpr int64_t DEPTH = least(4096 / PANEL, 128);  // tiles at a time: half of the first cache
-constexpr int64_t BLOCK = 2400 * 1024;               // floats of a block's transformed tiles, about
-constexpr int64_t LEAST = 128, MOST = 8192;          // tiles in a block
-constexpr int64_t RUN = 16;                          // tiles of a job that packs
-constexpr int64_t PAD = 16;  // planes are a cache line further apart than a power of two
+constexpr int64_t DEPTH = 128;                                                     // tiles of a run
+constexpr int64_t BLOCK = 1200 * 1024;  // floats of a block's transformed tiles, about
+constexpr int64_t MOST = 4096;          // tiles in a block
+constexpr int64_t RUN = 4;              // tiles of a job that packs
+constexpr int64_t PAD = 16;             // planes are a cache line further apart than a power of two
 
-static_assert(WIDTH % ROWS == 0 && LEAST % DEPTH == 0, "whole strips, whole runs");
+static_assert(WIDTH % ROWS == 0, "whole strips");
 
 // The left operand lends rows to the products, one channel at a time; the right one panels.
 struct Operand {
   bool of_x;
-  int64_t channels, lanes, blocks, planes, plane;
+  int64_t channels, planes;
+  Packing packing{};
+
+  // Of tile `tile` at a point, of the block that `channel` is in.
+  const float* at(const float* data, int64_t point, int64_t channel, int64_t tile) const {
+    return data + (planes > 1 ? point * packing.plane : 0) +
+           channel / packing.lanes * packing.block + tile * packing.lanes;
+  }
 };
 
 struct Layout {
@@ -44,26 +50,31 @@ struct Layout {
     const int64_t m = op.algorithm == Algorithm::direct ? 1 : int64_t(op.algorithm);
     points = m > 1 ? (m + 2) * (m + 2) : op.kernel * op.kernel;
     height = ceil_div(op.height, m), width = ceil_div(op.width, m);
-    const auto area = [](int64_t a, int64_t b) { return round_up(a, ROWS) * round_up(b, PANEL); };
+    const auto area = [](int64_t a, int64_t b) { return round_up(a, ROWS) * packed_columns(b); };
     const bool swapped = area(op.c_in, op.c_out) < area(op.c_out, op.c_in);
     const int64_t of_grad = m > 1 ? points : 1;
-    left = {swapped, swapped ? op.c_in : op.c_out, WIDTH, 0, swapped ? points : of_grad, 0};
-    right = {!swapped, swapped ? op.c_out : op.c_in, PANEL, 0, swapped ? of_grad : points, 0};
+    left = {swapped, swapped ? op.c_in : op.c_out, swapped ? points : of_grad};
+    right = {!swapped, swapped ? op.c_out : op.c_in, swapped ? of_grad : points};
+    left.packing.lanes = WIDTH, left.packing.padded = round_up(left.channels, WIDTH);
+    right.packing.lanes = PANEL, right.packing.padded = packed_columns(right.channels);
+    tiles = BLOCK / (left.planes * left.packing.padded + right.planes * right.packing.padded);
+    tiles = tiles < DEPTH ? DEPTH : least(tiles / DEPTH * DEPTH, MOST);
     Operand* const both[] = {&left, &right};
-    int64_t floats = 0;
     for (Operand* o : both) {
-      o->blocks = ceil_div(o->channels, o->lanes);
-      floats += o->planes * o->blocks * o->lanes;
+      o->packing.block = tiles * o->packing.lanes;
+      o->packing.plane = ceil_div(o->packing.padded, o->packing.lanes) * o->packing.block + PAD;
     }
-    tiles = BLOCK / floats / LEAST * LEAST;
-    tiles = tiles < LEAST ? LEAST : least(tiles, MOST);
-    for (Operand* o : both) o->plane = o->blocks * tiles * o->lanes + PAD;
     rows = round_up(left.channels, ROWS);
-    plane = right.blocks * rows * PANEL + PAD;
+    plane = rows * packed_columns(right.channels) + PAD;
     a = PAD;
-    b = a + left.planes * left.plane;
-    sums = b + right.planes * right.plane;
+    b = a + left.planes * left.packing.plane;
+    sums = b + right.planes * right.packing.plane;
     size = sums + points * plane;
+  }
+
+  int64_t sums_at(int64_t point, int64_t column, int64_t row) const {
+    const int64_t panel = column / PANEL * PANEL, width = panel_width(right.channels - panel);
+    return sums + point * plane + panel * rows + row * width + column % PANEL;
   }
 };
 
@@ -83,11 +94,13 @@ void set_state(float* workspace, State state) { __builtin_memcpy(workspace, &sta
 
 // ---- the products ------------------------------------------------------------------------------
 
-// sums (ROWS, PANEL) = or += `count` tiles of ROWS channels of a times those of a panel of b.
-template <bool FIRST>
+// sums (ROWS, VECTORS WIDTH) = or += `count` tiles of ROWS channels of a times those of a panel of
+// b.
+template <int VECTORS, bool FIRST>
 void add_strip(const float* a, const float* b, int64_t count, float* sums) {
+  constexpr int64_t COLUMNS = VECTORS * WIDTH;
   for (int64_t i = 0; i < ROWS * VECTORS; ++i)
-    __builtin_prefetch(sums + ROWS * PANEL + i * WIDTH, 1);
+    __builtin_prefetch(sums + ROWS * COLUMNS + i * WIDTH, 1);
   Vector sum[ROWS][VECTORS];
   for (int i = 0; i < ROWS; ++i)
     for (int j = 0; j < VECTORS; ++j) sum[i][j] = Vector{};
@@ -104,43 +117,43 @@ void add_strip(const float* a, const float* b, int64_t count, float* sums) {
   }
   for (int i = 0; i < ROWS; ++i)
     for (int j = 0; j < VECTORS; ++j) {
-      float* at = sums + i * PANEL + j * WIDTH;
+      float* at = sums + i * COLUMNS + j * WIDTH;
       store_vector(at, FIRST ? sum[i][j] : load_vector(at) + sum[i][j]);
     }
 }
 
-// The products of the block's tiles, into rows first .. last of one point's sums of a panel.
+// The products of the block's tiles, into rows first .. last of one point's sums of the panel that
+// begins with `column`.
+template <int VECTORS>
 void add_block(const Layout& layout, const State& state, const float* workspace, int64_t point,
-               int64_t panel, int64_t first, int64_t last, float* sums) {
-  const Operand &left = layout.left, &right = layout.right;
-  const float* a = workspace + layout.a + (left.planes > 1 ? point * left.plane : 0);
-  const float* b = workspace + layout.b + (right.planes > 1 ? point * right.plane : 0) +
-                   panel * layout.tiles * PANEL;
+               int64_t column, int64_t first, int64_t last, float* sums) {
   for (int64_t tile = 0; tile < state.waiting; tile += DEPTH) {
     const int64_t count = least(DEPTH, state.waiting - tile);
+    const float* b = layout.right.at(workspace + layout.b, point, column, tile);
     float* to = sums;
-    for (int64_t row = first; row < last; row += ROWS, to += ROWS * PANEL) {
-      const float* strip = a + (row / WIDTH * layout.tiles + tile) * WIDTH + row % WIDTH;
+    for (int64_t row = first; row < last; row += ROWS, to += ROWS * VECTORS * WIDTH) {
+      const float* a = layout.left.at(workspace + layout.a, point, row, tile) + row % WIDTH;
       if (tile == 0 && !state.summed)
-        add_strip<true>(strip, b + tile * PANEL, count, to);
+        add_strip<VECTORS, true>(a, b, count, to);
       else
-        add_strip<false>(strip, b + tile * PANEL, count, to);
+        add_strip<VECTORS, false>(a, b, count, to);
     }
   }
 }
 
 void flush(const Layout& layout, float* workspace, int threads) {
   const State state = state_of(workspace);
-  const int64_t panels = layout.right.blocks, strips = layout.rows / ROWS;
-  const int64_t jobs = layout.points * panels;
+  const int64_t columns = layout.right.channels, panels = ceil_div(columns, PANEL);
+  const int64_t strips = layout.rows / ROWS, jobs = layout.points * panels;
   const int64_t parts = jobs >= 4 * threads ? 1 : least(strips, ceil_div(4 * threads, jobs));
   const int64_t work = jobs * layout.rows * state.waiting;
   parallel_for(jobs * parts, work, threads, [&](int64_t job, int) {
     const int64_t part = job % parts, panel = job / parts % panels, point = job / parts / panels;
     const int64_t first = strips * part / parts * ROWS, last = strips * (part + 1) / parts * ROWS;
-    add_block(
-        layout, state, workspace, point, panel, first, last,
-        workspace + layout.sums + point * layout.plane + (panel * layout.rows + first) * PANEL);
+    const int64_t column = panel * PANEL, width = panel_width(columns - column);
+    float* sums = workspace + layout.sums_at(point, column, first);
+    (width == PANEL ? add_block<WIDE> : add_block<SLIM>)(layout, state, workspace, point, column,
+                                                         first, last, sums);
   });
   set_state(workspace, {0, 1});
 }
@@ -183,21 +196,17 @@ struct Form {
     const Image x{op.x, op.rows, op.columns, op.pixel, op.c_in};
     const Image grad{op.grad, op.height, op.width, op.c_out, op.c_out};
     const int64_t runs = ceil_div(count, RUN);
-    const int64_t blocks = layout.left.blocks + layout.right.blocks;
-    const int64_t work = count * layout.points * blocks * PANEL;
-    parallel_for(blocks * runs, work, threads, [&](int64_t job, int) {
-      const bool right = job / runs >= layout.left.blocks;
+    const int64_t work = count * layout.points * (op.c_in + op.c_out);
+    parallel_for(2 * runs, work, threads, [&](int64_t job, int) {
+      const bool right = job % 2;
       const Operand& o = right ? layout.right : layout.left;
-      const int64_t block = job / runs - (right ? layout.left.blocks : 0), run = job % runs * RUN;
-      float* out =
-          workspace + (right ? layout.b : layout.a) + (block * layout.tiles + at + run) * o.lanes;
+      const int64_t run = job / 2 * RUN, some = least(RUN, count - run);
+      float* out = workspace + (right ? layout.b : layout.a) + (at + run) * o.packing.lanes;
       const Place place(first + run, layout.width, layout.height);
-      const int64_t some = least(RUN, count - run);
       if (o.of_x)
-        pack_tiles<TileOfX<m, kernel>>(x, place, some, block * o.lanes, o.lanes, out, o.plane);
+        pack_tiles<TileOfX<m, kernel>>(x, place, some, o.packing, out);
       else
-        pack_tiles<TileOfGrad<m, kernel>>(grad, place, some, block * o.lanes, o.lanes, out,
-                                          o.plane);
+        pack_tiles<TileOfGrad<m, kernel>>(grad, place, some, o.packing, out);
     });
   }
 
@@ -221,17 +230,16 @@ struct Form {
     const bool empty = !state.waiting && !state.summed;  // no image came
     const Filters filters(op, right.of_x);
     const int64_t work = layout.points * left.channels * right.channels;
-    parallel_for(right.blocks * left.blocks, work, threads, [&](int64_t job, int) {
-      const int64_t panel = job / left.blocks, first = job % left.blocks * WIDTH;
-      const int64_t last = least(first + WIDTH, left.channels);
-      for (int64_t row = first; row < last; ++row)
-        for (int64_t lane = 0; lane < PANEL; lane += WIDTH) {
-          const int64_t column = panel * PANEL + lane, some = right.channels - column;
-          if (some <= 0) break;
+    const int64_t strips = layout.rows / ROWS, panels = ceil_div(right.channels, PANEL);
+    parallel_for(panels * strips, work, threads, [&](int64_t job, int) {
+      const int64_t begin = job / strips * PANEL, first = job % strips * ROWS;
+      const int64_t end = least(begin + PANEL, right.channels);
+      for (int64_t row = first; row < least(first + ROWS, left.channels); ++row)
+        for (int64_t column = begin; column < end; column += WIDTH) {
           float taps[kernel * kernel * WIDTH] = {};
-          const int64_t at = (panel * layout.rows + row) * PANEL + lane;
-          if (!empty) taps_of<m, kernel>(workspace + layout.sums + at, layout.plane, taps);
-          filters.store<kernel>(row, column, least(some, WIDTH), taps);
+          const float* sums = workspace + layout.sums_at(0, column, row);
+          if (!empty) taps_of<m, kernel>(sums, layout.plane, taps);
+          filters.store<kernel>(row, column, least(end - column, WIDTH), taps);
         }
     });
   }
@@ -259,7 +267,7 @@ Algorithm best_weight_gradient(int64_t c_in, int64_t c_out, int64_t height, int6
     op.height = height, op.width = width;
     const Layout layout(op);
     const double points = double(layout.points), tiles = double(layout.height * layout.width);
-    const double area = double(layout.rows * layout.right.blocks * VECTORS);
+    const double area = double(layout.rows * layout.right.packing.padded / WIDTH);
     const double of_x = points * (algorithm == Algorithm::direct ? 2 : 5);
     const double of_grad = algorithm == Algorithm::direct ? 2 : points * 4;
     return IMAGES * tiles * (points * area + of_x * vectors(c_in) + of_grad * vectors(c_out)) +

@@ -68,26 +68,33 @@ inline void copy_tile(const Image& image, const float* from, int64_t rows, int64
     }
 }
 
-// `lanes` channels from `channel` on of `count` tiles from `place` on, to out + plane * p.
+// Where a tile's channels go: blocks of `lanes` of them, values of the next plane `plane` floats
+// further; `padded`: channels with the zeros that are added.
+struct Packing {
+  int64_t lanes, block, plane, padded;
+};
+
+// All channels of `count` tiles from `place` on.
 template <class Tile>
-inline void pack_tiles(const Image& image, Place place, int64_t count, int64_t channel,
-                       int64_t lanes, float* out, int64_t plane) {
+inline void pack_tiles(const Image& image, Place place, int64_t count, const Packing& packing,
+                       float* out) {
   const int64_t line = image.columns * image.pixel;
-  for (int64_t tile = 0; tile < count; ++tile, place.next(), out += lanes) {
+  for (int64_t tile = 0; tile < count; ++tile, place.next(), out += packing.lanes) {
     const int64_t top = place.y * Tile::STEP, left = place.x * Tile::STEP;
     const int64_t rows = image.rows - top, columns = image.columns - left;
     const float* from = image.data + (place.image * image.rows + top) * line + left * image.pixel;
     const bool whole = rows >= Tile::SIDE && columns >= Tile::SIDE;
-    for (int64_t lane = 0; lane < lanes; lane += WIDTH) {
-      const int64_t c = channel + lane, channels = image.channels - c;
+    for (int64_t c = 0; c < packing.padded; c += WIDTH) {
+      float* to = out + c / packing.lanes * packing.block + c % packing.lanes;
+      const int64_t channels = image.channels - c;
       if (channels <= 0) {
-        for (int64_t p = 0; p < Tile::PLANES; ++p) store_vector(out + p * plane + lane, Vector{});
+        for (int64_t p = 0; p < Tile::PLANES; ++p) store_vector(to + p * packing.plane, Vector{});
       } else if (whole && channels >= WIDTH) {
-        Tile::transform(from + c, line, image.pixel, out + lane, plane);
+        Tile::transform(from + c, line, image.pixel, to, packing.plane);
       } else {
         float copy[Tile::SIDE * Tile::SIDE * WIDTH];
         copy_tile<Tile::SIDE>(image, from + c, rows, columns, channels, copy);
-        Tile::transform(copy, Tile::SIDE * WIDTH, WIDTH, out + lane, plane);
+        Tile::transform(copy, Tile::SIDE * WIDTH, WIDTH, to, packing.plane);
       }
     }
   }
