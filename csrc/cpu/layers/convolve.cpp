@@ -233,12 +233,14 @@ void winograd(const Convolve& op, const Epilogue& epilogue, float* workspace, in
 
 // The fewest cycles for one image by a count of vector operations and of the bytes of weights that
 // stream past where they are too many for the cache. Shapes alone decide, so that results depend on
-// neither batch nor threads: a large batch, whose images share the stream, gives up a little.
+// neither batch nor threads: two images are taken to share a stream, which costs one alone, and a
+// large batch, a little.
 // rate_bf16: products of bfloat16 in the time of one of float32, whose direct sum then takes the
 // place of float32's; 0: everything is float32.
 Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t width,
                          double rate_bf16) {
   constexpr double BYTES = 8, CACHE = 2 * 1024 * 1024;  // bytes a cycle; bytes that stay
+  constexpr double SHARED = 2;                          // images
   const double outputs = double(packed_columns(c_out) / WIDTH);
   const auto cost = [&](int64_t m) {
     const bool bf16 = !m && rate_bf16 > 0;
@@ -249,7 +251,7 @@ Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t wi
     const double transforms =
         m ? tiles * points * 3 * (double(ceil_div(c_in, WIDTH)) + outputs) : 0.0;
     const double bytes = points * inputs * outputs * WIDTH * (bf16 ? 2 : 4);
-    const double streaming = bytes > CACHE ? bytes / BYTES : 0.0;
+    const double streaming = bytes > CACHE ? bytes / BYTES / SHARED : 0.0;
     return products + transforms + streaming;
   };
   const double direct = cost(0), two = cost(2), four = cost(4);

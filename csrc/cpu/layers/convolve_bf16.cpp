@@ -36,8 +36,8 @@ struct Tiling {
         rows(Multiplier::ANY_ROWS ? length : ceil_div(length, TILE) * TILE) {}
 };
 
-// Where the inputs of a block's rows begin, and their outputs, as pixels of y; -1: not wanted. bias:
-// that of the row's image.
+// Where the inputs of a block's rows begin, and their outputs, as pixels of y; -1: not wanted.
+// bias: that of the row's image.
 struct Rows {
   const BF16* x[ROWS];
   int64_t y[ROWS];
