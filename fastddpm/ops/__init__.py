@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.ops import checks, library
+from fastddpm.ops.convolve import convolution
 from fastddpm.ops.dispatch import use_backend
 from fastddpm.options import check_flag, shown
 from fastddpm.schedule import check_choice
@@ -26,6 +27,7 @@ from fastddpm.schedule import check_choice
 __all__ = [
     "attention_block",
     "choices",
+    "convolution",
     "discretized_log_likelihood",
     "group_norm_silu",
     "noise",
@@ -256,7 +258,7 @@ def group_norm_silu(
     plain = before is None and x2 is None and residual is None
     if plain and isinstance(dropout, float) and dropout == 0.0:
         return library.group_norm_silu(x, *norm)
-    checks.before(before, n, c1, device)
+    checks.per_channel("before", before, n, c1, device)
     stream = checks.dropout_stream(dropout, seed, step, sample_index, n, device)
     if residual is None:
         return library.group_norm_silu(x, *norm, before, x2, *stream)
@@ -278,7 +280,7 @@ def residual_sum(x: Tensor, residual: Tensor | None = None, before: Tensor | Non
         raise ValueError(f"x must be (N, C, ...); got {tuple(x.shape)}")
     if residual is not None:
         checks.operand("residual", residual, "x", x)
-    checks.before(before, x.shape[0], x.shape[1], x.device)
+    checks.per_channel("before", before, x.shape[0], x.shape[1], x.device)
     return library.residual_sum(x, residual, before)
 
 

@@ -1,5 +1,5 @@
 """The CUDA backend, on torch's current stream. attention_block is its norm, cuBLAS and torch's
-fused attention.
+fused attention, convolution its norm and cuDNN.
 
 No CUDA call happens at import.
 """
@@ -11,13 +11,15 @@ import functools
 import torch
 
 from fastddpm import _native
-from fastddpm.ops import attention
+from fastddpm.ops import attention, composite
 from fastddpm.ops.native import Native, unbuilt
 
 # Whose kernels an op runs on that has none of its own.
 _KERNELS_OF = {
     "attention_block": "group_norm_silu",
     "attention_block_backward": "group_norm_silu_backward",
+    "convolution": "group_norm_silu",
+    "convolution_backward": "group_norm_silu_backward",
 }
 
 
@@ -88,5 +90,9 @@ group_norm_silu_backward = _cuda.group_norm_silu_backward
 attention_block = _cuda.attention_block
 attention_block_backward = _cuda.attention_block_backward
 residual_sum = _cuda.residual_sum
+convolution = functools.partial(composite.convolution, group_norm_silu, residual_sum)
+convolution_backward = functools.partial(
+    composite.convolution_backward, group_norm_silu, group_norm_silu_backward
+)
 discretized_log_likelihood = _cuda.discretized_log_likelihood
 unsupported = _cuda.unsupported

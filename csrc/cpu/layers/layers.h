@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../../types.h"
+#include "../../ops.h"
 
 namespace fastddpm {
 
@@ -38,6 +38,7 @@ struct PrepareInput {
   const float* source[SOURCES];
   const float *centre, *scale, *shift;  // null: as they are
   bool silu;
+  Dropout dropout;                // of what is not repeated yet; its streams: of these images
   int64_t repeat, before, after;  // border rows and columns, before and after
   int64_t pixel;                  // values from pixel to pixel in out, the channels' count or more
   int64_t image;                  // values from image to image, rows * columns * pixel or more
@@ -95,6 +96,19 @@ struct ConvolveBf16 {
   int64_t bias_image;  // as Convolve's
 };
 
+// dweight[o][i] = the sum over all pixels of grad[o] x[i], x shifted by a tap of the filter: the
+// gradient of y = conv(x) of stride 1 by its weight. algorithm: winograd_m is F(3x3, m x m), whose
+// results are the filters.
+struct WeightGradient {
+  Algorithm algorithm;
+  int64_t images, c_in, c_out, kernel;
+  int64_t rows, columns, pixel;  // of x, as Convolve: at least height + kernel - 1 rows
+  int64_t height, width;         // of grad
+  const float *x, *grad;         // grad: (images, height, width, c_out)
+  float* dweight;                // (c_out, c_in, kernel, kernel)
+  int64_t stride[4];             // its, in floats
+};
+
 // softmax(q k^T / sqrt(d)) v per image and head; qkv: (images, pixels, 3C), y: (images, pixels, C).
 struct Attention {
   int64_t images, pixels, channels, heads;
@@ -121,6 +135,12 @@ struct Attention {
                            double rate_bf16);                                                  \
   int64_t packed_weight_size(Algorithm, int64_t c_in, int64_t c_out, int64_t kernel);          \
   void pack_weight(Algorithm, const Weight&, float* packed, int threads);                      \
+  Algorithm best_weight_gradient(int64_t c_in, int64_t c_out, int64_t height, int64_t width,   \
+                                 int64_t kernel, double rate_bf16);                            \
+  int64_t weight_gradient_workspace(const WeightGradient&, int threads);                       \
+  void weight_gradient_begin(const WeightGradient&, float* workspace, int threads);            \
+  void weight_gradient_add(const WeightGradient&, float* workspace, int threads);              \
+  void weight_gradient_finish(const WeightGradient&, float* workspace, int threads);           \
   int64_t vector_width();                                                                      \
   }
 
