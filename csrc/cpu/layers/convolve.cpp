@@ -7,6 +7,7 @@
 #include "../isa.h"
 #include "../parallel.h"
 #include "gemm.h"
+#include "place.h"
 #include "winograd.h"
 
 namespace fastddpm {
@@ -17,10 +18,6 @@ constexpr int64_t PIXELS = 48;  // output pixels in a block of the direct sum: w
 constexpr int64_t TILES_MIN = 24, TILES_MAX = 48;  // tiles in a block, whole strips
 constexpr int64_t TRANSFORMED = 48 * 1024;         // floats of a block's transformed input, about
 constexpr int64_t STEP_BF16 = 32;  // channels: those of a bfloat16 pixel are whole steps
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // y = sum + bias (+ residual) for a vector of a pixel's channels, as many as there are; bias: that
 // of the pixel's image.
@@ -43,25 +40,6 @@ struct Epilogue {
       const float v = values[j] + bias[c + j];
       y[at + j] = residual ? v + residual[at + j] : v;
     }
-  }
-};
-
-// Where pixel or tile i of all images lies, counted up without a division.
-struct Place {
-  int64_t width, height, image, y, x;
-
-  Place(int64_t i, int64_t width, int64_t height)
-      : width(width),
-        height(height),
-        image(i / (width * height)),
-        y(i / width % height),
-        x(i % width) {}
-
-  void next() {
-    if (++x < width) return;
-    x = 0;
-    if (++y < height) return;
-    y = 0, ++image;
   }
 };
 

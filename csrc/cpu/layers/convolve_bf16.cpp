@@ -11,16 +11,13 @@
 #include "../parallel.h"
 #include "bf16.h"
 #include "pack.h"
+#include "place.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {
 namespace {
 
 constexpr int64_t ROWS = 512;  // in a block of work: whole tiles
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // An image's rows of the product: `length` outputs before repetition in rows of `pitch`, the first
 // `width` of each wanted, and what fills the last tile.
