@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from sanitized import BF16, EMULATED, FLAGS, KERNELS, Compiler, needs_compiler, run_checks
 from test_convolution import NAMES, OPTIONS, case
 from torch.library import opcheck
 
@@ -336,3 +337,35 @@ def test_threads_share_what_is_kept():
     for thread in team:
         thread.join()
     assert right == [True] * 200
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return Compiler(tmp_path_factory.mktemp("objects"))
+
+
+CHECK = ("convolution_check", "ops/convolution", "ops/convolution_backward", "ops/packed_weights")
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("isa", sorted({"plain", _native.isa() or "plain"} & FLAGS.keys()))
+def test_sums_bits_and_memory(isa, compiled, tmp_path):
+    """Forward and gradients, under AddressSanitizer and UndefinedBehaviorSanitizer, in memory full
+    of NaN.
+    """
+    objects = [compiled(stem, *FLAGS[isa]) for stem in (*CHECK, *KERNELS, *BF16)]
+    assert "0 of the results are wrong" in run_checks(tmp_path, objects)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("isa", EMULATED)
+def test_bf16_instructions(isa, compiled, tmp_path):
+    """The same for kernels of bfloat16 instructions, which run on any processor here."""
+    objects = [compiled(stem) for stem in (*CHECK, *KERNELS)]
+    objects += [compiled(stem, *EMULATED[isa]) for stem in BF16]
+    assert "0 of the results are wrong" in run_checks(tmp_path, objects, "bf16")
