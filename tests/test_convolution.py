@@ -288,6 +288,25 @@ def test_bits_do_not_depend_on_the_thread_count(device, name):
 
 
 @pytest.mark.backends("cpu")
+def test_bits_of_sums_over_groups_of_samples(device):
+    """More images than are at work at once: the groups have to be those of one thread."""
+    x, weight = torch.randn(7, 128, 64, 64).to(device), torch.randn(16, 128, 1, 1).to(device)
+    norm = [torch.randn(128).to(device) for _ in "wb"]
+    grad = torch.randn(7, 16, 64, 64).to(device)
+
+    def function():
+        def call(x, weight, norm_weight, norm_bias):
+            return ops.convolution(
+                x, weight, padding=0, num_groups=8, norm_weight=norm_weight, norm_bias=norm_bias
+            )
+
+        results = gradients(call, (x, weight, *norm), grad)
+        return torch.cat([result.flatten() for result in results])
+
+    assert_same_for_any_thread_count(function)
+
+
+@pytest.mark.backends("cpu")
 @pytest.mark.parametrize("name", ["resnet", "down", "normed up", "shortcut"])
 def test_a_sample_does_not_depend_on_its_batch(device, name):
     tensors, options, grad = case(name, (9, 20, 12, 36), (8, 6), torch.float32, device)

@@ -213,7 +213,9 @@ class Backward {
   }
 
   int64_t images_at_once() const {
-    const int64_t bytes = floats(1) * int64_t(sizeof(float));
+    // By shapes alone, which neither the threads nor a layout of memory change.
+    const int64_t values = 2 * numel(g) + input_way.image + 2 * pixels_of_dh(1) * source.c;
+    const int64_t bytes = values * int64_t(sizeof(float));
     const int64_t fit = std::max<int64_t>(1, WORKING_SET / bytes);
     const int64_t groups = (source.n + fit - 1) / fit;
     return (source.n + groups - 1) / groups;
