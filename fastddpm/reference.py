@@ -462,8 +462,8 @@ def convolution(
     """
     random = {"seed": seed, "step": step, "sample_index": sample_index}
     h = _activated(x, x2, num_groups, norm_weight, norm_bias, eps, silu, dropout, random)
-    h, weight = _operands(h, weight, products)
-    y = F.conv2d(_bordered(h, padding, upsample), weight, stride=stride)
+    h, filters = _operands(h, filters_of(weight), products)
+    y = F.conv2d(_bordered(h, padding, upsample), filters, stride=stride)
     y = _modulate(_modulate(y, None, bias), None, shift)
     if residual is not None:
         y = y + residual.to(y.dtype)
@@ -489,14 +489,14 @@ def convolution_backward(
         for dims, needed in zip(((0, 2, 3), (2, 3)), needs[2:], strict=True)
     )
     h = _activated(x, x2, num_groups, norm_weight, norm_bias, eps, silu, dropout, random)
-    h, rounded = _operands(h, weight, products)
+    h, filters = _operands(h, filters_of(weight), products)
     h = _bordered(h, padding, upsample)
     dweight = None
     if needs[1]:
-        dweight = conv2d_weight(h, weight.shape, dy, stride).to(weight.dtype)
+        dweight = _as(weight, conv2d_weight(h, filters.shape, dy, stride).reshape(weight.shape))
     if not needs[0]:
         return None, None, None, None, dweight, dbias, dshift
-    dh = conv2d_input(h.shape, rounded, dy, stride)
+    dh = conv2d_input(h.shape, filters, dy, stride)
     dx, dx2, *dnorm = activated_backward(
         unbordered(dh, x, padding, upsample),
         *(x, x2, num_groups, norm_weight, norm_bias, eps, silu, dropout, random),
@@ -507,6 +507,25 @@ def convolution_backward(
 def sides(padding) -> tuple[int, int]:
     """(before, after) of a padding."""
     return (padding, padding) if isinstance(padding, int) else tuple(padding)
+
+
+def filters_of(weight: Tensor) -> Tensor:
+    """(O, C, k, k) of a weight that may be (O, C)."""
+    return weight if weight.dim() == 4 else weight[:, :, None, None]
+
+
+def outputs_of(size, kernel: int, padding, upsample: int, stride: int):
+    """Rows of the result for so many of the input, or columns; 0 or less where the kernel is
+    larger than the image.
+    """
+    return (upsample * size + sum(sides(padding)) - kernel) // stride + 1
+
+
+def convolved(x: Tensor, weight: Tensor, padding, upsample: int, stride: int) -> Tensor:
+    """An uninitialised tensor for the result of a convolution of x."""
+    kernel = filters_of(weight).shape[2]
+    sizes = [outputs_of(size, kernel, padding, upsample, stride) for size in x.shape[2:]]
+    return with_channels(x, weight.shape[0], sizes=sizes)
 
 
 def _activated(x, x2, num_groups, norm_weight, norm_bias, eps, silu, dropout, random) -> Tensor:

@@ -28,7 +28,7 @@ def convolution(
     h = _input(norm, x, x2, num_groups, norm_weight, norm_bias, eps, silu, dropout, random)
     h, inner = _bordered(h.to(dtype), padding, upsample)
     bias = None if bias is None else bias.to(dtype)
-    y = F.conv2d(h, weight.to(dtype), bias, stride, inner)
+    y = F.conv2d(h, reference.filters_of(weight).to(dtype), bias, stride, inner)
     y = reference._as(reference.with_channels(x, y.shape[1], sizes=y.shape[2:]), y)
     if residual is None and shift is None:
         return y
@@ -54,9 +54,10 @@ def convolution_backward(
     h = _input(norm, x, x2, num_groups, norm_weight, norm_bias, eps, silu, dropout, random)
     h, inner = _bordered(h.to(dtype), padding, upsample)
     dh, dweight, _ = torch.ops.aten.convolution_backward(
-        grad.to(dtype), h, weight.to(dtype), None, [stride] * 2, [inner] * 2, [1, 1], False,
-        [0, 0], 1, [needs[0], needs[1], False],
+        grad.to(dtype), h, reference.filters_of(weight).to(dtype), None,
+        [stride] * 2, [inner] * 2, [1, 1], False, [0, 0], 1, [needs[0], needs[1], False],
     )  # fmt: skip
+    dweight = reference._as(weight, dweight.reshape(weight.shape)) if needs[1] else None
     if not needs[0]:
         return None, None, None, None, dweight, dbias, dshift
     dx, dx2, *dnorm = reference.activated_backward(

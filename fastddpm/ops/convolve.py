@@ -4,6 +4,7 @@ op as torch knows it.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def convolution(
     """conv(up(dropout(silu(GroupNorm(cat(x, x2)))))) + bias + shift + residual   (DDPM App. B).
 
     x:          (N, C1, H, W) float;  x2: (N, C2, H, W), the channels after those of x, or None
-    weight:     (O, C1 + C2, k, k) float, k = 1 or 3;  bias: (O,) or None
+    weight:     (O, C1 + C2, k, k) float, k = 1 or 3, or (O, C1 + C2) for a k of 1, a linear
+                layer's;  bias: (O,) or None
     stride:     1 or 2
     padding:    0 or 1, or (before, after), each 0 or 1: rows and columns of zeros, as many of each,
                 around what is convolved, after its norm; (0, 1) is the SAME of a stride of 2
@@ -69,7 +71,8 @@ def convolution(
     stride, upsample = _one_or_two("stride", stride), _one_or_two("upsample", upsample)
     before, after = _sides(padding)
     rows, columns = (
-        _outputs(size, upsample, before + after, kernel, stride) for size in (height, width)
+        reference.outputs_of(size, kernel, (before, after), upsample, stride)
+        for size in (height, width)
     )
     if rows < 1 or columns < 1:
         raise ValueError(
@@ -103,19 +106,16 @@ def _products(x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _outputs(size: Any, upsample: int, border: int, kernel: int, stride: int) -> Any:
-    """Rows or columns of the result; 0 or less where the kernel is larger than the image."""
-    return (upsample * size + border - kernel) // stride + 1
-
-
 def _filters(weight: Tensor, channels: Any) -> tuple[Any, Any]:
-    """(O, k) of a weight (O, C, k, k)."""
+    """(O, k) of a weight (O, C, k, k) or (O, C)."""
     shape = tuple(weight.shape)
-    if len(shape) != 4 or shape[1] != channels or shape[2:] not in ((1, 1), (3, 3)) or not shape[0]:
+    known = len(shape) > 1 and shape[1] == channels and shape[2:] in ((), (1, 1), (3, 3))
+    if not known or not shape[0]:
         raise ValueError(
-            f"weight must be (O, {channels}, k, k), k = 1 or 3, O at least 1; got {shape}"
+            f"weight must be (O, {channels}, k, k), k = 1 or 3, O at least 1, or (O, {channels}); "
+            f"got {shape}"
         )
-    return shape[0], shape[2]
+    return shape[0], shape[2] if len(shape) == 4 else 1
 
 
 def _one_or_two(name: str, value: Any) -> int:
@@ -161,8 +161,11 @@ def _options(num_groups, norm_weight, norm_bias, eps, silu, stride, before, afte
 
 def _convolution(
     x, weight, bias, x2, norm_weight, norm_bias, shift, residual, num_groups, *options,
-    choose=choose,
+    choose=choose, lasting=False,
 ):  # fmt: skip
+    """lasting: the weight will be met again with the same values, though a gradient of it may be
+    wanted elsewhere.
+    """
     *_, dropout, _, step, sample_index = options
     if dropout:
         check_draw(None, step, sample_index)
@@ -170,9 +173,12 @@ def _convolution(
         "convolution", x, weight, bias, x2, norm_weight, norm_bias, shift, residual, step,
         sample_index,
     )  # fmt: skip
+    arguments = _options(num_groups, norm_weight, norm_bias, *options)
+    keep = getattr(backend, "packed_weights", None)
+    if keep is not None and (lasting or not weight.requires_grad):
+        arguments["packed"] = keep(weight)
     return backend.convolution(
-        x, weight, bias, x2=x2, shift=shift, residual=residual,
-        **_options(num_groups, norm_weight, norm_bias, *options),
+        x, weight, bias, x2=x2, shift=shift, residual=residual, **arguments
     )  # fmt: skip
 
 
@@ -180,10 +186,7 @@ def _convolution_fake(
     x, weight, bias, x2, norm_weight, norm_bias, shift, residual, num_groups, eps, silu, stride,
     before, after, upsample, *_,
 ):  # fmt: skip
-    rows, columns = (
-        _outputs(size, upsample, before + after, weight.shape[2], stride) for size in x.shape[2:]
-    )
-    return reference.with_channels(x, weight.shape[0], sizes=(rows, columns))
+    return reference.convolved(x, weight, (before, after), upsample, stride)
 
 
 def _convolution_setup(ctx, inputs, output):
@@ -236,10 +239,12 @@ op = Op(
     "convolution",
     f"(Tensor x, Tensor weight, Tensor? bias, Tensor? x2, {_NORM}, Tensor? shift, "
     f"Tensor? residual, {_OPTIONS}) -> Tensor",
-    _convolution,
+    functools.partial(_convolution, lasting=True),
     _convolution_fake,
     _convolution_setup,
     _convolution_backward,
+    kernel=_convolution,
+    recorded=_convolution,
 )
 
 
@@ -284,7 +289,7 @@ def _gradients_fake(grad, x, weight, x2, norm_weight, norm_bias, *options):
             x.new_empty(0) if y is None or not inputs else y.new_empty(y.shape)
             for y in (norm_weight, norm_bias)
         ),
-        weight.new_empty(weight.shape) if of_weight else x.new_empty(0),
+        torch.empty_like(weight) if of_weight else x.new_empty(0),
         sums(bias, grad.shape[1:2]),
         sums(shift, grad.shape[:2]),
     )

@@ -32,7 +32,8 @@ class Op:
 
     setup(ctx, inputs, output) and backward(ctx, *grads) are those of torch.autograd.Function.
     `run` takes beside the op's arguments what chooses the backend. Where it returns None among
-    other tensors, `kernel` is what is registered: it may not.
+    other tensors, `kernel` is what is registered: it may not. `recorded`
+    runs in its place where a gradient is recorded.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Op:
         setup: Callable | None = None,
         backward: Callable | None = None,
         kernel: Callable | None = None,
+        recorded: Callable | None = None,
     ):
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
         _library.define(name + schema, tags=tags)
@@ -56,7 +58,7 @@ class Op:
             torch_library.register_autograd(
                 f"fastddpm::{name}", backward, setup_context=setup, lib=_library
             )
-            self.differentiable = _function(name, run, setup, backward)
+            self.differentiable = _function(name, recorded or run, setup, backward)
 
     def __call__(self, *arguments: Any) -> Any:
         if (

@@ -221,10 +221,11 @@ class Backward {
         for (int64_t l = 0; l < length; ++l)
           __builtin_memcpy(columns + l * width, a + (first + l) * m + i,
                            size_t(width) * sizeof(float));
-        for (int64_t j = 0; j < count; ++j)
-          add_transposed(columns, width, panels.data + (j * rows + first) * PANEL, width, length,
-                         least(PANEL, channels - j * PANEL), out + i * channels + j * PANEL,
-                         channels);
+        for (int64_t j = 0; j < count; ++j) {
+          const int64_t some = least(PANEL, channels - j * PANEL);
+          add_transposed(columns, width, panels.data + j * rows * PANEL + first * panel_width(some),
+                         width, length, some, out + i * channels + j * PANEL, channels);
+        }
       }
     });
   }
