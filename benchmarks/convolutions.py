@@ -2,7 +2,7 @@
 
     python benchmarks/convolutions.py [--model cifar10|fashion-mnist|FOLDER] [--batch 16]
         [--precision fp32|bf16] [--algorithm auto|direct|winograd_2|winograd_4|bf16]
-        [--json FILE] [--quick]
+        [--backward] [--json FILE] [--quick]
 
 First each shape shows that it computes the same: a plan of it alone, and torch's conv2d in the same
 precision, against the sums in float64. One that computes something else is not timed, and the exit
@@ -15,6 +15,10 @@ statistics on the way out. torch's is conv2d with its bias alone, warm, channels
 that is normalised, padded and upsampled already. FLOP are the layer's by its definition, twice its
 multiply-adds: Winograd's algorithm needs fewer, and can pass the ceiling, the rate of multiply-adds
 from registers. No numbers are kept here.
+
+With --backward, instead: the gradients of x and of the weight of each shape, by ops.convolution and
+by torch's convolution_backward, channels_last, checked against float64. Ours starts from x and
+returns its gradient; torch's from what is upsampled and padded already.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout that this file is in
 sys.path.insert(0, str(Path(__file__).parent))
 
+import convolution_gradients
 import torch
 import torch.nn.functional as F
 from machine import ceiling, environment
@@ -242,6 +247,36 @@ def table(rows: list[dict[str, Any]], shapes: list[Layers]) -> str:
     )  # fmt: skip
 
 
+def backward(
+    shapes: list[Layers], options: argparse.Namespace, facts: dict[str, Any], rate: float | None
+) -> int:
+    """main's, of the gradients."""
+    dtype = DTYPES[options.precision]
+    rows = convolution_gradients.rows_of(shapes, options.batch, dtype, options.repeats, rate)
+    wrong = 0
+    for row in rows:
+        for who, error in (("ops.convolution", row["error"]), ("torch", row["torch error"])):
+            if not error <= ALLOWED[options.precision]:
+                wrong += 1
+                print(f"{who} is off by {error:.2g} in {row}", file=sys.stderr)
+    if wrong:
+        return 1
+    print(convolution_gradients.table(rows))
+    totals = {
+        f"{who} {kind}": sum(row[key] for row in rows if row["kind"] == kind) / options.batch
+        for kind in convolution_gradients.KINDS
+        for who, key in (("ours", "ms"), ("torch's", "torch ms"))
+    }
+    print("\nms an image: " + ", ".join(f"{name} {ms:.3g}" for name, ms in totals.items()))
+    if options.json:
+        report = {
+            "environment": facts, "ceiling GFLOP/s": rate and rate / 1e9,
+            "ms an image": totals, "rows": rows,
+        }  # fmt: skip
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--json", type=Path, help="write environment and rows to this file")
@@ -251,6 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--algorithm", default="auto", help="of the 3x3 convolutions of stride 1")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7, help="turns, default 7")
+    parser.add_argument("--backward", action="store_true", help="the gradients, not the plan")
     parser.add_argument("--quick", action="store_true", help="a tiny cifar10, to see that it runs")
     options = parser.parse_args(arguments)
     if min(options.batch, options.threads, options.repeats) < 1:
@@ -272,6 +308,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'ceiling':<12} {rate / 1e9:.3g} GFLOP/s: {what}\n" if rate else f"no ceiling: {what}")
 
     shapes = layers_of(model, plan)
+    if options.backward:
+        return backward(shapes, options, facts, rate)
     wrong = 0
     for layers in shapes:
         if not layers.shape.kernel:
