@@ -37,6 +37,8 @@ def take_step(
     x0: the images of this rank's `part` of the step, or one where that is empty;
     rate: Adam's;  share: of the weights in their average, 1 - ema_decay"""
     first, plain = run.example_count + part.start, is_plain(run.model)
+    if plain:  # in the network's own layout while an image is bytes: x_t and eps are made in it
+        x0 = x0.contiguous(memory_format=torch.channels_last)
     if plain and run.recordings.record is not None and not run.weights.has_halves:
         compute = functools.partial(_compute, run, part, plain=True)
         recorded = run.recordings.get(_alike(run, x0), compute, x0)

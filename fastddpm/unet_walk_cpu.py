@@ -46,7 +46,7 @@ class CpuWalk(Order):
         whole: bool = False,
     ) -> Tensor:
         """ResnetBlock's of cat(h, skip)."""
-        time = linear(block.temb_proj, self.temb, silu=True)[0, :, :, 0].t()
+        time = linear(block.temb_proj, self.temb, silu=True).permute(2, 1, 0, 3).flatten(1)
         c = convolution(block.conv1, h, block.norm1, x2=skip, shift=time)
         residual = h
         if "nin_shortcut" in block._modules:
@@ -85,5 +85,4 @@ def convolution(conv: Any, x: Tensor, norm: Any = None, **options: Any) -> Tenso
 
 def linear(layer: Any, x: Tensor, *, silu: bool = False) -> Tensor:
     """The layer of silu(x), for the channels of each pixel."""
-    weight = layer.weight[:, :, None, None]
-    return ops.convolution(x, weight, layer.bias, padding=0, silu=silu)
+    return ops.convolution(x, layer.weight, layer.bias, padding=0, silu=silu)

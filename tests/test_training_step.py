@@ -21,6 +21,7 @@ from fastddpm import host, training_graph, training_step, unet_walk, upload
 from fastddpm.guard import Guard
 from fastddpm.ops import library
 from fastddpm.trainer import Trainer
+from fastddpm.unet_parts import AttentionBlock
 
 SHAPE = (1, 8, 8)
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
@@ -151,6 +152,25 @@ def test_how_many_operations_a_step_is(monkeypatch, as_elsewhere):
     )
     rest = sum(v for name, v in own.items() if name not in outside)
     assert rest < parameters, own  # nothing is done parameter by parameter
+
+
+def test_a_cpus_step_is_the_convolutions_of_the_network(monkeypatch):
+    """x_t and eps are one pass over the bytes, the loss one and its gradient another."""
+    model = tiny_unet(in_channels=3, dropout=0.3)
+    own = kernels(
+        trainer(model, read_every=10), batches(1, size=2, shape=(3, 8, 8))[0], monkeypatch
+    )
+    ours = [m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    attentions = [m for m in model.modules() if isinstance(m, AttentionBlock)]
+    for name, count in {
+        "convolution": len(ours) - 2 * len(attentions),
+        "attention_block": len(attentions),
+        "squared_error": 1,
+    }.items():
+        assert own[name] == own[f"{name}_backward"] == count, name
+    assert (own["drawn_noise"], own["choices"], own["clone"]) == (1, 1, 1)  # the bytes' layout
+    torchs = ("cat", "silu", "mm", "addmm", "group_norm_silu", "residual_sum", "sub", "pow", "flip")
+    assert not [name for name in torchs if own[name] > 2], own
 
 
 # ---- what is not finite --------------------------------------------------------------------------

@@ -13,13 +13,15 @@ from collections import Counter
 
 import pytest
 import torch
+from compare import assert_same_for_any_thread_count
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from toy import generator, tiny_unet
 
-from fastddpm import UNet, ops, reference, unet_walk
+from fastddpm import UNet, ops, reference, sample, unet_walk
+from fastddpm.ops import dispatch
 from fastddpm.unet_parts import AttentionBlock, ResnetBlock
 from fastddpm.unet_plain import foreign, unusual
 from fastddpm.unet_walk import CpuWalk, Walk, dropout_stream, is_taken, stream_of, way
@@ -444,6 +446,56 @@ def test_a_convolution_that_is_not_the_papers_is_named(name):
         assert way(model, torch.zeros(())) is Walk
 
 
+# ---- bits ----------------------------------------------------------------------------------------
+
+native = pytest.mark.skipif(
+    dispatch.load("cpu").missing is not None, reason=str(dispatch.load("cpu").missing)
+)
+
+
+@native
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("options", [NETWORKS[1], NETWORKS[2]], ids=str)
+def test_an_images_bits_depend_on_no_others_and_no_threads(options, kind):
+    model = tiny_unet(**options)
+    x, t = inputs(model)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast")
+    if kind == "bfloat16":
+        model = model.bfloat16()
+    with torch.no_grad(), autocast:
+        whole = model(x, t)
+        for rows in ([0], [1, 2], [2, 1, 0]):
+            assert torch.equal(model(x[rows], t[rows]), whole[rows])
+        assert_same_for_any_thread_count(lambda: model(x, t))
+
+
+@native
+@pytest.mark.parametrize("kind", ["float32", "autocast"])
+def test_gradients_have_the_same_bits_with_any_number_of_threads(kind):
+    model = tiny_unet(**NETWORKS[2], dropout=0.1).train()
+    x, t = inputs(model)
+    own = {"enabled": True} if kind == "autocast" else {}
+
+    def flat():
+        with dropout_stream(model, seed=4, sample_index=torch.tensor([5, 2**40, 7])):
+            return torch.cat([y.detach().flatten() for y in results(model, x, t, **own)])
+
+    assert_same_for_any_thread_count(flat)
+
+
+@native
+@pytest.mark.parametrize("options", [NETWORKS[1], NETWORKS[2]], ids=str)
+def test_eager_sampling_is_the_plans_to_rounding(options):
+    model = tiny_unet(**options)
+    run = {"n": 3, "seed": 3, "progress": False, "precision": "fp32"}
+    plan, eager, twos = (
+        sample(model, **run, engine=engine, batch_size=size)
+        for engine, size in (("cpu_plan", 3), ("eager", 3), ("eager", 2))
+    )
+    torch.testing.assert_close(eager, plan, atol=2e-5, rtol=0)
+    assert torch.equal(eager, twos)
+
+
 # ---- around it -----------------------------------------------------------------------------------
 
 
@@ -474,6 +526,18 @@ def test_what_traces_or_transforms_goes_module_by_module(walking):
         expected = model(x, t)
         compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
         torch.testing.assert_close(compiled(x, t), expected)
+    model.checkpoint_blocks()
+    again = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    got, expected = (
+        torch.autograd.grad(f(x, t).square().sum(), list(model.parameters()))
+        for f in (again, model)
+    )
+    by_func = torch.func.grad(
+        lambda p: torch.func.functional_call(model, p, (x, t)).square().sum()
+    )(dict(model.named_parameters()))
+    for a, b, c in zip(got, expected, by_func.values(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(c, b, atol=2e-5, rtol=1e-4)
     tangent = torch.randn_like(x)
     double = copy.deepcopy(model).double()
     _, slope = torch.func.jvp(lambda a: double(a, t), (x.double(),), (tangent.double(),))
