@@ -67,7 +67,7 @@ def test_a_unets_sweep_is_torchs_step(dtype):
     """The rounded copies of half-precision weights, too."""
     runs = [make(tiny_unet().to(dtype)) for make in (lambda m: trainer(m, **OPTIONS), watched)]
     assert both(runs, batches(2, size=2, shape=(1, 8, 8))) == 2
-    # But keys' biases, whose gradients are rounding: softmax takes no notice of them. Half precision
+    # But keys' biases, whose gradients are rounding: softmax does not see them. Half precision
     # that a last place sends the other way leads to other gradients.
     assert_close(*runs, rtol=1e-4 if dtype == torch.float32 else 0.05, but="qkv.bias")
     for run in runs:
