@@ -187,6 +187,8 @@ def op_calls() -> dict:
             *(z, x, *attention, y, f(4), f(4), f(12, 4), f(12), f(4, 4), f(4), 2),
         ),
         "discretized_log_likelihood": (x, z, z, y, 2),
+        "squared_error": (x, z, f(2), None, 2),
+        "squared_error_backward": (torch.randn(2), x, z, y, 2),
         "peak_flops": (1, 0.0, "fp32"),
         "multiplies_bf16": (),
         "use_isa": ("plain",),
