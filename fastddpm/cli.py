@@ -18,7 +18,7 @@ from tabulate import tabulate
 
 import fastddpm
 from fastddpm import batching, cli_train, console, figures, ranks, shards
-from fastddpm.cli_arguments import alone, integers, machine, path
+from fastddpm.cli_arguments import alone, integers, machine, path, timeout
 from fastddpm.doctor import doctor, what_runs
 from fastddpm.engine import EngineName
 from fastddpm.host import check_threads
@@ -204,12 +204,7 @@ def _parser() -> argparse.ArgumentParser:
         help="images a .npz file of an --out that is a folder, 0: a .png each "
         f"(default: 0 for up to {shards.PICTURES}, else {shards.SHARD})",
     )
-    add(
-        "--timeout",
-        type=float,
-        help="seconds after which a rank that gives no sign of life is given up "
-        f"(default: FASTDDPM_TIMEOUT, or {ranks.TIMEOUT:g})",
-    )
+    timeout(add)
     add("--out", type=path, default="samples.png", help=f"{figures.FORMATS}; default samples.png")
     add("--progressive", action="store_true", help="show the x0 predictions over time (Fig. 6)")
     add(

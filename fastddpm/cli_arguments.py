@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from fastddpm import ranks
 
 
 def machine() -> argparse.ArgumentParser:
@@ -21,6 +25,16 @@ def machine() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     return p
+
+
+def timeout(add: Callable[..., Any]) -> None:
+    """The option of commands that torchrun may start."""
+    add(
+        "--timeout",
+        type=float,
+        help="seconds after which a rank that gives no sign of life is given up "
+        f"(default: FASTDDPM_TIMEOUT, or {ranks.TIMEOUT:g})",
+    )
 
 
 def device(text: str | None) -> torch.device:

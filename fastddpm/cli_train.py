@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from fastddpm import console, figures, run_folder
+from fastddpm import console, figures, ranks, run_folder
 from fastddpm.checkpoint import read_json
-from fastddpm.cli_arguments import alone, path, size
+from fastddpm.cli_arguments import path, size, timeout
 from fastddpm.data import open_dataset
 from fastddpm.diffusion import Diffusion
 from fastddpm.host import seeded
@@ -28,7 +28,11 @@ OF_THE_DATA = ("image_size", "in_channels")  # of a preset's model, which follow
 
 
 def train(a: argparse.Namespace) -> None:
-    alone("a training run")
+    with ranks.launched(a.device, a.timeout) as a.device:
+        _train(a)
+
+
+def _train(a: argparse.Namespace) -> None:
     out, recipe = Path(a.out), preset(a.preset or DEFAULT_PRESET)
     if a.resume and not (out / STATE).is_file():
         raise FileNotFoundError(f"nothing to resume: {out / STATE} does not exist")
@@ -68,12 +72,16 @@ def train(a: argparse.Namespace) -> None:
         warmup=_or(a.warmup, recipe.warmup),
         flip=recipe.flip,
         seed=a.seed,
+        accumulate=a.accumulate,
     )
+    rank, world = ranks.place()
     parameters, name = sum(p.numel() for p in model.parameters()), a.preset or DEFAULT_PRESET
-    console.say(f"data   {dataset.describe()}")
-    console.say(f"model  {parameters:,} parameters, preset {name}, {trainer.precision}")
+    if rank == 0:
+        on = f", {world} ranks" * (world > 1)
+        console.say(f"data   {dataset.describe()}")
+        console.say(f"model  {parameters:,} parameters, preset {name}, {trainer.precision}{on}")
     started = time.perf_counter()
-    fit(
+    ran = fit(
         trainer,
         dataset,
         out,
@@ -84,12 +92,17 @@ def train(a: argparse.Namespace) -> None:
         resume=a.resume,
         progress=not a.quiet,
     )
+    if rank > 0:
+        return
     rows = {
         "model": f"{out}  (fastddpm sample --model {out})",
         "pictures": f"{out / 'loss.png'}, {out / 'samples'}",
         "steps": f"{trainer.step_count:,}, {trainer.example_count:,} images",
-        "time": f"{time.perf_counter() - started:.1f} s",
+        "time": f"{time.perf_counter() - started:.1f} s, {ran.share_waited:.1%} of the steps' was "
+        "waiting for data",
     }
+    if trainer.skipped:
+        rows["skipped"] = f"{trainer.skipped:,} steps, whose loss or gradient was not finite"
     console.say(tabulate(rows.items(), tablefmt="plain"))
 
 
@@ -157,6 +170,12 @@ def add_options(add: Callable[..., Any]) -> None:
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, exactly")
     add("--steps", type=int, help="optimiser steps in all (default: the preset's)")
     add("--batch-size", type=int, help="(default: the preset's)")
+    add(
+        "--accumulate",
+        type=int,
+        default=1,
+        help="pieces of a batch, computed one after the other for less memory (default: 1)",
+    )
     add("--lr", type=float, help="learning rate (default: the preset's)")
     add("--warmup", type=int, help="steps to reach it (default: the preset's)")
     add("--ema-decay", type=float, help="of the averaged weights (default: the preset's)")
@@ -182,6 +201,7 @@ def add_options(add: Callable[..., Any]) -> None:
         default=5000,
         help="steps between sample grids, 0: none (default: 5000)",
     )
+    timeout(add)
 
 
 def _preset(name: str) -> str:

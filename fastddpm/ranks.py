@@ -91,6 +91,10 @@ def launched(device: torch.device, timeout: float | None = None) -> Iterator[tor
         _presence = presence
         try:
             yield device
+        except BaseException as error:
+            if not isinstance(error, RankError):
+                presence.say(f"{type(error).__name__}: {error}")
+            raise
         finally:
             _presence = None
             dist.destroy_process_group()
@@ -146,20 +150,6 @@ def losing() -> Iterator[None]:
 def _is_of_a_lost_rank(error: RuntimeError) -> bool:
     """NCCL's errors have a class of their own, gloo's the path of its sources."""
     return dist.is_available() and (isinstance(error, dist.DistError) or "gloo" in str(error))
-
-
-@contextlib.contextmanager
-def heard() -> Iterator[None]:
-    """A block in which the ranks wait for one another in collectives: what ends it on one is what
-    the others say of it, where they lose it in `losing`."""
-    try:
-        yield
-    except RankError:
-        raise
-    except BaseException as error:
-        if _presence is not None:
-            _presence.say(f"{type(error).__name__}: {error}")
-        raise
 
 
 def share(n: int, rank: int, world: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from fastddpm.presets import PRESETS, Preset, preset
 from fastddpm.pretrained import WEIGHTS
 from fastddpm.progress import tqdm
 from fastddpm.run_folder import SAMPLES, STATE, check_apart, check_kinds, check_new, locked
-from fastddpm.run_log import Log
+from fastddpm.run_log import Log, Row
 from fastddpm.sampling import sample
 from fastddpm.trainer import Trainer
 from fastddpm.training_step import CHOICES_STEP
@@ -112,8 +112,12 @@ def fit(
     )  # fmt: skip
     if world > 1:
         trainer.replicate()
+        if trainer.replicas.world != world:
+            raise ValueError(
+                f"the model's DistributedDataParallel has {trainer.replicas.world} ranks, and the "
+                f"run {world}: make it over all of them"
+            )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(ranks.heard())
         with ranks.together():
             if rank == 0:
                 out.mkdir(parents=True, exist_ok=True)
@@ -187,25 +191,24 @@ def _run(
         tqdm(total=steps, initial=first, unit="step", desc="training", disable=not progress) as bar,
     ):
         losses: list[torch.Tensor] = []
-        row = _Row(began, 0.0, first)
+        mark = _Mark(began, 0.0, first)
         for images in batches:
             losses.append(trainer.step(images, **of_many))
             bar.update()
             done = trainer.step_count
             if done % LOG_EVERY == 0 or done == steps:
                 trainer.check_finite()  # so that a row is of steps that are done and count
-                now = _Row(time.perf_counter(), feed.waited, done)
-                seconds = now.at - row.at
-                rate = (done - row.step) * batch_size / seconds
-                loss = _mean(losses)
-                log.add(done, loss, rate)
+                now = _Mark(time.perf_counter(), feed.waited, done)
+                seconds = now.at - mark.at
+                rate = (done - mark.step) * batch_size / seconds
+                waiting = (now.waited - mark.waited) / seconds
+                row = Row(done, _mean(losses), rate, waiting, trainer.skipped)
+                log.add(row)
                 bar.set_postfix_str(
-                    f"loss {loss:.4f}, {rate:.0f} images/s, "
-                    f"{(now.waited - row.waited) / seconds:.1%} waiting for data"
-                    + f", {trainer.skipped} skipped"
-                    * bool(trainer.skipped)
+                    f"loss {row.loss:.4f}, {rate:.0f} images/s, {waiting:.1%} waiting for data"
+                    + f", {row.skipped} skipped" * bool(row.skipped)
                 )
-                losses, row = [], now
+                losses, mark = [], now
             if done % save_every == 0 or done == steps:
                 trainer.check_finite()  # on every rank
                 with ranks.together():
@@ -224,7 +227,7 @@ def _run(
     return Ran(trainer.step_count - first, time.perf_counter() - began, feed.waited)
 
 
-class _Row(NamedTuple):
+class _Mark(NamedTuple):
     """Where a row of the log ends: the time, the seconds waited by then, the step."""
 
     at: float
