@@ -326,25 +326,25 @@ def sweep_tensors(elements: int, device) -> dict[str, list[Tensor]]:
     return kept
 
 
-def norm_of_case(elements: int, device) -> Case:
-    grads = sweep_tensors(elements, device)["grads"]
+def norm_of_case(shape, dtype, device) -> Case:
+    grads = [g.to(dtype) for g in sweep_tensors(shape[0], device)["grads"]]
     flat = torch.cat(grads)
 
     def eager():
         return torch.nn.utils.get_total_norm(grads)
 
     return Case(
-        "grad_norm", (elements,), torch.float32,
+        "grad_norm", shape, dtype,
         {
             "fastddpm": lambda: ops.grad_norm(grads),
             "eager": eager,
             "compile": lambda: flat.square().sum().sqrt(),
         },
-        lambda: torch.cat([g.double() for g in grads]).norm(), elements * 4,
+        lambda: torch.cat([g.double() for g in grads]).norm(), shape[0] * dtype.itemsize,
     )  # fmt: skip
 
 
-def adam_case(elements: int, device) -> Case:
+def adam_case(shape, dtype, device) -> Case:
     """Clipping by a norm that is known, Adam and the average. Each contestant has its own state,
     whose first parameter is judged after the first step of it."""
     lr, share, clip = 1e-3, 1e-2, 1.0
@@ -393,7 +393,7 @@ def adam_case(elements: int, device) -> Case:
 
     def made():
         torch.manual_seed(1)
-        return sweep_tensors(elements, device)
+        return sweep_tensors(shape[0], device)
 
     norm = torch.full((), 0.5, device=device)  # clipped gradients would shrink with every call
     double = {name: [x.double() for x in tensors] for name, tensors in made().items()}
@@ -409,9 +409,9 @@ def adam_case(elements: int, device) -> Case:
         return double["params"][0]
 
     return Case(
-        "adam", (elements,), torch.float32,
+        "adam", shape, dtype,
         {"fastddpm": ours(made()), "eager": torchs(made()), "compile": formula(made())},
-        truth, elements * 9 * 4, checked=("fastddpm", "eager"),
+        truth, shape[0] * 9 * dtype.itemsize, checked=("fastddpm", "eager"),
     )  # fmt: skip
 
 
@@ -427,8 +427,8 @@ def cases(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
     if quick:
         batches, large = (2,), ()
     for elements in (10_000,) if quick else (1_000_000, 35_700_000):
-        yield functools.partial(norm_of_case, elements, device)
-        yield functools.partial(adam_case, elements, device)
+        yield functools.partial(norm_of_case, (elements,), torch.float32, device)
+        yield functools.partial(adam_case, (elements,), torch.float32, device)
     dtypes = (torch.float32, torch.bfloat16)
     pixels = [(n, 3, 32, 32) for n in (*batches, *large[:1])]
     feature_maps = [
