@@ -55,7 +55,7 @@ class Torch:
     """The same parameters in float64, moved by torch.optim.Adam."""
 
     def __init__(self, lists):
-        self.params = [p.cpu().double().requires_grad_() for p in lists.params]
+        self.params = [p.detach().cpu().double().requires_grad_() for p in lists.params]
         self.averages = [a.cpu().double() for a in lists.averages]
         self.adam = torch.optim.Adam(self.params, **OPTIONS)
 
@@ -384,6 +384,17 @@ def call(**changed):
 def test_bad_input(changed, error, message):
     with pytest.raises(error, match=message):
         call(**changed)
+
+
+@pytest.mark.parametrize("name", [*LISTS, "lr", "share", "norm", "refused"])
+def test_an_operand_on_another_device(name):
+    value, where = torch.zeros((), device="meta"), name
+    if name in LISTS:
+        first = torch.zeros(()) if name == "steps" else torch.zeros(2, 3)
+        value = [first, value if name == "steps" else torch.zeros(4, device="meta")]
+        where = rf"{name}\[1\]"
+    with pytest.raises(ValueError, match=f"^{where} must be on cpu like .*; got meta"):
+        call(**{name: value})
 
 
 def test_interleaved_columns_lie_apart():
