@@ -12,7 +12,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from fastddpm import ops
 from fastddpm.master_weights import MasterWeights
-from fastddpm.ops.lists import in_order_of, is_dense
+from fastddpm.ops.lists import in_order_of, is_dense, lie_apart
 
 # What the options that ops.adam does not have must be for it to be the same step.
 PLAIN = {"amsgrad": False, "maximize": False, "differentiable": False, "weight_decay": 0}
@@ -46,8 +46,10 @@ def update(
     norm: of the loss's own gradients;  clip: the largest
 
     An optimiser that is not torch.optim.Adam as the Trainer makes it, or whose options were set to
-    what ops.adam does not have, takes its own step."""
-    if not is_plain(optimizer):
+    what ops.adam does not have, takes its own step; so does one of parameters that share memory,
+    which are moved one after the other."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not (is_plain(optimizer) and lie_apart(params)):
         _torch_step(optimizer, weights, rate, norm, clip, refused)
         weights.round()
         weights.move_average(share, refused)
@@ -106,11 +108,13 @@ def _sweep(
 ) -> set[int]:
     """The ids of the parameters that were moved."""
     names = {id(master): name for name, master in weights.masters.items()}
+    moved = set()
     alike: dict[tuple, list[_Row]] = defaultdict(list)  # of what one walk may take
     for number, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
             if p.grad is None:
                 continue
+            moved.add(id(p))
             row = _row(optimizer, weights, p, names.get(id(p)))
             others = (row.grad, row.exp_avg, row.exp_avg_sq, row.average, row.copy)
             walked = is_dense(p) and all(x is None or in_order_of(x, p) for x in others)
@@ -126,7 +130,7 @@ def _sweep(
             clip=clip, norm=_on(norm, device), refused=_on(refused, device),
             grad_scale=weights.loss_scale,
         )  # fmt: skip
-    return {id(row.param) for rows in alike.values() for row in rows}
+    return moved
 
 
 def _row(

@@ -55,7 +55,7 @@ class Torch:
     """The same parameters in float64, moved by torch.optim.Adam."""
 
     def __init__(self, lists):
-        self.params = [p.cpu().double().requires_grad_() for p in lists.params]
+        self.params = [p.detach().cpu().double().requires_grad_() for p in lists.params]
         self.averages = [a.cpu().double() for a in lists.averages]
         self.adam = torch.optim.Adam(self.params, **OPTIONS)
 

@@ -108,6 +108,15 @@ def apart(writes: dict[str, Sequence[Tensor]], reads: dict[str, Sequence[Tensor]
         open_spans.append(span)
 
 
+def lie_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether an op may write all of these at once."""
+    try:
+        apart({"tensors": tensors}, {})
+    except ValueError:
+        return False
+    return True
+
+
 def unwalkable(*lists: Sequence[Tensor], floats: Sequence[Sequence[Tensor]] = ()) -> str | None:
     """Why no kernel walks these lists' tensors side by side as they lie in memory, or None.
 
