@@ -533,8 +533,8 @@ def log(out: Path) -> list[tuple[int, str]]:
     """(step, loss) of each row."""
     with (out / "log.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
-    assert header == ["step", "loss", "images_per_second"]
-    return [(int(step), loss) for step, loss, _ in rows]
+    assert header[:5] == ["step", "loss", "images_per_second", "waiting", "skipped"]
+    return [(int(step), loss) for step, loss, *_ in rows]
 
 
 SHORT = {"batch_size": 3, "save_every": 3, "sample_every": 0, "progress": False}
