@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -70,6 +73,31 @@ def gemm_ceiling(dtype: torch.dtype, device: torch.device, *, quick: bool = Fals
             torch.mm(a, b)
             synchronize(device)
             best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def copy_bandwidth(device: torch.device, threads: int, *, megabytes: int = 256) -> float:
+    """Bytes a second, those read and those written, of the fastest copy of much memory: torch's,
+    or on a CPU the C library's on as many threads."""
+    source = torch.zeros(megabytes << 20, dtype=torch.uint8, device=device) + 1
+    target = torch.empty_like(source)
+    target.copy_(source)  # so that its pages are there
+    ways: list[Callable[[], object]] = [lambda: target.copy_(source)]
+    if device.type == "cpu":
+        part = len(source) // threads
+
+        def move(i: int) -> None:
+            ctypes.memmove(target.data_ptr() + i * part, source.data_ptr() + i * part, part)
+
+        pool = ThreadPoolExecutor(threads)
+        ways.append(lambda: list(pool.map(move, range(threads))))
+    best = 0.0
+    for copy in ways * 5:
+        synchronize(device)
+        start = time.perf_counter()
+        copy()
+        synchronize(device)
+        best = max(best, 2 * len(source) / (time.perf_counter() - start))
     return best
 
 

@@ -4,7 +4,8 @@ U-Net with torch's fastest optimiser, torch.compile, lucidrains' trainer.
 
     python benchmarks/throughput.py [--train] [--json FILE] [--plot FILE.png] [--batches 1,4,16,64]
         [--model cifar10|fashion-mnist|FOLDER] [--only NAME,...] [--precisions fp32,bf16]
-        [--limit SECONDS] [--patience SECONDS] [--device cuda] [--dropout P] [--quick]
+        [--limit SECONDS] [--patience SECONDS] [--device cuda] [--quick]
+        [--dropout P] [--profile]
 
 First each contestant shows that it computes the same: its eps at two steps, or the loss, all
 gradients and what the optimiser makes of them in its first step, against the network in float64.
@@ -71,6 +72,9 @@ def read(arguments: list[str] | None) -> tuple[argparse.Namespace, UNet, list[st
     parser.add_argument("--batches", type=integers, help="default: 1,4,16,64; of training 16,64")
     parser.add_argument("--model", default="cifar10", help="cifar10, a bundled name or a folder")
     parser.add_argument("--dropout", type=float, default=0.0, help="in training, default 0")
+    parser.add_argument(
+        "--profile", action="store_true", help="of training: where the time of a step goes"
+    )
     parser.add_argument("--only", default="", help="names of contestants, or how they start")
     parser.add_argument("--precisions", help="fp32,bf16; default: those the device multiplies")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -160,13 +164,14 @@ def main(arguments: list[str] | None = None) -> int:
             rows += done
             left_out += missing
     print("\n" + table(rows, race))
+    profile = race.more(rows, model, options, chosen[0])
     for line in left_out:
         print(f"not here: {line}")
     if options.json:
         report = {
             "environment": facts, "model": options.model, f"GFLOP {race.UNIT}": per_image / 1e9,
             "ceiling TFLOP/s": {name: rate and rate / 1e12 for name, rate in ceilings.items()},
-            "equal": race.EQUAL, "rows": rows, "not here": left_out,
+            "equal": race.EQUAL, "rows": rows, "not here": left_out, **profile,
         }  # fmt: skip
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.plot and any("seconds" in row for row in rows):

@@ -92,7 +92,7 @@ class Ours:
 class Torch:
     """diffusers' U-Net, and everything beside it by the one call of torch for all tensors."""
 
-    def __init__(self, job: Job, memory_format: torch.memory_format, compiled: bool = False):
+    def __init__(self, job: Job, memory_format: torch.memory_format, mode: str | None = None):
         model = job.unet()
         self.T = model.diffusion.T
         ab = torch.as_tensor(model.diffusion.schedule.alphas_cumprod)
@@ -102,7 +102,9 @@ class Torch:
         self.memory_format = memory_format
         self.precision, self.device = job.precision, torch.device(job.device)
         self.network = to_diffusers(model).to(memory_format=memory_format).train()
-        self.call = torch.compile(self.network, dynamic=False) if compiled else self.network
+        self.call = self.network
+        if mode is not None:
+            self.call = torch.compile(self.network, dynamic=False, mode=mode)
         self.parameters = list(self.network.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.Adam(
@@ -149,7 +151,11 @@ def eager_nhwc(job: Job) -> Contestant:
 
 
 def compiled(job: Job) -> Contestant:
-    return Torch(job, torch.channels_last, compiled=True)
+    return Torch(job, torch.channels_last, "default")
+
+
+def compiled_autotuned(job: Job) -> Contestant:
+    return Torch(job, torch.channels_last, "max-autotune")
 
 
 class Lucidrains:
@@ -238,25 +244,30 @@ class Lucidrains:
         }
 
 
+THEIR_UNET, INDUCTOR = "diffusers.models.unets.unet_2d", "torch._inductor.compile_fx"
+
+
 @dataclass(frozen=True)
 class Peer:
     """build: makes it;  needs: packages;  same: whether its network is ours, so that its seconds
-    are those of the same work;  libraries: what it computes with, loaded before its memory counts
+    are those of the same work;  devices: where it has something to win;  libraries: what it
+    computes with, loaded before its memory counts
     """
 
     build: Callable[[Job], Contestant]
     needs: tuple[str, ...] = ("diffusers",)
     same: bool = True
-    libraries: tuple[str, ...] = ("diffusers.models.unets.unet_2d",)
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    libraries: tuple[str, ...] = (THEIR_UNET,)
 
 
 LUCIDRAINS = ("denoising_diffusion_pytorch", "ema_pytorch", "accelerate", "einops", "torchvision")
 PEERS = {
     "diffusers NCHW": Peer(eager_nchw),
     "diffusers channels_last": Peer(eager_nhwc),
-    "torch.compile": Peer(
-        compiled,
-        libraries=("diffusers.models.unets.unet_2d", "torch._inductor.compile_fx"),
+    "torch.compile": Peer(compiled, libraries=(THEIR_UNET, INDUCTOR)),
+    "torch.compile max-autotune": Peer(
+        compiled_autotuned, devices=("cuda",), libraries=(THEIR_UNET, INDUCTOR)
     ),
     "lucidrains": Peer(
         Lucidrains, LUCIDRAINS, same=False, libraries=("denoising_diffusion_pytorch",)
@@ -272,8 +283,10 @@ def missing(name: str, precision: str, device: str) -> str | None:
     """Why `name` can't take part, as far as can be said before it is built; or None."""
     if name in OURS:
         return None
-    absent = [need for need in PEERS[name].needs if importlib.util.find_spec(need) is None]
-    return f"{', '.join(absent)} not installed" if absent else None
+    peer = PEERS[name]
+    if absent := [need for need in peer.needs if importlib.util.find_spec(need) is None]:
+        return f"{', '.join(absent)} not installed"
+    return None if device in peer.devices else f"set up here for {peer.devices[0]} only"
 
 
 def versions() -> dict[str, str]:

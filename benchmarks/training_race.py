@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 import training_contestants
+import training_profile
 import turns
 from contestants import Job
-from machine import milliseconds
+from machine import copy_bandwidth, milliseconds
 from networks import flop
 from torch import Tensor
 from training_contestants import ADAM_EPS, CLIP, EMA_DECAY, LR, OURS, PEERS, Draws, clipped
+from training_profile import SWEPT_BYTES
 from training_runner import TrainingRemote
 
 from fastddpm import UNet, ops
@@ -36,14 +38,15 @@ EQUAL = (
     "All contestants train from the same weights, on the same uint8 batches, with the same number "
     f"of threads: Adam of rate {LR:g}, gradients clipped to norm {CLIP:g}, an average of the "
     f"weights with decay {EMA_DECAY:g}, half of the images mirrored, the same dropout; float32 "
-    "weights, and in bf16 products under autocast. Each lives in a process of its own and all of a "
-    "batch size and precision at the same time, so that they take turns; only one works at a time. "
-    "Nobody reads files. Before any time the first step of each, without dropout, on the same "
+    "weights, and in bf16 products under autocast; float32 is float32, on a GPU too unless torch "
+    "is told to take TF32 in products. Each lives in a process of its own and all of a batch size "
+    "and precision at the same time, so that they take turns; only one works at a time. Nobody "
+    "reads files. Before any time the first step of each, without dropout, on the same "
     "(x_0, t, flip, eps): its loss and all its clipped gradients against those of float64, its "
     "weights and their average against what Adam and the decay make of these gradients. lucidrains "
-    "trains a U-Net of its own architecture of the same widths, so its step is checked against its "
-    "own network in float64, only its images/s and TFLOP/s compare, and it is nobody's best peer. "
-    "It averages each tenth step. TFLOP/s count 3 times the products of the forward as each "
+    "trains a U-Net of its own architecture of the same widths: its step is checked against its "
+    "own network in float64, only its images/s and TFLOP/s compare, and it is nobody's best peer; "
+    "it averages each tenth step. TFLOP/s count 3 times the products of the forward as each "
     "network is written: forward, data gradient, weight gradient. Peak memory is how far the "
     "process's resident set rose, while it was timed, over what it was when the libraries were "
     "loaded and nothing else; on a GPU the same of torch's allocator."
@@ -197,7 +200,29 @@ def race(
         said = (f"{found[k]:.2g} of the {k}, allowed {limits[k]:.2g}" for k in wrong)
         return "; ".join(said) or None
 
-    return turns.race(jobs, TrainingRemote, compare, options, 10**6)
+    def ask(runner: Any, row: dict[str, Any]) -> None:
+        if options.profile and (row["name"] in OURS or PEERS[row["name"]].same):
+            row["parts"] = runner.parts(options.repeats)
+
+    return turns.race(jobs, TrainingRemote, compare, options, 10**6, ask)
+
+
+def more(
+    rows: list[dict[str, Any]], model: UNet, options: argparse.Namespace, precision: str
+) -> dict[str, Any]:
+    """Print where the time of a step goes, if it is asked for; JSON-ready."""
+    if not options.profile:
+        return {}
+    copied = copy_bandwidth(torch.device(options.device), options.threads)
+    count = sum(p.numel() for p in model.parameters())
+    waited = training_profile.fitted(model, options.batches[0], options.device, precision)
+    print("\n" + training_profile.table(rows, count, copied))
+    print(
+        f"a copy moves {copied / 1e9:.3g} GB/s, reads and writes; what follows the gradients moves "
+        f"{SWEPT_BYTES} bytes a parameter at least\nfit, {precision}, batch {options.batches[0]}: "
+        f"waited for images {waited['waited'] / waited['seconds']:.2%} of {waited['seconds']:.3g} s"
+    )
+    return {"copy GB/s": copied / 1e9, "fit": waited}
 
 
 def columns(row: dict[str, Any]) -> dict[str, str]:

@@ -10,14 +10,16 @@ import time
 
 import torch
 import training_contestants
+import training_profile
 from contestants import Job
 from machine import peak_memory, reset_peak_memory, resident_memory, synchronize
 from networks import products
 from processes import Remote, main
-from torch import nn
+from torch import Tensor, nn
 from training_contestants import Draws
 
 from fastddpm.checkpoint import read_tensors, write_tensors
+from fastddpm.precision import float32_kept
 
 BATCHES = 4  # in memory, in turn
 
@@ -28,6 +30,7 @@ class TrainingRunner:
     def __init__(self, job: Job):
         torch.set_num_threads(job.threads)
         self.device, self.shape = torch.device(job.device), job.shape
+        self.precision = job.precision
         training_contestants.load(job)
         self.idle = resident_memory(self.device)
         self.contestant = training_contestants.build(job)
@@ -37,6 +40,11 @@ class TrainingRunner:
             for _ in range(BATCHES)
         )
         self.batches = itertools.cycle(list(batches))
+
+    def step(self, x0: Tensor, draws: Draws | None = None) -> Tensor:
+        """The contestant's, in which float32 is what it is in a Trainer's step."""
+        with float32_kept(self.precision, self.device):
+            return self.contestant.step(x0, draws)
 
     def first_step(self, path: str) -> None:
         """Take the first step without dropout, on the file's x0, t, flip and eps, and leave there
@@ -50,7 +58,7 @@ class TrainingRunner:
         tensors = read_tensors(path)[0]
         x0 = tensors["x0"]
         draws = Draws(*(tensors[k].to(self.device) for k in ("t", "flip", "eps")))
-        loss = self.contestant.step(x0, draws)
+        loss = self.step(x0, draws)
         for layer, p in zip(layers, shares, strict=True):
             layer.p = p
         answer = {"loss": loss.reshape(()), **self.contestant.state()}
@@ -70,9 +78,14 @@ class TrainingRunner:
         synchronize(self.device)
         start = time.perf_counter()
         for _ in range(steps):
-            self.contestant.step(next(self.batches))
+            self.step(next(self.batches))
         synchronize(self.device)
         return time.perf_counter() - start
+
+    def parts(self, steps: int) -> dict[str, list[float]]:
+        """See training_profile."""
+        take_step = lambda: self.step(next(self.batches))  # noqa: E731
+        return training_profile.parts(take_step, steps, self.device)
 
     def forget_peak(self) -> None:
         gc.collect()

@@ -36,12 +36,14 @@ def race(
     check: Check,
     options: argparse.Namespace,
     most: int,
+    after: Callable[[Any, Row], None] = lambda runner, row: None,
 ) -> tuple[list[Row], list[str]]:
     """(a row a contestant, with what its check found and its seconds an image of a step; who could
     not take part) of the contestants of one batch size and precision.
 
     start: makes a job's runner;  check: writes into the row, and returns what is wrong or None;
-    most: steps a turn at most.  A row without "seconds" computed something else."""
+    most: steps a turn at most;  after: what else to ask of one when all turns are over.  A row
+    without "seconds" computed something else."""
     rows: list[Row] = []
     missing: list[str] = []
     running: list[Turns] = []
@@ -83,6 +85,7 @@ def race(
             each.row["seconds"].append(seconds / (each.steps * each.row["batch"]))
     for each in running:
         each.row["peak bytes"] = each.runner.memory()
+        after(each.runner, each.row)
         each.runner.close()
         rows.append(each.row)
     return rows, missing

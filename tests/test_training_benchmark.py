@@ -54,7 +54,7 @@ def test_training(throughput, tmp_path, capsys):
     pytest.importorskip("diffusers")
     files = (f"--json={tmp_path / 'x.json'}", f"--plot={tmp_path / 'x.png'}")
     only = f"--only=fastddpm,{NHWC}"
-    assert throughput.main([*RACE, *files, only, "--dropout=0.1"]) == 0
+    assert throughput.main([*RACE, *files, only, "--dropout=0.1", "--profile"]) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in report["rows"]}
@@ -78,6 +78,15 @@ def test_training(throughput, tmp_path, capsys):
     assert report["GFLOP an image"] == pytest.approx(3 * throughput.flop(network) / 1e9)
     with Image.open(tmp_path / "x.png") as image:
         assert image.width > image.height > 100
+    for row in rows.values():
+        whole, swept = row["parts"]["step"], row["parts"]["sweep"]
+        assert len(whole) == len(swept) == 2
+        assert all(0 < part < step for part, step in zip(swept, whole, strict=True))
+    assert 0 < report["fit"]["waited"] < report["fit"]["seconds"]
+    assert f"a copy moves {report['copy GB/s']:.3g} GB/s" in printed
+    profile = printed[printed.index("ms after the gradients") :]
+    assert "fit, fp32, batch 4: waited for images" in profile
+    assert all(name in profile for name in rows)
 
 
 def wrong_gradient(contestant):
@@ -183,6 +192,40 @@ def test_bf16_is_measured_by_torchs_own_gradients(in_process, contestants, monke
         assert 2e-3 < row["allowed"] < 0.3
         times = 2 * row["error"] / row["allowed"]
         assert row["of PyTorch's error"] == pytest.approx(times)
+
+
+def test_what_takes_part_on_a_gpu(contestants):
+    pytest.importorskip("diffusers")
+    for precision in ("fp32", "bf16"):
+        assert contestants.missing("torch.compile max-autotune", precision, "cuda") is None
+        assert contestants.missing("torch.compile", precision, "cuda") is None
+    here = contestants.missing("torch.compile max-autotune", "fp32", "cpu")
+    assert here == "set up here for cuda only"
+
+
+def test_a_recorded_step_has_no_parts(throughput):
+    """No backward pass is seen in a replay; a step is timed whole."""
+    profile = sys.modules["training_profile"]
+    device = torch.device("cpu")
+    found = profile.parts(lambda: None, 3, device)
+    assert len(found["step"]) == 3
+    assert found["sweep"] == []
+    backward = torch.autograd.backward
+    x = torch.ones((), requires_grad=True)
+    with pytest.raises(RuntimeError):
+        profile.parts(lambda: (x.detach() * 2).backward(), 1, device)
+    assert torch.autograd.backward is backward
+    row = {"batch": 1, "name": "ours", "precision": "fp32", "parts": found}
+    assert "ours" in profile.table([row, {"name": "refused"}], 10, 1e9)
+
+
+def test_bytes_of_a_sweep(throughput):
+    """1e6 parameters in 10 ms move 4 GB/s: half of a copy's 8."""
+    profile = sys.modules["training_profile"]
+    parts = {"step": [0.1], "sweep": [0.01]}
+    row = {"batch": 1, "name": "ours", "precision": "fp32", "parts": parts}
+    words = profile.table([row], 10**6, 8e9).splitlines()[-1].split()
+    assert words[-3:] == ["10%", "4", "50%"]
 
 
 def test_who_is_missing_in_training_is_named(in_process, monkeypatch, capsys):

@@ -220,7 +220,8 @@ def to_diffusers(model: UNet) -> torch.nn.Module:
     net.load_state_dict(weights)
     net.save_pretrained = functools.partial(_save_pretrained, net, model.diffusion)
     parameter = next(model.parameters())
-    return net.to(parameter.device, parameter.dtype).train(model.training)
+    # Not by its own `to`, which warns of parts to be kept in float32 where there are none.
+    return torch.nn.Module.to(net, parameter.device, parameter.dtype).train(model.training)
 
 
 def _save_pretrained(
