@@ -114,19 +114,20 @@ const char* threading() { return runtime() ? "libgomp" : "none (libgomp.so.1 not
 
 namespace {
 
-constexpr size_t HUGE_PAGE = 2 * 1024 * 1024;
+constexpr size_t HUGE_PAGE = 2 * 1024 * 1024, LEAST = 128 * 1024;
 
-// Blocks of a huge page or more that were freed, up to LIMIT bytes of them, the oldest first: what
+// Blocks of LEAST bytes or more that were freed, up to LIMIT bytes of them, the oldest first: what
 // an op needs is about what the next one needs, and the system clears every page that it hands out,
 // which takes as long as an op's own pass over the memory.
 class Kept {
  public:
-  // A block that a call had before and that is not much too large, or null.
-  void* take(size_t size) {
+  // A block that a call had before, that is not much too large and lies right, or null.
+  void* take(size_t size, size_t alignment) {
     const std::lock_guard<std::mutex> turn(mutex);
     size_t best = free.size();
     for (size_t i = 0; i < free.size(); ++i)
       if (free[i].size >= size && free[i].size <= size + size / 2 &&
+          uintptr_t(free[i].data) % alignment == 0 &&
           (best == free.size() || free[i].size < free[best].size))
         best = i;
     if (best == free.size()) return nullptr;
@@ -191,15 +192,16 @@ Kept& kept() {
 // TLB once for every 4 KiB, and prefetchers stop at the end of a page.
 void* scratch_alloc(int64_t bytes, bool zeroed) {
   const size_t size = (size_t(bytes) + 127) / 64 * 64, whole = size / HUGE_PAGE * HUGE_PAGE;
-  const bool large = whole > 0;
-  void* data = large ? kept().take(size) : nullptr;
+  const size_t alignment = whole ? HUGE_PAGE : 64;
+  const bool large = size >= LEAST;
+  void* data = large ? kept().take(size, alignment) : nullptr;
   if (!data) {
-    if (posix_memalign(&data, large ? HUGE_PAGE : 64, size)) {
+    if (posix_memalign(&data, alignment, size)) {
       kept().clear();
-      if (posix_memalign(&data, large ? HUGE_PAGE : 64, size)) throw std::bad_alloc();
+      if (posix_memalign(&data, alignment, size)) throw std::bad_alloc();
     }
 #ifdef MADV_HUGEPAGE
-    if (large) madvise(data, whole, MADV_HUGEPAGE);  // a hint: small pages do as well
+    if (whole) madvise(data, whole, MADV_HUGEPAGE);  // a hint: small pages do as well
 #endif
     if (large) kept().add(data, size);
   }
