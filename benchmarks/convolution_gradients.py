@@ -34,21 +34,31 @@ class Gradients:
     """Of one shape: both gradients by both, ready to be timed. grad: y's, random."""
 
     def __init__(self, layers: Layers, batch: int, dtype: torch.dtype):
-        self.layers, shape = layers, layers.shape
+        self.layers = layers
         assert layers.weight is not None
         last = {"memory_format": torch.channels_last}
-        self.x = layers.input(batch).to(dtype).requires_grad_()
-        self.weight = layers.weight.to(dtype).contiguous(**last).requires_grad_()
-        self.y = ops.convolution(
-            self.x, self.weight, stride=shape.stride, padding=layers.border, upsample=shape.repeat
-        )
+        self.x = layers.input(batch).to(dtype)
+        self.weight = layers.weight.to(dtype).contiguous(**last)
+        self.y = {kind: self.forward(kind) for kind in KINDS}
         random = torch.Generator().manual_seed(1)
-        self.grad = torch.randn(self.y.shape, generator=random).to(dtype).contiguous(**last)
-        self.read = padded(layers, self.x.detach()).contiguous(**last)
+        self.grad = (
+            torch.randn(self.y["data"][0].shape, generator=random).to(dtype).contiguous(**last)
+        )
+        self.read = padded(layers, self.x).contiguous(**last)
+
+    def forward(self, kind: str) -> tuple[Tensor, Tensor]:
+        """y, and the one tensor that has a gradient: an op computes all that are asked for."""
+        x, weight = self.x.detach(), self.weight.detach()
+        of = (x if kind == "data" else weight).requires_grad_()
+        shape = self.layers.shape
+        y = ops.convolution(
+            x, weight, stride=shape.stride, padding=self.layers.border, upsample=shape.repeat
+        )
+        return y, of
 
     def ours(self, kind: str) -> Tensor:
-        of = self.x if kind == "data" else self.weight
-        return torch.autograd.grad(self.y, of, self.grad, retain_graph=True)[0]
+        y, of = self.y[kind]
+        return torch.autograd.grad(y, of, self.grad, retain_graph=True)[0]
 
     def theirs(self, kind: str) -> Tensor:
         """Of what is upsampled and padded already."""
@@ -60,8 +70,8 @@ class Gradients:
 
     def errors(self, kind: str) -> tuple[float, float]:
         """Ours and torch's, relative to the gradient in float64."""
-        x = self.x.detach().double().requires_grad_()
-        weight = self.weight.detach().double().requires_grad_()
+        x = self.x.double().requires_grad_()
+        weight = self.weight.double().requires_grad_()
         read = padded(self.layers, x)
         y = F.conv2d(read, weight, stride=self.layers.shape.stride)
         of = [x, read] if kind == "data" else [weight, weight]

@@ -12,9 +12,10 @@ threads.
 A layer's time is the median of the plan's profiles, and holds what the plan does with the layer:
 GroupNorm, SiLU and upsampling on the way in, bias, time embedding, residual and the result's
 statistics on the way out. torch's is conv2d with its bias alone, warm, channels_last, on an input
-that is normalised, padded and upsampled already. FLOP are the layer's by its definition, twice its
-multiply-adds: Winograd's algorithm needs fewer, and can pass the ceiling, the rate of multiply-adds
-from registers. No numbers are kept here.
+that is normalised, padded and upsampled already. "alone" is our convolution with its bias and
+nothing else, from an input without its border, which it has to make first. FLOP are the layer's by
+its definition, twice its multiply-adds: Winograd's algorithm needs fewer, and can pass the ceiling,
+the rate of multiply-adds from registers. No numbers are kept here.
 
 With --backward, instead: the gradients of x and of the weight of each shape, by ops.convolution and
 by torch's convolution_backward, channels_last, checked against float64. Ours starts from x and
@@ -89,6 +90,8 @@ class Layers:
     at: list[int] = field(default_factory=list)
     errors: tuple[float, float] | None = None  # the plan's, torch's
     seconds: list[float] = field(default_factory=list)
+    alone: Any = None
+    own: list[float] = field(default_factory=list)
 
     def input(self, batch: int) -> Tensor:
         """Random, as the layer's convolution reads it: upsampled, without its border."""
@@ -146,6 +149,7 @@ def check(layers: Layers, algorithm: str, precision: str) -> tuple[float, float]
     plan.finish(y)
     if plan.layers()[0][1] != shape.algorithm:
         raise RuntimeError(f"alone, {shape} runs as {plan.layers()[0][1]}, not {shape.algorithm}")
+    layers.alone = plan
     ours = torch.empty(1, shape.c_out, shape.height, shape.width)
     plan.forward(x, torch.empty(0), ours, torch.get_num_threads())
     x, padding = layers.padded(x)
@@ -153,6 +157,26 @@ def check(layers: Layers, algorithm: str, precision: str) -> tuple[float, float]
     x, weight, bias = (tensor.to(DTYPES[precision]) for tensor in (x, weight, bias))
     theirs = F.conv2d(x, weight, bias, shape.stride, padding)
     return relative_error(ours, truth), relative_error(theirs, truth)
+
+
+class Alone:
+    """The plan of a convolution and its bias, ready to be timed."""
+
+    @torch.inference_mode()
+    def __init__(self, layers: Layers, batch: int):
+        shape = layers.shape
+        y = torch.empty(batch, shape.c_out, shape.height, shape.width)
+        y = y.contiguous(memory_format=torch.channels_last)
+        self.plan = layers.alone
+        self.arguments = (layers.input(batch), torch.empty(0), y, torch.get_num_threads())
+        self.calls = 1
+        self.calls = math.ceil(LEAST / self.seconds())
+
+    @torch.inference_mode()
+    def seconds(self) -> float:
+        """Of a call, the mean of some after one that warms up, without its input's way in."""
+        times = [self.plan.profile(*self.arguments)[0] for _ in range(self.calls + 1)]
+        return statistics.mean(times[1:])
 
 
 class Conv2d:
@@ -189,7 +213,9 @@ def measure(
     out = out.contiguous(memory_format=torch.channels_last)
     row, threads = time_rows(model, torch.tensor([500]))[0], torch.get_num_threads()
     convolutions = [layers for layers in shapes if layers.shape.kernel]
-    contestants = [(layers, Conv2d(layers, batch, dtype)) for layers in convolutions]
+    contestants = [
+        (layers, Conv2d(layers, batch, dtype), Alone(layers, batch)) for layers in convolutions
+    ]
     profiles: list[list[float]] = []
     whole: list[float] = []
     plan.profile(x, row, out, threads)
@@ -199,8 +225,9 @@ def measure(
         start = time.perf_counter()
         plan.forward(x, row, out, threads)
         whole.append(time.perf_counter() - start)
-        for layers, conv2d in contestants:
+        for layers, conv2d, alone in contestants:
             layers.seconds.append(conv2d.seconds())
+            layers.own.append(alone.seconds())
     return [statistics.median(times) for times in zip(*profiles, strict=True)], whole
 
 
@@ -221,6 +248,7 @@ def rows_of(
         if layers.errors:
             theirs = statistics.median(layers.seconds) * count
             row |= {"torch ms": theirs * 1e3, "x torch": theirs / ours}
+            row["alone x torch"] = theirs / (statistics.median(layers.own) * count)
             row["error"], row["torch error"] = layers.errors
         rows.append(row)
     return sorted(rows, key=lambda row: -row["ms"])
@@ -230,7 +258,8 @@ def table(rows: list[dict[str, Any]], shapes: list[Layers]) -> str:
     named = {tuple(vars(layers.shape).values()): str(layers.shape) for layers in shapes}
     formats = {
         "layers": "d", "ms": ".3g", "share": ".1%", "GFLOP/s": ".3g", "of ceiling": ".0%",
-        "torch ms": ".3g", "x torch": ".2f", "error": ".1e", "torch error": ".1e",
+        "torch ms": ".3g", "x torch": ".2f", "alone x torch": ".2f", "error": ".1e",
+        "torch error": ".1e",
     }  # fmt: skip
     return tabulate(
         [

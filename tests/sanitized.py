@@ -22,6 +22,13 @@ EMULATED = {  # bfloat16 instructions on any processor
     isa: ("-include", str(TESTS / "bf16_emulator.h"), "-Wno-psabi", f"-D{macro}")
     for isa, macro in {"avx512_bf16": "__AVX512BF16__", "amx_bf16": "__AMX_BF16__"}.items()
 }
+# What the table of an instruction set's kernels names, and those of them that multiply bfloat16.
+KERNELS = (
+    *("layers/way", "layers/attention", "layers/convolve", "layers/digest", "layers/images"),
+    *("layers/input", "layers/pack", "layers/weight_gradient"),
+    *("ops/group_norm_silu_backward", "ops/posterior_step"),
+)
+BF16 = ("layers/attention_bf16", "layers/convolve_bf16", "layers/weight_gradient_bf16")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
 

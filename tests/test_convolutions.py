@@ -59,6 +59,7 @@ def test_every_layer_is_in_one_row(convolutions, tmp_path, capsys, precision):
         assert f"{row['height']}x{row['width']}" in printed
         if row["kernel"]:
             assert row["x torch"] == pytest.approx(row["torch ms"] / row["ms"])
+            assert row["alone x torch"] > 0
             own = "bf16" if row["algorithm"] == "bf16" else "fp32"
             for error, kind in ((row["torch error"], precision), (row["error"], own)):
                 assert {"fp32": 0, "bf16": 1e-3}[kind] < error < convolutions.ALLOWED[kind]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_exact
-from sanitized import EMULATED, FLAGS, Compiler, needs_compiler, run_checks
+from sanitized import BF16, EMULATED, FLAGS, KERNELS, Compiler, needs_compiler, run_checks
 from torch import nn
 from toy import SCHEDULE, generator, tiny_unet
 
@@ -513,17 +513,7 @@ def compiled(tmp_path_factory):
     return Compiler(tmp_path_factory.mktemp("objects"))
 
 
-COMMON = (
-    "plan_check",
-    "plan/plan",
-    "plan/run",
-    "layers/input",
-    "layers/attention",
-    "layers/convolve",
-    "layers/pack",
-    "ops/posterior_step",
-)
-BF16 = ("layers/attention_bf16", "layers/convolve_bf16")
+COMMON = ("plan_check", "plan/plan", "plan/run", *KERNELS)
 
 
 @needs_compiler

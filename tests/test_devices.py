@@ -55,6 +55,11 @@ OPERANDS = {
         "x": IMAGE, "num_groups": 2, "norm_weight": (C,), "norm_bias": (C,),
         "qkv_weight": (3 * C, C), "qkv_bias": (3 * C,), "proj_weight": (C, C), "proj_bias": (C,),
     },
+    "convolution": {
+        "x": IMAGE, "weight": (C, 2 * C, 3, 3), "bias": (C,), "x2": IMAGE, "num_groups": 2,
+        "norm_weight": (2 * C,), "norm_bias": (2 * C,), "shift": (N, C), "residual": IMAGE,
+        "dropout": 0.5, "seed": 1, "sample_index": (N,), "step": (N,),
+    },
     "discretized_log_likelihood": {"x": IMAGE, "mean": IMAGE, "log_scale": IMAGE},
     "squared_error": {"prediction": IMAGE, "target": IMAGE},
 }  # fmt: skip

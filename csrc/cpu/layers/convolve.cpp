@@ -7,6 +7,7 @@
 #include "../isa.h"
 #include "../parallel.h"
 #include "gemm.h"
+#include "place.h"
 #include "winograd.h"
 
 namespace fastddpm {
@@ -17,10 +18,6 @@ constexpr int64_t PIXELS = 48;  // output pixels in a block of the direct sum: w
 constexpr int64_t TILES_MIN = 24, TILES_MAX = 48;  // tiles in a block, whole strips
 constexpr int64_t TRANSFORMED = 48 * 1024;         // floats of a block's transformed input, about
 constexpr int64_t STEP_BF16 = 32;  // channels: those of a bfloat16 pixel are whole steps
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // y = sum + bias (+ residual) for a vector of a pixel's channels, as many as there are; bias: that
 // of the pixel's image.
@@ -43,25 +40,6 @@ struct Epilogue {
       const float v = values[j] + bias[c + j];
       y[at + j] = residual ? v + residual[at + j] : v;
     }
-  }
-};
-
-// Where pixel or tile i of all images lies, counted up without a division.
-struct Place {
-  int64_t width, height, image, y, x;
-
-  Place(int64_t i, int64_t width, int64_t height)
-      : width(width),
-        height(height),
-        image(i / (width * height)),
-        y(i / width % height),
-        x(i % width) {}
-
-  void next() {
-    if (++x < width) return;
-    x = 0;
-    if (++y < height) return;
-    y = 0, ++image;
   }
 };
 
@@ -233,12 +211,14 @@ void winograd(const Convolve& op, const Epilogue& epilogue, float* workspace, in
 
 // The fewest cycles for one image by a count of vector operations and of the bytes of weights that
 // stream past where they are too many for the cache. Shapes alone decide, so that results depend on
-// neither batch nor threads: a large batch, whose images share the stream, gives up a little.
+// neither batch nor threads: two images are taken to share a stream, which costs one alone, and a
+// large batch, a little.
 // rate_bf16: products of bfloat16 in the time of one of float32, whose direct sum then takes the
 // place of float32's; 0: everything is float32.
 Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t width,
                          double rate_bf16) {
   constexpr double BYTES = 8, CACHE = 2 * 1024 * 1024;  // bytes a cycle; bytes that stay
+  constexpr double SHARED = 2;                          // images
   const double outputs = double(packed_columns(c_out) / WIDTH);
   const auto cost = [&](int64_t m) {
     const bool bf16 = !m && rate_bf16 > 0;
@@ -249,7 +229,7 @@ Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t wi
     const double transforms =
         m ? tiles * points * 3 * (double(ceil_div(c_in, WIDTH)) + outputs) : 0.0;
     const double bytes = points * inputs * outputs * WIDTH * (bf16 ? 2 : 4);
-    const double streaming = bytes > CACHE ? bytes / BYTES : 0.0;
+    const double streaming = bytes > CACHE ? bytes / BYTES / SHARED : 0.0;
     return products + transforms + streaming;
   };
   const double direct = cost(0), two = cost(2), four = cost(4);

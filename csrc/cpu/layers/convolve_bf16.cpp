@@ -11,16 +11,13 @@
 #include "../parallel.h"
 #include "bf16.h"
 #include "pack.h"
+#include "place.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {
 namespace {
 
 constexpr int64_t ROWS = 512;  // in a block of work: whole tiles
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // An image's rows of the product: `length` outputs before repetition in rows of `pitch`, the first
 // `width` of each wanted, and what fills the last tile.
@@ -36,8 +33,8 @@ struct Tiling {
         rows(Multiplier::ANY_ROWS ? length : ceil_div(length, TILE) * TILE) {}
 };
 
-// Where the inputs of a block's rows begin, and their outputs, as pixels of y; -1: not wanted. bias:
-// that of the row's image.
+// Where the inputs of a block's rows begin, and their outputs, as pixels of y; -1: not wanted.
+// bias: that of the row's image.
 struct Rows {
   const BF16* x[ROWS];
   int64_t y[ROWS];

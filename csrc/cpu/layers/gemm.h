@@ -10,6 +10,7 @@
 #include "../../types.h"
 #include "../simd.h"
 #include "ahead.h"
+#include "transpose.h"
 
 namespace fastddpm {
 namespace {
@@ -19,6 +20,7 @@ namespace {
 // latency of the adds.
 constexpr int64_t STRIP = 6;
 constexpr int WIDE = WIDTH == 16 ? 4 : 2, SLIM = 2;
+constexpr int64_t PACKED_AT_ONCE = 64;  // rows: they stay in the L1 cache
 constexpr int64_t PANEL = WIDE * WIDTH, MIN_PANEL = SLIM * WIDTH;
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -42,14 +44,10 @@ inline void pack(const T* b, int64_t k, int64_t n, int64_t stride_k, int64_t str
     const T* source = b + first * stride_n;
     if (columns < width)
       for (int64_t i = 0; i < k * width; ++i) panels[i] = 0.0f;
-    if (stride_n == 1)
-      for (int64_t i = 0; i < k; ++i)
-        for (int64_t j = 0; j < columns; ++j)
-          panels[i * width + j] = to_float(source[i * stride_k + j]);
-    else
-      for (int64_t j = 0; j < columns; ++j)
-        for (int64_t i = 0; i < k; ++i)
-          panels[i * width + j] = to_float(source[i * stride_k + j * stride_n]);
+    for (int64_t i = 0; i < k; i += PACKED_AT_ONCE)
+      copy_transposed(source + i * stride_k, stride_n, stride_k,
+                      k - i < PACKED_AT_ONCE ? k - i : PACKED_AT_ONCE, columns, panels + i * width,
+                      width);
   }
 }
 

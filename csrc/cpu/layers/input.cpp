@@ -84,9 +84,11 @@ void coefficients_of(const GroupCoefficients& op, int64_t image) {
     }
     const double rstd = 1.0 / sqrt(squares / double(width * op.pixels) + double(op.eps));
     for (int64_t c = first; c < first + width; ++c) {
+      // What rounding the centre leaves of the mean is part of the shift.
+      const double scale = double(op.weight[c]) * rstd, rest = double(float(mean)) - mean;
       op.centre[image * channels + c] = float(mean);
-      op.scale[image * channels + c] = float(double(op.weight[c]) * rstd);
-      op.shift[image * channels + c] = op.bias[c];
+      op.scale[image * channels + c] = float(scale);
+      op.shift[image * channels + c] = float(double(op.bias[c]) + rest * scale);
     }
   }
 }

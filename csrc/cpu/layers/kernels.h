@@ -40,6 +40,10 @@ struct Kernels {
   decltype(&plain::packed_weight_size_bf16) packed_weight_size_bf16;
   decltype(&plain::product_rate_bf16) product_rate_bf16;
   decltype(&plain::pack_weight_bf16) pack_weight_bf16;
+  decltype(&plain::weight_gradient_bf16_workspace) weight_gradient_bf16_workspace;
+  decltype(&plain::weight_gradient_bf16_begin) weight_gradient_bf16_begin;
+  decltype(&plain::weight_gradient_bf16_add) weight_gradient_bf16_add;
+  decltype(&plain::weight_gradient_bf16_finish) weight_gradient_bf16_finish;
   decltype(&plain::posterior_step) posterior_step;
   decltype(&plain::group_norm_silu_backward) group_norm_silu_backward;
 };

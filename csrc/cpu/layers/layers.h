@@ -109,6 +109,16 @@ struct WeightGradient {
   int64_t stride[4];             // its, in floats
 };
 
+// The same of bfloat16 operands with float32 sums, as they are written.
+struct WeightGradientBf16 {
+  int64_t images, c_in, c_out, kernel;
+  int64_t rows, columns, pixel, image;  // of x, as ConvolveBf16
+  int64_t height, width;                // of grad
+  const BF16 *x, *grad;                 // grad: (images, height, width, c_out)
+  float* dweight;                       // (c_out, c_in, kernel, kernel)
+  int64_t stride[4];                    // its, in floats
+};
+
 // softmax(q k^T / sqrt(d)) v per image and head; qkv: (images, pixels, 3C), y: (images, pixels, C).
 struct Attention {
   int64_t images, pixels, channels, heads;
@@ -141,6 +151,10 @@ struct Attention {
   void weight_gradient_begin(const WeightGradient&, float* workspace, int threads);            \
   void weight_gradient_add(const WeightGradient&, float* workspace, int threads);              \
   void weight_gradient_finish(const WeightGradient&, float* workspace, int threads);           \
+  int64_t weight_gradient_bf16_workspace(const WeightGradientBf16&, int threads);              \
+  void weight_gradient_bf16_begin(const WeightGradientBf16&, float* workspace, int threads);   \
+  void weight_gradient_bf16_add(const WeightGradientBf16&, float* workspace, int threads);     \
+  void weight_gradient_bf16_finish(const WeightGradientBf16&, float* workspace, int threads);  \
   int64_t vector_width();                                                                      \
   }
 

@@ -5,6 +5,7 @@
 #include "../isa.h"
 #include "../parallel.h"
 #include "gemm.h"
+#include "place.h"
 #include "winograd.h"
 
 namespace fastddpm {
@@ -15,8 +16,6 @@ namespace {
 // point's part of a panel then goes to its place as one piece, since those places are mostly a
 // power of two apart and share their cache sets.
 constexpr int64_t CHANNELS = 256 / PANEL, TRANSFORMED = 128 / PANEL;
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 void copy(const float* from, int64_t count, float* to) {
   __builtin_memcpy(to, from, size_t(count) * sizeof(float));

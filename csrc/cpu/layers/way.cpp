@@ -39,6 +39,10 @@ namespace {
    isa::packed_weight_size_bf16,        \
    isa::product_rate_bf16,              \
    isa::pack_weight_bf16,               \
+   isa::weight_gradient_bf16_workspace, \
+   isa::weight_gradient_bf16_begin,     \
+   isa::weight_gradient_bf16_add,       \
+   isa::weight_gradient_bf16_finish,    \
    base::posterior_step,                \
    base::group_norm_silu_backward},
 
@@ -121,6 +125,19 @@ Way way_of(const Kernels& kernels, const Geometry& geometry, bool bf16, Asked as
       way.rounded()
           ? kernels.packed_weight_size_bf16(is.c_in, is.c_out, is.kernel, way.repeated) / 2
           : kernels.packed_weight_size(way.algorithm, is.c_in, is.c_out, is.kernel);
+  return way;
+}
+
+Way way_of_input(const Geometry& geometry, bool rounded) {
+  Way way{};
+  way.is = geometry;
+  const Geometry& is = way.is;
+  way.y_height = is.rows(), way.y_width = is.columns();
+  way.algorithm = rounded ? Algorithm::bf16 : Algorithm::direct;
+  way.pixel = rounded ? round_up(is.c_in, CHANNELS_BF16) : is.c_in;
+  way.image = (is.height * is.repeat + is.before + is.after) *
+              (is.width * is.repeat + is.before + is.after) * way.pixel;
+  if (rounded) way.image += OVERREAD * is.stride * way.pixel;
   return way;
 }
 

@@ -52,6 +52,9 @@ struct Way {
 // bf16: products of bfloat16 operands are allowed, where they are the fastest.
 Way way_of(const Kernels&, const Geometry&, bool bf16, Asked asked = Asked::automatic);
 
+// For an input alone, every pixel and every border in it: what the weight's gradient reads.
+Way way_of_input(const Geometry&, bool rounded);
+
 void pack(const Kernels&, const Way&, const Weight&, float* packed, int threads);
 
 // repeat, border and layout; sources, coefficients and the output are the caller's.

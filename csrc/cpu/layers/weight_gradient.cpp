@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t BLOCK = 1200 * 1024;  // floats of a block's transformed tiles, about
 constexpr int64_t MOST = 4096;          // tiles in a block
 constexpr int64_t RUN = 4;              // tiles of a job that packs
+constexpr int64_t STEP_BF16 = 32;       // channels: those of a bfloat16 sum are whole blocks
 
 int64_t points_of(Algorithm algorithm, int64_t kernel) {
   const int64_t m = int64_t(algorithm);
@@ -130,26 +131,29 @@ Sums direct_sums(const WeightGradient& op) {
 }  // namespace
 
 // The fewest cycles for 16 images by a count of vector operations and of the bytes of the sums.
-// Shapes alone decide, so that results depend on neither batch nor threads.
+// Shapes alone decide, so that results depend on neither batch nor threads. rate_bf16: as
+// best_algorithm's, whose direct sum then takes the place of float32's.
 Algorithm best_weight_gradient(int64_t c_in, int64_t c_out, int64_t height, int64_t width,
-                               int64_t kernel, double) {
+                               int64_t kernel, double rate_bf16) {
   constexpr double IMAGES = 16, BYTES = 8;  // bytes a cycle
-  const auto vectors = [](int64_t channels) { return double(ceil_div(channels, WIDTH)); };
-  const auto cost = [&](Algorithm algorithm) {
-    const int64_t m = algorithm == Algorithm::direct ? 1 : int64_t(algorithm);
-    const Sums sums(points_of(algorithm, kernel), c_in, c_out);
-    const double points = double(sums.points);
+  const bool bf16 = rate_bf16 > 0;
+  const auto cost = [&](int64_t m) {
+    const bool rounded = m == 1 && bf16;
+    const int64_t step = rounded ? STEP_BF16 : 1;
+    const Sums sums(m > 1 ? (m + 2) * (m + 2) : kernel * kernel, round_up(c_in, step),
+                    round_up(c_out, step));
+    const double points = double(sums.points), area = double(sums.plane / WIDTH);
     const double tiles = double(ceil_div(height, m) * ceil_div(width, m));
-    const double area = double(sums.plane / WIDTH);
-    const double of_x = points * (algorithm == Algorithm::direct ? 2 : 5);
-    const double of_grad = algorithm == Algorithm::direct ? 2 : points * 4;
-    return IMAGES * tiles * (points * area + of_x * vectors(c_in) + of_grad * vectors(c_out)) +
+    const double of_x = points * (m > 1 ? 5 : 2), of_grad = m > 1 ? points * 4 : 2;
+    const double packing =
+        of_x * double(ceil_div(c_in, WIDTH)) + of_grad * double(ceil_div(c_out, WIDTH));
+    return IMAGES * tiles * (points * area / (rounded ? rate_bf16 : 1.0) + packing) +
            points * area * (4 * WIDTH * 2 / BYTES);
   };
-  if (kernel != 3) return Algorithm::direct;
-  const double direct = cost(Algorithm::direct), two = cost(Algorithm::winograd_2);
-  const double four = cost(Algorithm::winograd_4);
-  if (direct <= two && direct <= four) return Algorithm::direct;
+  const Algorithm direct = bf16 ? Algorithm::bf16 : Algorithm::direct;
+  if (kernel != 3) return direct;
+  const double one = cost(1), two = cost(2), four = cost(4);
+  if (one <= two && one <= four) return direct;
   return two <= four ? Algorithm::winograd_2 : Algorithm::winograd_4;
 }
 

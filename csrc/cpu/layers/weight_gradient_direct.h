@@ -31,11 +31,29 @@ struct DirectPart {
   int64_t first_row, last_row, first_column, last_column;
 };
 
+// Fetches the pixels of the next run in parts, while this one is multiplied. Where a row of the
+// image ends they lie a border further: then a few are missed.
+struct NextRun {
+  const float *const *left, *const *right;
+  int64_t to_left, to_right;  // from a pixel of this run, floats
+  int64_t rows, columns, calls, call = 0;
+
+  void fetch() {
+    for (int64_t i = DEPTH * call / calls; i < DEPTH * (call + 1) / calls; ++i) {
+      for (int64_t c = 0; c < rows; c += 16) __builtin_prefetch(left[i] + to_left + c, 0, 2);
+      for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(right[i] + to_right + c, 0, 2);
+    }
+    ++call;
+  }
+};
+
 template <int VECTORS>
 inline void add_pixels(const Sums& sums, const DirectPart& part, int64_t tap, int64_t column,
-                       const float* a, const float* b, int64_t count, bool fresh, float* matrices) {
+                       const float* a, const float* b, int64_t count, bool fresh, NextRun& next,
+                       float* matrices) {
   float* to = matrices + sums.at(tap, part.first_row, column);
   for (int64_t row = part.first_row; row < part.last_row; row += ROWS) {
+    if (tap == 0 && count == DEPTH) next.fetch();
     const int64_t at = row - part.first_row;
     const float* strip = a + at / WIDTH * WIDTH * DEPTH + at % WIDTH;
     (fresh ? add_strip<VECTORS, true> : add_strip<VECTORS, false>)(strip, b, count, to);
@@ -63,6 +81,13 @@ inline void add_part(const WeightGradient& op, const Sums& sums, const DirectPar
       x[i] = op.x + ((place.image * op.rows + place.y) * op.columns + place.x) * op.pixel;
       grad[i] = op.grad + (first + i) * op.c_out;
     }
+    NextRun next{left,
+                 right,
+                 part.first_row + DEPTH * (sums.columns_of_x ? op.c_out : op.pixel),
+                 part.first_column + DEPTH * (sums.columns_of_x ? op.pixel : op.c_out),
+                 rows,
+                 columns,
+                 ceil_div(rows, ROWS) * ceil_div(columns, PANEL)};
     for (int64_t tap = 0; tap < sums.points; ++tap) {
       const int64_t shift = (tap / op.kernel * op.columns + tap % op.kernel) * op.pixel;
       if (tap == 0 || !sums.columns_of_x)
@@ -75,7 +100,7 @@ inline void add_part(const WeightGradient& op, const Sums& sums, const DirectPar
         (panel_width(columns - c) == PANEL
              ? add_pixels<WIDE>
              : add_pixels<SLIM>)(sums, part, tap, part.first_column + c, a, b + c * DEPTH, count,
-                                 fresh, matrices);
+                                 fresh, next, matrices);
     }
   }
 }

@@ -19,6 +19,9 @@ namespace {
 
 constexpr int64_t WORKING_SET = 32 * 1024 * 1024;  // bytes of images that are at work, about
 
+// Floats that hold so many bfloat16.
+int64_t halves(int64_t count) { return (count + 1) / 2; }
+
 // A border around a kernel of 1 has no part in the gradients of x and weight.
 Convolution without_border(Convolution forward) {
   if (forward.kernel == 1) forward.before = forward.after = 0;
@@ -33,10 +36,13 @@ class Backward {
         threads(threads),
         kernels(kernels_in_use()),
         source(forward.source),
-        input_way(way_of(kernels, geometry_of(forward), false, Asked::direct)),
-        input(kernels, forward, input_way, true),
         offset(op.forward.before - forward.before),
         g{1, op.forward.shape.c, reached(source.h), reached(source.w)},
+        algorithm(
+            kernels.best_weight_gradient(source.c, g.c, g.h, g.w, forward.kernel,
+                                         forward.rounded ? kernels.product_rate_bf16() : 0.0)),
+        input_way(way_of_input(geometry_of(forward), algorithm == Algorithm::bf16)),
+        input(kernels, forward, input_way, true),
         whole_grad(whole()),
         passes_through(!forward.groups && !forward.silu && !forward.dropout.threshold &&
                        forward.upsample == 1) {
@@ -54,10 +60,10 @@ class Backward {
   void run() {
     const Buffer memory = allocate(floats(images), false);
     const Buffer products = allocate(op.dweight ? gradient_floats : LINE, false);
-    if (op.dweight) kernels.weight_gradient_begin(gradient, products.get(), threads);
+    if (op.dweight) begin_weight_gradient(products.get());
     for (int64_t n = 0; n < source.n; n += images)
       run_group(n, std::min(images, source.n - n), memory.get(), products.get());
-    if (op.dweight) kernels.weight_gradient_finish(gradient, products.get(), threads);
+    if (op.dweight) finish_weight_gradient(products.get());
     write_sums();
   }
 
@@ -74,15 +80,17 @@ class Backward {
   const int threads;
   const Kernels& kernels;
   const Shape source;
+  const int64_t offset;       // rows and columns of g that the border's outputs are
+  const Shape g;              // of an image
+  const Algorithm algorithm;  // of the weight's gradient
   const Way input_way;
   const Input input;
-  const int64_t offset;           // rows and columns of g that the border's outputs are
-  const Shape g;                  // of an image
   const float* const whole_grad;  // where grad is g as it is, or null
   const bool passes_through;      // dh is dx
   int64_t images = 1;             // at once
   std::vector<Part> parts;
   WeightGradient gradient{};
+  WeightGradientBf16 gradient_bf16{};
   int64_t gradient_floats = 0;
   std::vector<float> zeros, dnorm;
   std::vector<double> sums, norm_sums;  // (N, O); (2, C)
@@ -128,15 +136,57 @@ class Backward {
     if (op.dx2.data) add(forward.c1, source.c - forward.c1, &op.dx2);
   }
 
+  // ---- the weight's gradient ----
+
+  bool rounded() const { return algorithm == Algorithm::bf16; }
+
   void describe_weight_gradient() {
-    gradient.algorithm = kernels.best_weight_gradient(source.c, g.c, g.h, g.w, forward.kernel, 0.0);
-    gradient.c_in = source.c, gradient.c_out = g.c, gradient.kernel = forward.kernel;
-    gradient.rows = g.h + forward.kernel - 1, gradient.columns = g.w + forward.kernel - 1;
-    gradient.pixel = input_way.pixel;
-    gradient.height = g.h, gradient.width = g.w;
-    gradient.dweight = op.dweight;
-    std::copy_n(op.dweight_stride, 4, gradient.stride);
-    gradient_floats = lines(kernels.weight_gradient_workspace(gradient, threads)) + LINE;
+    const auto describe = [&](auto& op) {
+      op.c_in = source.c, op.c_out = g.c, op.kernel = forward.kernel;
+      op.rows = g.h + forward.kernel - 1, op.columns = g.w + forward.kernel - 1;
+      op.pixel = input_way.pixel;
+      op.height = g.h, op.width = g.w;
+      op.dweight = this->op.dweight;
+      std::copy_n(this->op.dweight_stride, 4, op.stride);
+    };
+    describe(gradient);
+    describe(gradient_bf16);
+    gradient.algorithm = algorithm, gradient_bf16.image = input_way.image;
+    gradient_floats =
+        LINE + lines(rounded() ? kernels.weight_gradient_bf16_workspace(gradient_bf16, threads)
+                               : kernels.weight_gradient_workspace(gradient, threads));
+  }
+
+  void begin_weight_gradient(float* products) const {
+    if (rounded())
+      kernels.weight_gradient_bf16_begin(gradient_bf16, products, threads);
+    else
+      kernels.weight_gradient_begin(gradient, products, threads);
+  }
+
+  void add_weight_gradient(int64_t first, int64_t count, const float* grad, Memory memory,
+                           float* products) {
+    const float* x = input.prepare(first, count, memory, threads).x;
+    if (!rounded()) {
+      gradient.images = count, gradient.x = x, gradient.grad = grad;
+      return kernels.weight_gradient_add(gradient, products, threads);
+    }
+    PrepareInput rounding{};
+    rounding.images = count, rounding.height = g.h, rounding.width = g.w;
+    rounding.channels[0] = rounding.pixel = g.c, rounding.source[0] = grad;
+    rounding.repeat = 1, rounding.image = numel(g);
+    rounding.out_bf16 = reinterpret_cast<BF16*>(memory.take(halves(count * numel(g))));
+    kernels.prepare_input(rounding, threads);
+    gradient_bf16.images = count, gradient_bf16.x = reinterpret_cast<const BF16*>(x);
+    gradient_bf16.grad = rounding.out_bf16;
+    kernels.weight_gradient_bf16_add(gradient_bf16, products, threads);
+  }
+
+  void finish_weight_gradient(float* products) const {
+    if (rounded())
+      kernels.weight_gradient_bf16_finish(gradient_bf16, products, threads);
+    else
+      kernels.weight_gradient_finish(gradient, products, threads);
   }
 
   // ---- memory ----
@@ -154,6 +204,7 @@ class Backward {
 
   int64_t floats(int64_t images) const {
     int64_t most = op.dweight ? input.floats(images) : 0, all = 0;
+    if (op.dweight && rounded()) most += lines(halves(images * numel(g)));
     for (const Part& part : parts) most = std::max(most, part_floats(part, images));
     if (op.dx.data && !passes_through) most += lines(images * numel(source)) + input.floats(images);
     if (!whole_grad) all += lines(images * numel(g));
@@ -162,7 +213,9 @@ class Backward {
   }
 
   int64_t images_at_once() const {
-    const int64_t bytes = floats(1) * int64_t(sizeof(float));
+    // By shapes alone, which neither the threads nor a layout of memory change.
+    const int64_t values = 2 * numel(g) + input_way.image + 2 * pixels_of_dh(1) * source.c;
+    const int64_t bytes = values * int64_t(sizeof(float));
     const int64_t fit = std::max<int64_t>(1, WORKING_SET / bytes);
     const int64_t groups = (source.n + fit - 1) / fit;
     return (source.n + groups - 1) / groups;
@@ -174,12 +227,7 @@ class Backward {
     Memory memory(begin);
     const float* grad = gradient_of_y(first, count, memory);
     add_sums(first, count, grad, memory);
-    if (op.dweight) {
-      Memory own = memory;
-      gradient.images = count, gradient.grad = grad;
-      gradient.x = input.prepare(first, count, own, threads).x;
-      kernels.weight_gradient_add(gradient, products, threads);
-    }
+    if (op.dweight) add_weight_gradient(first, count, grad, memory, products);
     for (const Part& part : parts) {
       Memory own = memory;
       float* dh = run_part(part, first, count, grad, own);
