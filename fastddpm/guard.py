@@ -14,6 +14,18 @@ IN_A_ROW = 10  # steps that are not finite, one after the other, are no accident
 _LARGEST = torch.finfo(torch.float32).max
 
 
+def in_range(low: float, high: float) -> bool:
+    """Whether pixels are; NaN is in no range."""
+    return low >= -1 - SLACK and high <= 1 + SLACK
+
+
+def out_of_range(low: float, high: float) -> str:
+    return (
+        f"images of floats must lie in [-1, 1]; got {low:.6g} .. {high:.6g}: of 0 .. 255, give "
+        "uint8, or x / 127.5 - 1"
+    )
+
+
 class Stop(NamedTuple):
     """The step that stopped a run, and how many were taken after it, all of them left out."""
 
@@ -25,9 +37,28 @@ class Stop(NamedTuple):
     after: int
 
     @property
-    def out_of_range(self) -> bool:
-        """Whether its pixels were, which may be why its loss is not finite; NaN is in no range."""
-        return not (self.low >= -1 - SLACK and self.high <= 1 + SLACK)
+    def is_none(self) -> bool:
+        """Whether that step was none, whatever its numbers: its images or its ranks were wrong."""
+        return not in_range(self.low, self.high) or self.unlike > 0
+
+    def error(self, step: int) -> Exception:
+        """What to raise of it: ValueError of a step that is none, else FloatingPointError.
+
+        step: its number"""
+        what = f"step {step}: loss {self.loss}, gradient norm {self.norm}"
+        left = f"; steps {step + 1} .. {step + self.after} were left out, too" if self.after else ""
+        if not self.is_none:
+            return FloatingPointError(
+                f"{what}: it is the {IN_A_ROW}th step in a row that is not finite; the weights are "
+                f"those before step {step - IN_A_ROW + 1}{left}"
+            )
+        what += f"; the weights are those before this step{left}"
+        if not in_range(self.low, self.high):  # which may be why the loss is not finite
+            return ValueError(f"{out_of_range(self.low, self.high)} ({what})")
+        return ValueError(
+            "the ranks did not take one step together: their parts must follow one another and "
+            f"make up a step, the same one on each; without part=, as many images ({what})"
+        )
 
 
 class Seen(NamedTuple):
@@ -95,9 +126,9 @@ class Guard:
 
     def read(self) -> Seen:
         """Wait for the steps so far. Where they were stopped, the next one is looked at anew."""
-        *seen, _, row, skipped, stopped, after = self._state.tolist()
+        loss, norm, low, high, unlike, _, row, skipped, stopped, after = self._state.tolist()
         self.reset(0 if stopped else int(row))
-        stop = Stop(*seen, int(after)) if stopped else None
+        stop = Stop(loss, norm, low, high, unlike, int(after)) if stopped else None
         return Seen(int(skipped), int(row), stop)
 
     def reset(self, in_a_row: int = 0) -> None:

@@ -1,5 +1,5 @@
-"""Several processes that draw one set (torch.distributed): who draws what, and what they tell each
-other. No models."""
+"""Several processes that draw one set or train one model (torch.distributed): who does what, and
+what they tell each other. No models."""
 
 from __future__ import annotations
 
@@ -91,6 +91,10 @@ def launched(device: torch.device, timeout: float | None = None) -> Iterator[tor
         _presence = presence
         try:
             yield device
+        except BaseException as error:
+            if not isinstance(error, RankError):
+                presence.say(f"{type(error).__name__}: {error}")
+            raise
         finally:
             _presence = None
             dist.destroy_process_group()
@@ -148,20 +152,6 @@ def _is_of_a_lost_rank(error: RuntimeError) -> bool:
     return dist.is_available() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
-@contextlib.contextmanager
-def heard() -> Iterator[None]:
-    """A block in which the ranks wait for one another in collectives: what ends it on one is what
-    the others say of it, where they lose it in `losing`."""
-    try:
-        yield
-    except RankError:
-        raise
-    except BaseException as error:
-        if _presence is not None:
-            _presence.say(f"{type(error).__name__}: {error}")
-        raise
-
-
 def share(n: int, rank: int, world: int) -> tuple[int, int]:
     """The range of n numbers that is this rank's; the ranges follow one another."""
     return n * rank // world, n * (rank + 1) // world
@@ -189,8 +179,9 @@ def together() -> Iterator[None]:
             raise RankError(f"rank {rank} failed: {failure}")
 
 
-def agree(**facts: Any) -> None:
-    """RankError on every rank if the ranks' facts differ, naming the first. A collective."""
+def agree(must: str = "must draw the same set", **facts: Any) -> None:
+    """RankError on every rank if the ranks' facts differ, naming the first, and what they `must`
+    do. A collective."""
     everyone: list[Any] = [facts] * place()[1]
     if len(everyone) > 1:
         with _meeting():
@@ -198,7 +189,7 @@ def agree(**facts: Any) -> None:
     for name in facts:
         if any(other[name] != everyone[0][name] for other in everyone):
             values = ", ".join(str(other[name]) for other in everyone)
-            raise RankError(f"all ranks must draw the same set; {name} differs: {values}")
+            raise RankError(f"all ranks {must}; {name} differs: {values}")
 
 
 def from_first(value: Any) -> Any:

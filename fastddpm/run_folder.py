@@ -15,6 +15,7 @@ from fastddpm.checkpoint import _lock, read_json, remove_abandoned
 from fastddpm.pretrained import CONFIG, WEIGHTS
 
 STATE, LOG, PLOT, SAMPLES = "trainer.safetensors", "log.csv", "loss.png", "samples"
+RECIPE = "recipe.json"  # all options of the run, see recipe.py
 LOCK = ".lock"
 
 

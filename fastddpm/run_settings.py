@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fastddpm import _native
+from fastddpm.ops import dispatch
 from fastddpm.unet import UNet
 
 
@@ -20,6 +22,25 @@ def architecture(network: torch.nn.Module) -> Any:
     if isinstance(network, UNet):
         return network.config
     return re.sub(r" at 0x[0-9a-f]+", "", repr(network)).splitlines()
+
+
+def machine(way: int, device: torch.device, ranks: int, accumulate: int) -> dict[str, Any]:
+    """What may change the last bits of a step, JSON-ready.
+
+    way: of taking steps, trainer.py's;  ranks, accumulate: what a batch is divided into"""
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "torch": torch.__version__,
+        "backend": dispatch.forced(),
+        "way of taking steps": way,
+        "ranks": ranks,
+        "accumulate": accumulate,
+    }
+    if device.type == "cpu":
+        facts |= {"threads": torch.get_num_threads(), "instruction set": _native.isa()}
+    else:
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
 
 
 def read_settings(path: Path, metadata: dict[str, str]) -> dict[str, Any]:

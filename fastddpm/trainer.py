@@ -17,23 +17,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastddpm import _native, unet_walk
+from fastddpm import unet_walk
 from fastddpm.arguments import check_one_device, check_pixels
 from fastddpm.checkpoint import named, read_tensors, write_tensors
 from fastddpm.diffusion import Diffusion
 from fastddpm.engine import cuda_graph
 from fastddpm.engine.cuda_graph import Record
-from fastddpm.guard import IN_A_ROW, SLACK, Guard
+from fastddpm.guard import IN_A_ROW, Guard, in_range, out_of_range
 from fastddpm.host import callers_level, own_state, plain, training
 from fastddpm.master_weights import DTYPES, MasterWeights
-from fastddpm.ops import dispatch
 from fastddpm.options import check_flag, check_integer, check_number
 from fastddpm.precision import Precision, float32_kept, resolve_precision
 from fastddpm.pretrained import save_config, save_model
 from fastddpm.ranks import losing
 from fastddpm.replicas import Replicas, replicated
 from fastddpm.run_folder import STATE
-from fastddpm.run_settings import architecture, compare, differing, read_settings
+from fastddpm.run_settings import architecture, compare, differing, machine, read_settings
 from fastddpm.trainer_state import check_tensors, take, tensors_of
 from fastddpm.training_graph import Recordings
 from fastddpm.training_step import take_step
@@ -42,7 +41,7 @@ from fastddpm.upload import uploaded
 from fastddpm.working_copies import WorkingCopies
 from fastddpm.wrapped import unwrap
 
-WAY = 2  # of a step's masks and sums: another one goes on with a saved run but not bit for bit
+WAY = 3  # of a step's masks and sums: another one goes on with a saved run but not bit for bit
 READ_EVERY = 50  # steps, on a device that the host has to wait for
 
 
@@ -230,24 +229,9 @@ class Trainer:
             if seen.skipped:
                 self._tell_of_skipping(seen.skipped, counts[0][0][0])
             return
-        stop, last = seen.stop, self.step_count - 1
-        before, after = counts[len(counts) - 1 - stop.after]
-        what = f"step {before[0]}: loss {stop.loss}, gradient norm {stop.norm}"
-        left = f"; steps {before[0] + 1} .. {last} were left out, too" if stop.after else ""
-        if stop.out_of_range or stop.unlike:
-            self.step_count, self.example_count = before
-            what += f"; the weights are those before this step{left}"
-            if stop.out_of_range:
-                raise ValueError(f"{_out_of_range(stop.low, stop.high)} ({what})")
-            raise ValueError(
-                "the ranks did not take one step together: their parts must follow one another "
-                f"and make up a step, the same one on each; without part=, as many images ({what})"
-            )
-        self.step_count, self.example_count = after
-        raise FloatingPointError(
-            f"{what}: it is the {IN_A_ROW}th step in a row that is not finite; the weights are "
-            f"those before step {before[0] - IN_A_ROW + 1}{left}"
-        )
+        before, after = counts[len(counts) - 1 - seen.stop.after]
+        self.step_count, self.example_count = before if seen.stop.is_none else after
+        raise seen.stop.error(before[0])
 
     def _tell_of_skipping(self, skipped: int, first: int) -> None:
         if not self._told_of_skipping:
@@ -278,8 +262,8 @@ class Trainer:
             return x0  # reading may wait for the steps before: the guard looks at the values
         low, high = torch.stack(torch.aminmax(x0.detach())).tolist()
         # Of several ranks all raise it, or the others would wait for this one: see the guard.
-        if self.replicas.world == 1 and not (low >= -1 - SLACK and high <= 1 + SLACK):  # nor NaN
-            raise ValueError(_out_of_range(low, high))
+        if self.replicas.world == 1 and not in_range(low, high):
+            raise ValueError(out_of_range(low, high))
         if low >= 0 and not self._told_of_range and self.step_count == 0 and high > low:
             self._told_of_range = True
             warnings.warn(
@@ -331,7 +315,7 @@ class Trainer:
             "example_count": self.example_count,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "machine": self._machine(),
+            "machine": machine(WAY, self.device, self.replicas.world, self.accumulate),
             "run": dict(run or {}),
             **self.recipe(),
         }
@@ -365,8 +349,8 @@ class Trainer:
         counts |= {name: settings.pop(name, 0) for name in ("skipped", "skipped_in_a_row")}
         for name, count in counts.items():
             check_integer(f"{path}: {name}", count, 0)
-        machine, before = (_object(settings.pop(name, None)) for name in ("machine", "run"))
-        machine = {"ranks": 1, "accumulate": 1, **machine}
+        there, before = (_object(settings.pop(name, None)) for name in ("machine", "run"))
+        there = {"ranks": 1, "accumulate": 1, **there}
         compare(path, settings, self.recipe())
         if run is not None and before:
             compare(path, before, dict(run))
@@ -376,11 +360,11 @@ class Trainer:
                 stacklevel=callers_level(),
             )
         check_tensors(path, tensors, self.weights)
-        own = self._machine()
-        if counts["step_count"] and (moved := differing(machine, own)):
+        own = machine(WAY, self.device, self.replicas.world, self.accumulate)
+        if counts["step_count"] and (moved := differing(there, own)):
             warnings.warn(
                 f"{path}: the run goes on, but not bit for bit as it would have where it was: "
-                + ", ".join(f"{k} was {machine.get(k)!r} and is {own.get(k)!r}"
+                + ", ".join(f"{k} was {there.get(k)!r} and is {own.get(k)!r}"
                             for k in moved),
                 stacklevel=callers_level(),
             )  # fmt: skip
@@ -414,32 +398,9 @@ class Trainer:
             "frozen": [name for name, p in parameters.items() if not p.requires_grad],
         }
 
-    def _machine(self) -> dict[str, Any]:
-        """What may change the last bits of a step."""
-        facts: dict[str, Any] = {
-            "device": self.device.type,
-            "torch": torch.__version__,
-            "backend": dispatch.forced(),
-            "way of taking steps": WAY,
-            "ranks": self.replicas.world,
-            "accumulate": self.accumulate,
-        }
-        if self.device.type == "cpu":
-            facts |= {"threads": torch.get_num_threads(), "instruction set": _native.isa()}
-        else:
-            facts["gpu"] = torch.cuda.get_device_name(self.device)
-        return facts
-
 
 def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _out_of_range(low: float, high: float) -> str:
-    return (
-        f"images of floats must lie in [-1, 1]; got {low:.6g} .. {high:.6g}: of 0 .. 255, give "
-        "uint8, or x / 127.5 - 1"
-    )
 
 
 def _float32(x: float) -> float:

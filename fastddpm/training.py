@@ -3,19 +3,19 @@ step at a time is trainer.py's, recipes are presets.py's."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastddpm import ranks
 from fastddpm.checkpoint import named
-from fastddpm.data import Dataset, batch_indices
+from fastddpm.data import Dataset
 from fastddpm.data.limits import check_memory
+from fastddpm.feed import AHEAD, Feed
 from fastddpm.figures import check_channels, save_samples
 from fastddpm.host import own_state
 from fastddpm.options import check_integer
@@ -23,18 +23,29 @@ from fastddpm.presets import PRESETS, Preset, preset
 from fastddpm.pretrained import WEIGHTS
 from fastddpm.progress import tqdm
 from fastddpm.run_folder import SAMPLES, STATE, check_apart, check_kinds, check_new, locked
-from fastddpm.run_log import Log
+from fastddpm.run_log import Log, Row
 from fastddpm.sampling import sample
 from fastddpm.trainer import Trainer
 from fastddpm.training_step import CHOICES_STEP
 from fastddpm.unet import UNet
-from fastddpm.upload import staged, uploaded
 
 __all__ = ["CHOICES_STEP", "PRESETS", "STATE", "Log", "Preset", "Trainer", "fit", "preset"]
 
-CPU = torch.device("cpu")
 LOG_EVERY = 50  # steps that a row of log.csv averages over
-BYTES_A_VALUE = 5  # of a batch, at the least: as bytes and as float32
+BYTES_A_VALUE = AHEAD + 4  # of a batch, at the least: as bytes, read ahead, and as float32
+
+
+class Ran(NamedTuple):
+    """What `fit` did: steps, in how many seconds, and in how many of those a step waited for its
+    images."""
+
+    steps: int
+    seconds: float
+    waited: float
+
+    @property
+    def share_waited(self) -> float:
+        return self.waited / self.seconds if self.seconds else 0.0
 
 
 @own_state()
@@ -49,7 +60,7 @@ def fit(
     sample_every: int = 5000,
     resume: bool = False,
     progress: bool = True,
-) -> None:
+) -> Ran:
     """Train until step `steps` on `dataset`, and keep in the folder `out` what a person and a
     restart need.
 
@@ -58,43 +69,74 @@ def fit(
     every `save_every` steps. resume: go on from trainer.safetensors; the steps are those that an
     uninterrupted run takes.
 
-    A run is one process with one folder, which is locked while it lasts, and one set of images: the
-    state names the pixels' digest, and only the same set goes on.
+    A run has one folder, which is locked while it lasts, and one set of images: the state names the
+    pixels' digest, and only the same set goes on.
+
+    Where torch.distributed is initialised all ranks must make the call, and take each step
+    together: batch_size is that of all, of which each computes its share, in trainer.accumulate
+    pieces. Examples, t, noise, flips and a UNet's dropout are the same for any number of ranks and
+    pieces, a step is the same but for rounding, and a run may go on with other numbers. Rank 0
+    writes, and all must see the folder and the data. What ends one rank ends all, in RankError.
 
     Raises FileExistsError when `out` holds a run and resume is not asked for, or a model alone,
     FileNotFoundError the other way round, BlockingIOError while another process trains into it,
     ValueError for what does not fit, all before anything is written."""
-    steps, batch_size = check_integer("steps", steps, 1), check_integer("batch_size", batch_size, 1)
-    save_every = check_integer("save_every", save_every, 1)
-    sample_every = check_integer("sample_every", sample_every, 0)
-    if ranks.place()[1] > 1:
-        raise ValueError(
-            f"a training run is one process; this is one of {ranks.place()[1]} ranks: start one, "
-            "or make the steps of a Trainer on your own"
+    rank, world = ranks.place()
+    progress = progress and rank == 0
+    with ranks.together():
+        steps, batch_size = (
+            check_integer("steps", steps, 1),
+            check_integer("batch_size", batch_size, 1),
         )
-    if isinstance(trainer.network, UNet):
-        if sample_every:
-            check_channels(trainer.network.in_channels)
-        _check_fits(dataset, trainer.network)
-    out = named(out)
-    check_apart(dataset.path, out)
-    check_kinds(out)
-    if not resume:
-        check_new(out)
-    elif not (out / STATE).is_file():
-        raise FileNotFoundError(f"no such file: {out / STATE}")
-    trainer.recipe()  # what can't be saved is an error now, not at the first checkpoint
-    check_memory(batch_size * math.prod(dataset.shape) * BYTES_A_VALUE)
-    run = identity(dataset, progress)
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
-        if resume:
-            log = _resumed(trainer, out, run, batch_size)
-        else:
-            check_new(out)  # once more: another run may have ended meanwhile
+        save_every = check_integer("save_every", save_every, 1)
+        sample_every = check_integer("sample_every", sample_every, 0)
+        if isinstance(trainer.network, UNet):
+            if sample_every:
+                check_channels(trainer.network.in_channels)
+            _check_fits(dataset, trainer.network)
+        out = named(out)
+        check_apart(dataset.path, out)
+        check_kinds(out)
+        if not resume:
+            check_new(out)
+        elif not (out / STATE).is_file():
+            raise FileNotFoundError(f"no such file: {out / STATE}")
+        recipe = (
+            trainer.recipe()
+        )  # what can't be saved is an error now, not at the first checkpoint
+        check_memory(-(-batch_size // world) * math.prod(dataset.shape) * BYTES_A_VALUE)
+        run = identity(dataset, progress)
+    ranks.agree(
+        "must train alike", steps=steps, batch_size=batch_size, save_every=save_every,
+        sample_every=sample_every, resume=resume, **run, **recipe,
+    )  # fmt: skip
+    if world > 1:
+        trainer.replicate()
+        if trainer.replicas.world != world:
+            raise ValueError(
+                f"the model's DistributedDataParallel has {trainer.replicas.world} ranks, and the "
+                f"run {world}: make it over all of them"
+            )
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            if rank == 0:
+                out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(out))
+                if not resume:
+                    check_new(out)  # once more: another run may have ended meanwhile
+        with ranks.together():
+            if resume:
+                _resume(trainer, out, run, batch_size)
             log = Log(out, trainer.step_count, trainer.diffusion.objective)
-        (out / SAMPLES).mkdir(exist_ok=True)
-        _run(trainer, dataset, out, run, log, steps, batch_size, save_every, sample_every, progress)
+            if rank == 0:
+                if resume and not (out / WEIGHTS).exists():
+                    trainer.save_model(out)  # it was killed between its first state and model
+                (out / SAMPLES).mkdir(exist_ok=True)
+        ranks.agree("must have one state", step_count=trainer.step_count,
+                    example_count=trainer.example_count)  # fmt: skip
+        return _run(
+            trainer, dataset, out, run, log, steps, batch_size, save_every, sample_every, progress
+        )
 
 
 def _check_fits(dataset: Dataset, network: UNet) -> None:
@@ -116,16 +158,12 @@ def identity(dataset: Dataset, progress: bool = False) -> dict[str, Any]:
     }
 
 
-def _resumed(trainer: Trainer, out: Path, run: dict[str, Any], batch_size: int) -> Log:
-    """The trainer and the log where the run was stopped."""
+def _resume(trainer: Trainer, out: Path, run: dict[str, Any], batch_size: int) -> None:
+    """The trainer where the run was stopped."""
     trainer.load(out, run)
     if trainer.example_count != trainer.step_count * batch_size:
         before = trainer.example_count // max(trainer.step_count, 1)
         raise ValueError(f"{out / STATE} has batches of {before}; got batch_size {batch_size}")
-    log = Log(out, trainer.step_count, trainer.diffusion.objective)
-    if not (out / WEIGHTS).exists():  # the run was killed between its first state and model
-        trainer.save_model(out)
-    return log
 
 
 def _run(
@@ -139,60 +177,73 @@ def _run(
     save_every: int,
     sample_every: int,
     progress: bool,
-) -> None:
-    with tqdm(
-        total=steps, initial=trainer.step_count, unit="step", desc="training", disable=not progress
-    ) as bar:
+) -> Ran:
+    rank, world = ranks.place()
+    first = trainer.step_count
+    feed = Feed(
+        dataset, batch_size, range(first, steps), seed=trainer.seed, device=trainer.device,
+        place=(rank, world),
+    )  # fmt: skip
+    of_many = {"part": feed.part} if world > 1 else {}
+    began = time.perf_counter()
+    with (
+        contextlib.closing(iter(feed)) as batches,
+        tqdm(total=steps, initial=first, unit="step", desc="training", disable=not progress) as bar,
+    ):
         losses: list[torch.Tensor] = []
-        started, first = time.perf_counter(), trainer.step_count
-        for images in _batches(
-            dataset, batch_size, trainer.step_count, steps, trainer.seed, trainer.device
-        ):
-            losses.append(trainer.step(images))
+        mark = _Mark(began, 0.0, first)
+        for images in batches:
+            losses.append(trainer.step(images, **of_many))
             bar.update()
             done = trainer.step_count
             if done % LOG_EVERY == 0 or done == steps:
                 trainer.check_finite()  # so that a row is of steps that are done and count
-                rate = (done - first) * batch_size / (time.perf_counter() - started)
-                loss = torch.stack(losses).mean().item()
-                log.add(done, loss, rate)
-                bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
-                losses, started, first = [], time.perf_counter(), done
+                now = _Mark(time.perf_counter(), feed.waited, done)
+                seconds = now.at - mark.at
+                rate = (done - mark.step) * batch_size / seconds
+                waiting = (now.waited - mark.waited) / seconds
+                row = Row(done, _mean(losses), rate, waiting, trainer.skipped)
+                log.add(row)
+                bar.set_postfix_str(
+                    f"loss {row.loss:.4f}, {rate:.0f} images/s, {waiting:.1%} waiting for data"
+                    + f", {row.skipped} skipped" * bool(row.skipped)
+                )
+                losses, mark = [], now
             if done % save_every == 0 or done == steps:
-                log.write()  # first: rows after the state that is resumed are dropped, not missed
-                trainer.save(out, run)
+                trainer.check_finite()  # on every rank
+                with ranks.together():
+                    if rank == 0:
+                        # First: rows after the state that is resumed are dropped, not missed.
+                        log.write()
+                        trainer.save(out, run)
             if (
                 sample_every
                 and isinstance(trainer.network, UNet)
                 and (done % sample_every == 0 or done == steps)
             ):
-                images = sample(
-                    trainer.ema_model(), 36, steps=min(50, trainer.diffusion.T), sampler="ddim",
-                    diffusion=trainer.diffusion, progress=False,
-                )  # fmt: skip
-                save_samples(images, out / SAMPLES / f"step_{done:06d}.png")
+                with ranks.together():
+                    if rank == 0:
+                        _sample(trainer, out / SAMPLES / f"step_{done:06d}.png")
+    return Ran(trainer.step_count - first, time.perf_counter() - began, feed.waited)
 
 
-def _batches(
-    dataset: Dataset,
-    batch_size: int,
-    start: int,
-    stop: int,
-    seed: int,
-    device: torch.device = CPU,
-) -> Iterator[torch.Tensor]:
-    """The images of the steps start .. stop - 1 on `device`, each batch read, and for a GPU put
-    into pinned memory, while the step before it computes.
-    """
+class _Mark(NamedTuple):
+    """Where a row of the log ends: the time, the seconds waited by then, the step."""
 
-    def load(step: int) -> torch.Tensor:
-        images = dataset.images(batch_indices(len(dataset), batch_size, step, seed=seed))
-        return staged(images, device)
+    at: float
+    waited: float
+    step: int
 
-    with ThreadPoolExecutor(1) as reader:
-        ahead = [reader.submit(load, step) for step in range(start, min(start + 1, stop))]
-        for step in range(start, stop):
-            images = ahead.pop().result()
-            if step + 1 < stop:
-                ahead.append(reader.submit(load, step + 1))
-            yield uploaded(images, device, ours=True)
+
+def _mean(losses: list[torch.Tensor]) -> float:
+    """Of the steps that count; nan where none does."""
+    loss = torch.stack(losses)
+    return loss[loss.isfinite()].mean().item()
+
+
+def _sample(trainer: Trainer, path: Path) -> None:
+    images = sample(
+        trainer.ema_model(), 36, steps=min(50, trainer.diffusion.T), sampler="ddim",
+        diffusion=trainer.diffusion, distributed=False, progress=False,
+    )  # fmt: skip
+    save_samples(images, path)

@@ -4,7 +4,7 @@ folder that is given."""
 from __future__ import annotations
 
 import contextlib
-import os
+import math
 import sys
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from toy import SCHEDULE, images, tiny_unet, wave
 
 import fastddpm
 from fastddpm import Diffusion, ranks
-from fastddpm.training import Trainer
+from fastddpm.data.arrays import ArrayDataset
+from fastddpm.data.dataset import Dataset
+from fastddpm.training import Trainer, fit
 
 
 def draw(n=5, model=wave, **options) -> torch.Tensor:
@@ -75,20 +77,120 @@ def batch(rank: int) -> torch.Tensor:
     return images(4, 1, 8, 8, seed=rank)
 
 
-def train(out: Path, device: torch.device) -> None:
-    rank, cuda = int(os.environ["RANK"]), device.type == "cuda"
-    if cuda:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False
-    dist.init_process_group("nccl" if cuda else "gloo")
-    trainer = Trainer(DistributedDataParallel(tiny_unet().to(device)), **RECIPE)
-    loss = trainer.step(batch(rank)).cpu()
-    weights = {k: p.detach().cpu() for k, p in trainer.weights.parameters.items()}
-    torch.save(
-        {"loss": loss, "gradients": gradients(trainer), "weights": weights}, out / f"{rank}.pt"
+# ---- training together ---------------------------------------------------------------------------
+
+MANY = {"precision": "fp32", "warmup": 20, "lr": 1e-3, "ema_decay": 0.9, "seed": 3}
+FIT = {"batch_size": 7, "save_every": 2, "sample_every": 0, "progress": False}
+# (accumulate, images a step): shares that are equal, are not, and one that is empty
+WAYS = {"even": (1, 4), "odd": (1, 7), "pieces": (2, 7), "empty": (3, 1)}
+
+
+def one(accumulate: int = 1, device: torch.device | str = "cpu", **options) -> Trainer:
+    return Trainer(
+        tiny_unet(dropout=0.1).to(device), **{**MANY, "accumulate": accumulate, **options}
     )
-    dist.destroy_process_group()
+
+
+def few_images() -> Dataset:
+    """Fewer than a batch of FIT has."""
+    return ArrayDataset(Path("few.npz"), "npz", images(5, 1, 8, 8, seed=9).numpy())
+
+
+def steps(run: Trainer, way: str, count: int) -> list[float]:
+    """The losses of so many steps, each rank's with its part of each."""
+    _, n = WAYS[way]
+    rank, world = run.replicas.rank, run.replicas.world
+    start, stop = ranks.share(n, rank, world)
+    losses = []
+    for k in range(count):
+        x0 = images(n, 1, 8, 8, seed=100 + k)
+        x0 = x0[start:stop] if stop > start else x0[:1]
+        losses.append(run.step(x0, part=(start, stop, n)).item())
+    return losses
+
+
+def weights_of(run: Trainer) -> dict[str, torch.Tensor]:
+    return {k: v.detach().cpu().clone() for k, v in run.ema_weights().items()}
+
+
+def error_of(call) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+class Sick(torch.nn.Module):
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.one = torch.nn.Conv2d(1, 1, 1)
+
+    def forward(self, x, t):
+        return self.factor * self.one(x)
+
+
+def train(out: Path, device: torch.device) -> None:
+    seen: dict[str, object] = {}
+    with contextlib.suppress(OSError, ranks.RankError), ranks.launched(device) as own:
+        rank = ranks.place()[0]
+        torch.backends.cudnn.allow_tf32 = False
+        wrapped = Trainer(DistributedDataParallel(tiny_unet().to(own)), **RECIPE)
+        seen["loss"] = wrapped.step(batch(rank)).cpu()
+        seen["gradients"] = gradients(wrapped)
+        seen["weights"] = {k: p.detach().cpu() for k, p in wrapped.weights.parameters.items()}
+        for way, (accumulate, _) in WAYS.items():
+            run = one(accumulate, own)
+            run.replicate()
+            seen[way] = steps(run, way, 50 if way == "odd" else 3)
+            seen[f"weights {way}"] = weights_of(run)
+
+        x0 = images(4, 1, 8, 8)
+        for name, part in {"overlap": (0, 4, 8), "sum": (rank * 4, rank * 4 + 4, 9)}.items():
+            seen[name] = error_of(lambda part=part: run.step(x0, part=part))
+        seen["sizes"] = error_of(lambda: run.step(x0[: 3 + rank]))
+        wrong = torch.full((2, 1, 8, 8), 7.0 if rank else 0.5)
+        seen["range"] = error_of(lambda: run.step(wrong))
+        seen["after errors"] = [run.step_count, run.example_count, *steps(run, "even", 1)]
+
+        sick = Trainer(Sick().to(own), diffusion=Diffusion(SCHEDULE), **MANY)
+        sick.replicate()
+        sick.network.factor = torch.nan if rank else 1.0
+        losses = [sick.step(x0).item() for _ in range(9)]
+        seen["skipped"] = [sick.skipped, sum(map(math.isnan, losses))]
+        seen["tenth"] = error_of(lambda: sick.step(x0))
+
+        dataset = few_images()
+        run = one(2, own)
+        fit(run, dataset, out / "run", steps=4, **FIT)
+        seen["fit"] = weights_of(run)
+        again = one(1, own, flip=rank == 0)
+        seen["recipes"] = error_of(
+            lambda: fit(again, dataset, out / "run", steps=5, resume=True, **FIT)
+        )
+        again = one(1, own)
+        again.save = full
+        seen["full"] = error_of(
+            lambda: fit(again, dataset, out / "run", steps=6, resume=True, **FIT)
+        )
+        if rank:
+            dataset.images = gone
+        try:
+            fit(one(1, own), dataset, out / "other", steps=6, **FIT)
+        except Exception as error:
+            seen["gone"] = f"{type(error).__name__}: {error}"
+            raise
+    torch.save(seen, out / f"{rank}.pt")
+
+
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+
+def gone(*_):
+    raise OSError("the disk is gone")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from PIL import Image
 from toy import SCHEDULE, images, tiny_unet
 
 import fastddpm
-from fastddpm import cli, figures
+from fastddpm import cli, cli_train, figures
 from fastddpm.checkpoint import read_tensors, write_tensors
 from fastddpm.data import open_dataset
 from fastddpm.pretrained import save_model
@@ -415,7 +415,7 @@ def test_an_unwritable_output_is_found_before_anything_is_loaded(refused, tmp_pa
         raise AssertionError("something was loaded")
 
     monkeypatch.setattr(fastddpm.UNet, "from_pretrained", loaded)
-    monkeypatch.setattr(cli, "open_dataset", loaded)
+    monkeypatch.setattr(cli_train, "open_dataset", loaded)
     (tmp_path / "file").write_bytes(b"old")
     for command in (
         ("sample", "--out=file/x.png"),

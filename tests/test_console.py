@@ -18,7 +18,7 @@ from test_progress import STREAMS, Failing
 from toy import images, tiny_unet
 
 import fastddpm
-from fastddpm import cli, console, figures, host
+from fastddpm import cli, cli_train, console, figures, host
 from fastddpm.data import open_dataset
 from fastddpm.pretrained import save_model
 from fastddpm.training import STATE, fit
@@ -269,7 +269,7 @@ def test_no_memory_is_one_line_that_says_what_to_do(folder, monkeypatch, capsys,
         raise error
 
     monkeypatch.setattr(fastddpm, "sample", raising)
-    monkeypatch.setattr(cli, "Trainer", raising)
+    monkeypatch.setattr(cli_train, "Trainer", raising)
     for command in (SAMPLE, (*TRAIN, "--out=run")):
         assert cli.main(list(command)) == 2
         err = capsys.readouterr().err.splitlines()[-1]

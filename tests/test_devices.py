@@ -88,7 +88,7 @@ def test_an_operand_of_an_op_on_another_device(op, name, device):
 
 def test_every_operand_of_every_op_is_among_them():
     for op in ops.__all__:
-        if op == "use_backend":
+        if op in ("use_backend", "adam", "grad_norm"):  # lists: test_adam.py
             continue
         covered = {name for case, name in CASES if case.split(",")[0] == op}
         hints = getattr(ops, op).__annotations__

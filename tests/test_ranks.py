@@ -16,13 +16,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from on_ranks import RECIPE, batch, draw, gradients
-from toy import tiny_unet
+from on_ranks import draw
 
 import fastddpm
 from fastddpm import ranks
 from fastddpm.presence import Presence, RankError, Sign
-from fastddpm.training import Trainer
 
 HERE = Path(__file__).parent
 
@@ -98,25 +96,6 @@ def test_a_rank_that_fails_stops_all_and_the_group_lives_on(seen, drawn):
 def test_ranks_that_disagree_are_told(seen):
     message = "RankError: all ranks must draw the same set; seed differs: 0, 1"
     assert [rank["seeds"] for rank in seen] == [message, message]
-
-
-@pytest.mark.parametrize("kind", DEVICES)
-def test_a_step_of_several_ranks_is_that_of_the_mean_of_their_gradients(kind, tmp_path):
-    """DistributedDataParallel under gloo, and under NCCL on as many cards as there are."""
-    world = torch.cuda.device_count() if kind == "cuda" else 2
-    by_torchrun(world, "train", tmp_path, kind)
-    seen = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
-    alone = [Trainer(tiny_unet(), **RECIPE) for _ in range(world)]
-    for rank, trainer in enumerate(alone):
-        loss = trainer.step(batch(rank))
-        torch.testing.assert_close(seen[rank]["loss"], loss, atol=1e-5, rtol=1e-5)
-    for name, first in seen[0]["gradients"].items():
-        mean = torch.stack([gradients(trainer)[name] for trainer in alone]).mean(dim=0)
-        atol = 1e-4 * max(mean.abs().max().item(), 1e-3)
-        torch.testing.assert_close(first, mean, atol=atol, rtol=0, msg=name)
-    for name, first in seen[0]["weights"].items():
-        for other in seen[1:]:
-            assert torch.equal(other["weights"][name], first), name
 
 
 @pytest.mark.parametrize(("n", "world"), [(0, 3), (1, 3), (7, 3), (50_000, 7)])

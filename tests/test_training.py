@@ -20,6 +20,7 @@ from fastddpm import Diffusion, Schedule, UNet, checkpoint, cli, ops, reference,
 from fastddpm.checkpoint import read_tensors, write_tensors
 from fastddpm.data import batch_indices, open_dataset
 from fastddpm.figures import grid
+from fastddpm.run_log import read_log
 from fastddpm.sampling import sample
 from fastddpm.training import CHOICES_STEP, PRESETS, STATE, Trainer, fit
 
@@ -532,8 +533,8 @@ def log(out: Path) -> list[tuple[int, str]]:
     """(step, loss) of each row."""
     with (out / "log.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
-    assert header == ["step", "loss", "images_per_second"]
-    return [(int(step), loss) for step, loss, _ in rows]
+    assert header[:5] == ["step", "loss", "images_per_second", "waiting", "skipped"]
+    return [(int(step), loss) for step, loss, *_ in rows]
 
 
 SHORT = {"batch_size": 3, "save_every": 3, "sample_every": 0, "progress": False}
@@ -672,6 +673,41 @@ def test_fit_refuses_to_mix_runs(tmp_path, dataset, quick):
     with pytest.raises(ValueError, match="sample_every must be at least 0; got -1"):
         fit(trainer(), dataset, out, **{**SHORT, "steps": 4, "resume": True, "sample_every": -1})
     assert (out / STATE).read_bytes() == before
+
+
+class Sick(Small):
+    """Not finite in its forward passes of these numbers."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def forward(self, x, t):
+        factor = torch.nan if len(self.seen) in self.at else 1.0
+        return factor * super().forward(x, t)
+
+
+@pytest.mark.filterwarnings("ignore:.* of the steps .* changed nothing")
+def test_fit_goes_on_past_steps_that_are_not_finite(tmp_path, dataset, quick):
+    run = trainer(Sick({1, 4, 5}))
+    fit(run, dataset, tmp_path / "run", **{**SHORT, "steps": 6})
+    rows = read_log(tmp_path / "run" / "log.csv")
+    assert [row.skipped for row in rows] == [1, 1, 3]
+    assert [np.isfinite(row.loss) for row in rows] == [True, True, False]  # none of them counts
+    assert [0 <= row.waiting < 1 for row in rows] == [True] * 3
+    assert (run.skipped, run.step_count, run.example_count) == (3, 6, 18)
+
+
+@pytest.mark.filterwarnings("ignore:.* of the steps .* changed nothing")
+def test_a_run_that_is_stopped_leaves_a_whole_checkpoint(tmp_path, dataset, quick):
+    out = tmp_path / "run"
+    with pytest.raises(FloatingPointError, match=r"step 12: loss nan, .*10th step in a row"):
+        fit(trainer(Sick(range(3, 99))), dataset, out, **{**SHORT, "steps": 40})
+    assert steps_done(out) == 12  # of which nine were skipped
+    healthy = trainer(Sick(()))
+    fit(healthy, dataset, tmp_path / "other", **{**SHORT, "steps": 3})
+    a, b = (read_tensors(path / STATE)[0] for path in (out, tmp_path / "other"))
+    assert_same(a, b)
 
 
 def test_fit_passes_on_what_the_reader_raises(tmp_path, dataset, quick):

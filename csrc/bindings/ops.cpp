@@ -1,5 +1,6 @@
 // The ops of ops.h for Python. Outputs are allocated by fastddpm/ops/native.py.
-#include "reader.h"
+#include "adam.h"
+#include "launch.h"
 
 namespace fastddpm {
 namespace {
@@ -9,47 +10,6 @@ Prediction prediction_of(const std::string& name) {
   if (name == "x0") return Prediction::x0;
   if (name == "mean") return Prediction::mean;
   throw py::value_error("prediction must be one of 'eps', 'x0', 'mean'; got '" + name + "'");
-}
-
-// ---- the ops -----------------------------------------------------------------------------------
-// `where` is the thread count on the CPU and the stream's handle on CUDA.
-
-template <class Op>
-void launch(void (*run)(const Op&, int), const Op& op, int64_t where) {
-  const int threads = thread_count(where);
-  py::gil_scoped_release nogil;
-  run(op, threads);
-}
-
-template <class Op>
-void launch(void (*run)(const Op&, void*), const Op& op, int64_t where) {
-  py::gil_scoped_release nogil;
-  run(op, reinterpret_cast<void*>(where));
-}
-
-template <class Op>
-constexpr bool is_cuda(void (*)(const Op&, void*)) {
-#if defined(FASTDDPM_CUDA_ON_CPU)  // a build of the tests, which runs the kernels on the CPU
-  return false;
-#else
-  return true;
-#endif
-}
-
-template <class Op>
-constexpr bool is_cuda(void (*)(const Op&, int)) {
-  return false;
-}
-
-// Whether an op is given memory for sums, the emulated ones of the tests too.
-template <class Op>
-constexpr bool needs_workspace(void (*)(const Op&, void*)) {
-  return true;
-}
-
-template <class Op>
-constexpr bool needs_workspace(void (*)(const Op&, int)) {
-  return false;
 }
 
 template <auto run>
@@ -366,9 +326,11 @@ void def_cpu_ops(py::module_& m) {
   def_attention_block<cpu::attention_block>(m);
   def_attention_block_backward(m);
   def_discretized_log_likelihood<cpu::discretized_log_likelihood>(m);
+  def_convolution(m);
   def_squared_error<cpu::squared_error>(m);
   def_squared_error_backward<cpu::squared_error_backward>(m);
-  def_convolution(m);
+  def_adam<cpu::adam>(m);
+  def_grad_norm<cpu::grad_norm>(m);
 }
 #endif
 
@@ -384,6 +346,9 @@ void def_cuda(py::module_& m) {
   def_discretized_log_likelihood<cuda::discretized_log_likelihood>(m);
   def_squared_error<cuda::squared_error>(m);
   def_squared_error_backward<cuda::squared_error_backward>(m);
+  def_adam<cuda::adam>(m);
+  def_grad_norm<cuda::grad_norm>(m);
+  m.attr("GRAD_NORM_CHUNK") = GRAD_NORM_CHUNK;
   m.def("squared_error_chunks", [](int64_t elements) {
     if (elements < 0 || elements > MAX_ELEMENTS)
       throw py::value_error("elements must be in 0 .. 2^48");

@@ -103,6 +103,8 @@ struct Isa {
   decltype(&plain::discretized_log_likelihood) discretized_log_likelihood;
   decltype(&plain::squared_error) squared_error;
   decltype(&plain::squared_error_backward) squared_error_backward;
+  decltype(&plain::adam) adam;
+  decltype(&plain::grad_norm) grad_norm;
   decltype(&plain::peak_flops) peak_flops;
   decltype(&plain::peak_flops_bf16) peak_flops_bf16;
 };
@@ -122,6 +124,8 @@ struct Isa {
    base::discretized_log_likelihood,     \
    base::squared_error,                  \
    base::squared_error_backward,         \
+   base::adam,                           \
+   base::grad_norm,                      \
    base::peak_flops,                     \
    isa::peak_flops_bf16},
 
@@ -287,6 +291,10 @@ void squared_error_backward(const SquaredErrorBackward& op, int threads) {
           "squared_error: dprediction must be float32, bfloat16 or float16");
   active().squared_error_backward(op, threads);
 }
+
+void adam(const Adam& op, int threads) { active().adam(op, threads); }
+
+void grad_norm(const GradNorm& op, int threads) { active().grad_norm(op, threads); }
 
 }  // namespace cpu
 }  // namespace fastddpm

@@ -81,19 +81,15 @@ __global__ void __launch_bounds__(THREADS)
   if (threadIdx.x % 32 == 0) op.out[n] = float(sum / double(numel(op.shape)));
 }
 
-__device__ float slope_of(const SquaredErrorBackward& op, int64_t n) {
-  return element(op.grad, 0, n, 0.0f) * float(2.0 / double(numel(op.shape)));
-}
-
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-    squared_error_backward_vectors(const SquaredErrorBackward op) {
+    squared_error_backward_vectors(const SquaredErrorBackward op, float scale) {
   constexpr int V = WIDTH<T>;
   FASTDDPM_FOR_JOBS(n, vector, op.shape.n, numel(op.shape) / V) {
     float p[V], t[V];
     load_constant(sample<T>(op.prediction, n) + vector * V, p);
     load_constant(sample<T>(op.target, n) + vector * V, t);
-    const float slope = slope_of(op, n);
+    const float slope = element(op.grad, 0, n, 0.0f) * scale;
 #pragma unroll
     for (int k = 0; k < V; ++k) p[k] = slope * (p[k] - t[k]);
     store_vector(sample<T>(op.dprediction, n) + vector * V, p);
@@ -101,10 +97,11 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 __global__ void __launch_bounds__(THREADS)
-    squared_error_backward_elements(const SquaredErrorBackward op) {
+    squared_error_backward_elements(const SquaredErrorBackward op, float scale) {
   FASTDDPM_FOR_JOBS(n, job, op.shape.n, numel(op.shape)) {
     const Cursor at(op.shape, n, job);
-    at.store(op.dprediction, slope_of(op, n) * (at.load(op.prediction) - at.load(op.target)));
+    const float slope = element(op.grad, 0, n, 0.0f) * scale;
+    at.store(op.dprediction, slope * (at.load(op.prediction) - at.load(op.target)));
   }
 }
 
@@ -148,15 +145,16 @@ void squared_error(const SquaredError& op, void* stream) {
 void squared_error_backward(const SquaredErrorBackward& op, void* stream) {
   const Shape& s = op.shape;
   if (is_empty(s)) return;
+  const float scale = float(2.0 / double(numel(s)));
   if (in_vectors(s, op.dprediction, op.prediction, op.target))
     with_type(op.dprediction.dtype, [&](auto type) {
       using T = decltype(type);
       FASTDDPM_LAUNCH(squared_error_backward_vectors<T>, job_grid(s.n, numel(s) / WIDTH<T>),
-                      THREADS, 0, stream, op);
+                      THREADS, 0, stream, op, scale);
     });
   else
     FASTDDPM_LAUNCH(squared_error_backward_elements, job_grid(s.n, numel(s)), THREADS, 0, stream,
-                    op);
+                    op, scale);
 }
 
 }  // namespace cuda

@@ -21,14 +21,17 @@ from torch import Tensor
 from fastddpm.ops import checks, library
 from fastddpm.ops.convolve import convolution
 from fastddpm.ops.dispatch import use_backend
+from fastddpm.ops.sweep import adam, grad_norm
 from fastddpm.options import check_flag, shown
 from fastddpm.schedule import check_choice
 
 __all__ = [
+    "adam",
     "attention_block",
     "choices",
     "convolution",
     "discretized_log_likelihood",
+    "grad_norm",
     "group_norm_silu",
     "noise",
     "posterior_step",

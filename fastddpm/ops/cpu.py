@@ -108,4 +108,6 @@ attention_block_backward = _cpu.attention_block_backward
 discretized_log_likelihood = _cpu.discretized_log_likelihood
 squared_error = _cpu.squared_error
 squared_error_backward = _cpu.squared_error_backward
+adam = _cpu.adam
+grad_norm = _cpu.grad_norm
 unsupported = _cpu.unsupported

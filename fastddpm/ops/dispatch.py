@@ -29,6 +29,8 @@ OPS = (
     "discretized_log_likelihood",
     "squared_error",
     "squared_error_backward",
+    "adam",
+    "grad_norm",
 )
 MODULES = {
     "reference": "fastddpm.reference",
