@@ -26,6 +26,7 @@ OURS = {
     "randn": "posterior", "noise": "posterior", "drawn_noise": "posterior",
     "posterior_step": "posterior", "posterior_step_out": "posterior",
     "discretized_log_likelihood": "posterior", "residual_sum": "residual",
+    "adam": "optimizer", "grad_norm": "optimizer",
     "group_norm_silu": "norm", "group_norm_silu_sum": "norm", "group_norm_silu_backward": "norm",
     "attention_block": "attention", "attention_block_backward": "attention",
 }  # fmt: skip

@@ -281,6 +281,40 @@ def likelihood_case(shape, dtype, device) -> Case:
     )  # fmt: skip
 
 
+def squared_case(shape, dtype, device, backward: bool) -> Case:
+    prediction, target = images(shape, dtype, device), images(shape, dtype, device)
+    grad = torch.full((), 1 / shape[0], device=device).expand(shape[0])  # of a mean over the batch
+
+    def plain(prediction, target):
+        return (prediction - target).square().mean(dim=(1, 2, 3), dtype=torch.float32)
+
+    functions = {"fastddpm": ops.squared_error, "eager": plain, "compile": reference.squared_error}
+    exact = [x.double() for x in (prediction, target)]
+    if not backward:
+        return Case(
+            "squared_error", shape, dtype,
+            {
+                name: functools.partial(function, prediction, target)
+                for name, function in functions.items()
+            },
+            lambda: plain(*exact), prediction.numel() * 2 * dtype.itemsize,
+        )  # fmt: skip
+
+    def backward_of(function):
+        return gradient(lambda x: function(x, target), [prediction], grad)
+
+    return Case(
+        "squared_error backward", shape, dtype,
+        {
+            "fastddpm": backward_of(ops.squared_error),
+            "eager": backward_of(plain),
+            "compile": lambda: reference.squared_error_backward(grad, prediction, target),
+        },
+        lambda: reference.squared_error_backward(grad.double(), *exact),
+        prediction.numel() * 3 * dtype.itemsize,
+    )  # fmt: skip
+
+
 def cases(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
     """The CIFAR-10 U-Net's shapes at batch 1 and 16, on a GPU at 16 and 256, then sizes past the
     caches: on a CPU tensors of 25 MB, the most that glibc's malloc recycles (larger results would
@@ -321,3 +355,6 @@ def cases(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
             yield functools.partial(sum_case, shape, dtype, device)
         for shape in pixels:
             yield functools.partial(likelihood_case, shape, dtype, device)
+        for backward in (False, True):
+            for shape in pixels:
+                yield functools.partial(squared_case, shape, dtype, device, backward)

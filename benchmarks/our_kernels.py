@@ -20,10 +20,13 @@ from fastddpm.ops import dispatch, library
 
 SHARED = 227 << 10  # bytes of shared memory that a block of an H100 may take
 SEGMENT = 32  # bytes of a pixel that a block takes at least: MIN_SEGMENT of group_norm_cut.h
+ADAM_LIST, STEP_LIST, NORM_LIST = 40, 256, 128  # tensors of a launch: csrc/cuda/adam.cu
 
 
 class _Module:
     """_C.cuda as far as the adapters ask it anything: it has every op."""
+
+    GRAD_NORM_CHUNK = 1 << 14
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -51,8 +54,28 @@ def native(counter: Counter, name: str, x: Tensor, args: tuple) -> None:
         if backward:
             sums = torch.empty(2, x.shape[0], channels, dtype=torch.float32, device=x.device)
             counter.launch(f"{name}, parameters", sums)
+    elif name in ("adam", "grad_norm"):
+        of_lists(counter, name, args)
     else:
         counter.launch(name, *args)
+
+
+def of_lists(counter: Counter, name: str, args: tuple) -> None:
+    """The launches of csrc/cuda/adam.cu, each over as many tensors as its argument has room for."""
+    if name == "grad_norm":
+        grads, out, sums, *_ = args
+        for first in range(0, len(grads), NORM_LIST):
+            counter.add("grad_norm, squares", "optimizer", grads[first : first + NORM_LIST], ())
+        counter.add("grad_norm", "optimizer", sums, out)
+        return
+    params, grads, exp_avgs, exp_avg_sqs, steps, averages, copies, *_ = args
+    for first in range(0, len(steps), STEP_LIST):
+        own = steps[first : first + STEP_LIST]
+        counter.add("adam, steps", "optimizer", own, own)
+    for first in range(0, len(params), ADAM_LIST):
+        here = slice(first, first + ADAM_LIST)
+        kept = [tensors[here] for tensors in (params, exp_avgs, exp_avg_sqs, averages)]
+        counter.add("adam", "optimizer", (kept, grads[here]), (kept, copies[here]))
 
 
 def triton_kernel(counter: Counter, kernel: Any, args: tuple, options: dict) -> None:
@@ -96,6 +119,7 @@ def written_down(counter: Counter) -> Iterator[None]:
             mock.patch.object(cuda_backend, "_without_kernels", return_value=None),
             mock.patch.object(backend, "call", call),
             mock.patch.object(library, "check_written"),  # it compares addresses
+            mock.patch.object(library.lists, "apart"),  # it, too
             mock.patch.object(triton.runtime.jit.JITFunction, "run", run),
         ):
             yield

@@ -184,6 +184,51 @@ FASTDDPM_HD float posterior_mean(const float* row, float xt, float out, Predicti
 
 FASTDDPM_HD float clip_bound(bool clip) { return clip ? 1.0f : bit_cast<float>(0x7f800000u); }
 
+// What a step of Adam is for all elements of a tensor.
+struct AdamRates {
+  float scale;                // of the gradient
+  float rest1, beta2, rest2;  // rest: 1 - beta
+  float eps;
+  float step_size;  // lr / (1 - beta1^step)
+  float root;       // 1 / sqrt(1 - beta2^step)
+};
+
+FASTDDPM_HD AdamRates adam_rates(double beta1, double beta2, double eps, float scale, float lr,
+                                 float step) {
+  return {scale,
+          float(1.0 - beta1),
+          float(beta2),
+          float(1.0 - beta2),
+          float(eps),
+          float(double(lr) / (1.0 - pow(beta1, double(step)))),
+          float(1.0 / sqrt(1.0 - pow(beta2, double(step))))};
+}
+
+// m <- beta1 m + (1 - beta1) g, v <- beta2 v + (1 - beta2) g^2, p <- p - lr mhat / (sqrt(vhat) +
+// eps).
+FASTDDPM_HD void adam(const AdamRates& rates, float g, float& p, float& m, float& v) {
+  g *= rates.scale;
+  m = madd(rates.rest1, g - m, m);
+  v = madd(rates.rest2 * g, g, rates.beta2 * v);
+  p = madd(-rates.step_size, m / madd(sqrtf(v), rates.root, rates.eps), p);
+}
+
+FASTDDPM_HD float moved_average(float average, float p, float share) {
+  return madd(share, p - average, average);
+}
+
+// What gradients of grad_scale times the loss are multiplied with, so that their norm is at most
+// clip: `norm` is that of the loss's own, and not asked for where it is null.
+FASTDDPM_HD float gradient_scale(const float* norm, float clip, float grad_scale) {
+  const float over = norm ? (*norm + 1e-6f) / clip : 0.0f;
+  return 1.0f / ((over > 1.0f ? over : 1.0f) * grad_scale);
+}
+
+// Whether a step counts: it is not refused, and the norm of its gradients is finite.
+FASTDDPM_HD bool step_counts(const float* refused, const float* norm) {
+  return !(refused && !(*refused == 0.0f)) && !(norm && !(fabsf(*norm) <= 0x1.fffffep127f));
+}
+
 // ---- float64, for log_bin_mass -----------------------------------------------------------------
 
 // 2^k: its product with a p near 1 as a sum of exponents, which vectorises without 64-bit products.

@@ -186,6 +186,77 @@ struct DiscretizedLogLikelihood {
   Tensor x, mean, log_scale, out;
 };
 
+// out[n] = the mean of (prediction - target)^2 over the elements of sample n. Squares are summed in
+// float64, in an order of the sample's shape alone.
+struct SquaredError {
+  Shape shape;
+  Tensor prediction, target;
+  float* out;         // (N,) contiguous
+  double* workspace;  // CUDA: N squared_error_chunks() numbers, or null for one chunk a sample
+};
+
+// CUDA: how many sums of a sample of so many elements meet in the workspace.
+constexpr int64_t SQUARED_ERROR_CHUNK = 1 << 14;
+
+inline int64_t squared_error_chunks(int64_t elements) {
+  return (elements + SQUARED_ERROR_CHUNK - 1) / SQUARED_ERROR_CHUNK;
+}
+
+// dprediction = 2 grad[n] (prediction - target) / the elements of a sample.
+struct SquaredErrorBackward {
+  Shape shape;
+  Matrix grad;  // (N,)
+  Tensor prediction, target, dprediction;
+};
+
+// The elements of a dense tensor in the order of its memory.
+struct Flat {
+  void* data;
+  DType dtype;
+  int64_t size;
+};
+
+// What Adam keeps of one parameter, `size` elements of each in the same order; float32 but for the
+// gradient and the copy.
+struct AdamTensors {
+  int64_t size;
+  float *param, *exp_avg, *exp_avg_sq;
+  float* average;  // or null
+  float* step;     // one number: how many steps it has taken
+  const void* grad;
+  void* copy;  // of the parameter, rounded; or null
+  DType grad_type, copy_type;
+};
+
+// Adam for a list of tensors, and the moving average of their parameters:
+//   g <- grad / grad_scale, times clip / (norm + 1e-6) where norm is above clip
+//   step <- step + 1, exp_avg and exp_avg_sq as in math.h, param, average <- average + share (param
+//   - average), copy <- param
+// A step that is refused, or whose norm is not finite, leaves everything as it is. No tensor that
+// is written shares memory with another.
+struct Adam {
+  const AdamTensors* tensors;  // in the host's memory
+  int64_t count;
+  const float *lr, *share;      // one number each
+  const float *norm, *refused;  // the same, or null
+  double beta1, beta2, eps;
+  float clip, grad_scale;  // clip: infinity for none
+  float* workspace;        // CUDA: adam_workspace() floats
+};
+
+inline int64_t adam_workspace(int64_t count) { return 2 * (count + 1); }
+
+// out = the norm of all elements in one: squares are summed in float64, in an order of the sizes
+// alone.
+struct GradNorm {
+  const Flat* grads;  // in the host's memory
+  int64_t count;
+  float* out;         // one number
+  double* workspace;  // CUDA: a number for each GRAD_NORM_CHUNK of each tensor
+};
+
+constexpr int64_t GRAD_NORM_CHUNK = 1 << 14;
+
 namespace cpu {
 void randn(const Randn& op, int threads);
 void choices(const Choices& op, int threads);
@@ -197,6 +268,10 @@ void residual_sum(const ResidualSum& op, int threads);
 void attention_block(const AttentionBlock& op, int threads);
 void attention_block_backward(const AttentionBlockBackward& op, int threads);
 void discretized_log_likelihood(const DiscretizedLogLikelihood& op, int threads);
+void squared_error(const SquaredError& op, int threads);
+void squared_error_backward(const SquaredErrorBackward& op, int threads);
+void adam(const Adam& op, int threads);
+void grad_norm(const GradNorm& op, int threads);
 }  // namespace cpu
 
 namespace cuda {
@@ -208,6 +283,10 @@ void group_norm_silu(const GroupNormSilu& op, void* stream);
 void group_norm_silu_backward(const GroupNormSiluBackward& op, void* stream);
 void residual_sum(const ResidualSum& op, void* stream);
 void discretized_log_likelihood(const DiscretizedLogLikelihood& op, void* stream);
+void squared_error(const SquaredError& op, void* stream);
+void squared_error_backward(const SquaredErrorBackward& op, void* stream);
+void adam(const Adam& op, void* stream);
+void grad_norm(const GradNorm& op, void* stream);
 }  // namespace cuda
 
 }  // namespace fastddpm

@@ -3,6 +3,8 @@ network's buffers as they are when they are asked for. No steps and no files."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -57,15 +59,6 @@ class MasterWeights:
                     "tensors can"
                 )
         self.average = {name: m.detach().clone() for name, m in self.masters.items()}
-        groups: dict[tuple, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-        for name, average in self.average.items():
-            key = average.dtype, average.device
-            for tensors, tensor in zip(
-                groups.setdefault(key, ([], [])), (average, self.masters[name]),
-                strict=True,
-            ):  # fmt: skip
-                tensors.append(tensor)
-        self._alike = list(groups.values())  # (averages, masters) that one launch may take
         self._halves = [name for name, p in self.parameters.items() if p.dtype in HALVES]
         self._versions = {name: self.parameters[name]._version for name in self._halves}
         fp16 = any(p.dtype == torch.float16 for p in self.parameters.values())
@@ -111,18 +104,37 @@ class MasterWeights:
             return
         halves: list[torch.Tensor] = [self.parameters[name] for name in self._halves]
         torch._foreach_copy_(halves, [self.masters[name] for name in self._halves])
-        for name, p in zip(self._halves, halves, strict=True):
-            self._versions[name] = p._version
+        self.were_rounded()
+
+    @property
+    def rounded(self) -> dict[str, torch.Tensor]:
+        """The half-precision parameters, which are their masters' rounded copies."""
+        return {name: self.parameters[name] for name in self._halves}
+
+    def were_rounded(self) -> None:
+        """The half-precision parameters are what their masters are now."""
+        for name in self._halves:
+            self._versions[name] = self.parameters[name]._version
 
     @torch.no_grad()
     def move_average(
-        self, share: float | torch.Tensor, refused: torch.Tensor | None = None
+        self,
+        share: float | torch.Tensor,
+        refused: torch.Tensor | None = None,
+        names: Iterable[str] | None = None,
     ) -> None:
-        """average <- average + share (masters - average), unless `refused` is 1.
+        """average <- average + share (masters - average), unless `refused` is 1; of all, or of
+        these alone.
 
         share: the weight of the present, 1 - ema_decay, or a () float32 tensor that holds it"""
+        groups: dict[tuple, tuple[list, list]] = defaultdict(lambda: ([], []))
+        for name in self.average if names is None else names:
+            average = self.average[name]
+            averages, masters = groups[average.dtype, average.device]  # that one launch may take
+            averages.append(average)
+            masters.append(self.masters[name])
         # A step of gradient descent, as torch's fused one is what a tensor on the device can skip.
-        for averages, masters in self._alike:
+        for averages, masters in groups.values():
             away = torch._foreach_sub(averages, masters)
             torch._fused_sgd_(
                 averages, away, [], weight_decay=0.0, momentum=0.0,

@@ -498,6 +498,71 @@ def _bin(x, mean, log_scale):
     return c - 0.5 * w, c + 0.5 * w, c, w, outer, narrow, slope
 
 
+# ---- squared_error -------------------------------------------------------------------------------
+
+
+def squared_error(prediction, target):
+    """(N,): the mean of (prediction - target)^2 over a sample's elements, float32 or better."""
+    compute = _compute(prediction, target)
+    error = prediction.to(compute) - target.to(compute)
+    return error.square().flatten(1).mean(1) if error.dim() > 1 else error.square()
+
+
+def squared_error_backward(grad, prediction, target):
+    """The gradient of prediction, like it; that of target is the one with the two swapped."""
+    compute = _compute(prediction, target)
+    slope = grad.to(compute) * (2 / max(prediction[:1].numel(), 1))
+    slope = slope.reshape(-1, *[1] * (prediction.dim() - 1))
+    return _as(prediction, slope * (prediction.to(compute) - target.to(compute)))
+
+
+# ---- adam ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def adam(
+    params, grads, exp_avgs, exp_avg_sqs, steps, averages, copies, *,
+    lr, share, norm, refused, beta1, beta2, eps, clip, grad_scale,
+):  # fmt: skip
+    """Adam (Kingma and Ba 2015, as torch's) and the moving average of the parameters, in place:
+
+    g = grad / grad_scale, times clip / (norm + 1e-6) where that is below 1; m and v, averages of g
+    and g^2; p - lr mhat / (sqrt(vhat) + eps); average + share (p - average); copy = p.
+
+    A step that is refused, or whose norm is not finite, leaves all as it is.
+    """
+    counts, divisor = None, grad_scale
+    if norm is not None:
+        counts = norm.abs() <= torch.finfo(norm.dtype).max
+        divisor = ((norm + 1e-6) / clip).clamp(min=1) * grad_scale
+    if refused is not None:
+        counts = refused == 0 if counts is None else counts & (refused == 0)
+
+    def write(x, value):
+        x.copy_(value if counts is None else torch.where(counts, value.to(x.dtype), x))
+
+    for i, (p, m, v, step) in enumerate(zip(params, exp_avgs, exp_avg_sqs, steps, strict=True)):
+        g = grads[i].to(p.dtype) / divisor
+        taken = step.double() + 1
+        size, root = lr / (1 - beta1**taken), (1 - beta2**taken).sqrt()
+        m_now = m + (1 - beta1) * (g - m)
+        v_now = beta2 * v + (1 - beta2) * g.square()
+        away = v_now.sqrt() / root.to(p.dtype) + eps
+        p_now = p - size.to(p.dtype) * m_now / away
+        if averages:
+            write(averages[i], averages[i] + share.to(p.dtype) * (p_now - averages[i]))
+        if i < len(copies):
+            write(copies[i], p_now)
+        for x, value in ((m, m_now), (v, v_now), (p, p_now), (step, step + 1)):
+            write(x, value)
+
+
+def grad_norm(grads):
+    """(): the norm of all elements in one, float32 or better. Squares are summed in float64."""
+    squares = [x.double().square().sum() for x in grads]
+    return torch.stack(squares).sum().sqrt().to(_compute(*grads))
+
+
 # ---- helpers -------------------------------------------------------------------------------------
 
 

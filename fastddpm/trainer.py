@@ -40,7 +40,7 @@ from fastddpm.upload import uploaded
 from fastddpm.working_copies import WorkingCopies
 from fastddpm.wrapped import unwrap
 
-WAY = 2  # of a step's masks and sums: another one goes on with a saved run but not bit for bit
+WAY = 3  # of a step's masks and sums: another one goes on with a saved run but not bit for bit
 READ_EVERY = 50  # steps, on a device that the host has to wait for
 
 

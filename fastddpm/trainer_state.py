@@ -63,8 +63,7 @@ def take(
 
 
 def _laid_out(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """On the device of its parameter and, as Adam's fused step would not be the same one otherwise,
-    in its layout."""
-    nhwc = value.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if nhwc else torch.contiguous_format
-    return value.to(like.device, memory_format=layout)
+    """On the device of its parameter and, if it has its shape, in its layout."""
+    if value.shape != like.shape:
+        return value.to(like.device, copy=True)
+    return torch.empty_like(like, dtype=value.dtype).copy_(value)

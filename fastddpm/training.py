@@ -128,6 +128,11 @@ def fit(
     )  # fmt: skip
     if world > 1:
         trainer.replicate()
+        if trainer.replicas.world != world:
+            raise ValueError(
+                f"the model's DistributedDataParallel has {trainer.replicas.world} ranks, and the "
+                f"run {world}: make it over all of them"
+            )
     with contextlib.ExitStack() as stack:
         with ranks.together():
             if rank == 0:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastddpm import ops, unet_walk
+from fastddpm.adam_step import norm_of, update
 from fastddpm.host import seeded
 from fastddpm.ops import dispatch
 from fastddpm.precision import autocast, tf32_asked
@@ -89,22 +90,13 @@ def _compute(
     loss = _gradients(run, part, x0, index, plain)
     counts = run.step_count, run.example_count
     seen = run.replicas.agreed(loss, run.guard.range_of(x0), part, counts)
-    scale = run.weights.loss_scale
-    norm = _norm(run.weights.take_gradients(), run.device) / scale
+    norm = norm_of(run.weights.take_gradients(), run.device) / run.weights.loss_scale
     loss = seen[0]
     run.guard.look(loss, norm, *seen[1:])
-    # Adam divides the gradients by what clips them, and leaves all as it is in a step that is
-    # refused: torch's grad scaler speaks to it in the same way.
-    optimizer = run.optimizer
-    divisor = ((norm + 1e-6) / run.grad_clip).clamp(min=1) * scale
-    optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
-    optimizer.found_inf = run.guard.refused  # type: ignore[attr-defined]
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-        group["capturable"] = run.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    optimizer.step()
-    run.weights.round()
-    run.weights.move_average(share, run.guard.refused)
+    update(
+        run.optimizer, run.weights,
+        rate=rate, share=share, norm=norm, clip=run.grad_clip, refused=run.guard.refused,
+    )  # fmt: skip
     return loss
 
 
@@ -167,11 +159,3 @@ def _dropout(run: Trainer, index: torch.Tensor, start: int, plain: bool) -> Iter
             devices = {p.device for p in run.weights.parameters.values()}
             stack.enter_context(seeded(seed % 2**63, *devices))
         yield
-
-
-def _norm(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """The norm of all gradients in one, on `device`."""
-    if not gradients:
-        return torch.zeros((), dtype=torch.float32, device=device)
-    norms = [norm.to(device, non_blocking=True) for norm in torch._foreach_norm(gradients)]
-    return torch.linalg.vector_norm(torch.stack(norms))

@@ -132,7 +132,10 @@ def strange(value: object, pick: random.Random) -> object:
         return pick.choice(NAMES)
     if isinstance(value, (list, tuple)):
         values = list(value)
-        if values and pick.random() < 0.7:
+        if values and isinstance(values[0], torch.Tensor) and pick.random() < 0.7:
+            at = pick.randrange(len(values))
+            values[at] = strange_tensors(values[at], pick)
+        elif values and pick.random() < 0.7:
             values[pick.randrange(len(values))] = pick.choice(NUMBERS)
         else:
             values = values[1:] if pick.random() < 0.5 else values * 3
@@ -187,6 +190,15 @@ def op_calls() -> dict:
             *(z, x, *attention, y, f(4), f(4), f(12, 4), f(12), f(4, 4), f(4), 2),
         ),
         "discretized_log_likelihood": (x, z, z, y, 2),
+        "squared_error": (x, z, f(2), None, 2),
+        "squared_error_backward": (torch.randn(2), x, z, y, 2),
+        "adam": (
+            *([x.clone(), c.clone()], [z, c.bfloat16()], [f(2, 4, 3, 5), f(4)]),
+            *([f(2, 4, 3, 5), f(4)], [torch.zeros(()), torch.zeros(())], [z.clone(), c.clone()]),
+            *([f(2, 4, 3, 5, dtype=torch.bfloat16)], *(torch.tensor(0.1) for _ in range(4))),
+            *(0.9, 0.99, 1e-8, 1.0, 1.0, None, 2),
+        ),
+        "grad_norm": ([x, c.half()], torch.zeros(()), None, 2),
         "peak_flops": (1, 0.0, "fp32"),
         "multiplies_bf16": (),
         "use_isa": ("plain",),

@@ -23,6 +23,7 @@ from triton.compiler.compiler import CompiledKernel
 
 from fastddpm import Schedule, _native  # noqa: F401  lets fastddpm.kernels be found
 from fastddpm.kernels import (
+    adam,
     attention_block,
     choices,
     discretized_log_likelihood,
@@ -32,6 +33,7 @@ from fastddpm.kernels import (
     philox,
     posterior_step,
     residual_sum,
+    squared_error,
 )
 
 WIDE = re.compile(r"cp\.async\.c[ag]\S* \[.*\], \[.*\], 0x10|ld\.global\S*\.v4\.[bu]32")
@@ -126,6 +128,24 @@ def launch_plain_norm(x: torch.Tensor, groups: int) -> None:
     )
 
 
+def launch_adam(dtype: torch.dtype) -> None:
+    """Of gradients of this dtype, with all that is kept and without."""
+    p, g, number = torch.zeros(5000), torch.zeros(5000, dtype=dtype), torch.zeros(())
+    copies = [torch.zeros(5000, dtype=dtype)]
+    options = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "clip": 1.0, "grad_scale": 1.0}
+    for averages, rounded in (([p], copies), ([], [])):
+        adam.adam(
+            [p], [g], [p], [p], [number], averages, rounded,
+            lr=number, share=number, norm=number, refused=number, **options,
+        )  # fmt: skip
+    adam.grad_norm([g])
+
+
+def launch_squared_error(x: torch.Tensor) -> None:
+    squared_error.squared_error(x, x)
+    squared_error.squared_error_backward(torch.zeros(len(x)), x, x)
+
+
 def launch_batches(dtype: torch.dtype) -> None:
     """What must not know how many samples there are."""
     table = Schedule.linear().table()
@@ -138,6 +158,7 @@ def launch_batches(dtype: torch.dtype) -> None:
         noise.noise(x, t, table, eps=x)
         posterior_step.posterior_step(x, x, t, table, seed=3, sample_index=t)
         discretized_log_likelihood.discretized_log_likelihood(x, x, x)
+        launch_squared_error(x)
 
 
 def launch_every_kernel(dtype: torch.dtype) -> None:
@@ -150,6 +171,8 @@ def launch_every_kernel(dtype: torch.dtype) -> None:
     posterior_step.posterior_step(x, x, t, table, out=x, **stream)
     discretized_log_likelihood.discretized_log_likelihood(x, x, x)
     residual_sum.residual_sum(x, x, torch.zeros(2, 64))
+    launch_squared_error(x)
+    launch_adam(dtype)
     launch_norm(image(2, 128, 32, 32, dtype=dtype), 32)  # slabs that a program just holds
     launch_norm(image(2, 64, 64, 64, dtype=dtype), 8)  # slabs of many tiles
     launch_attention(image(128, 256, 8, 8, dtype=dtype), 32, 1)  # programs for a whole GPU

@@ -20,6 +20,7 @@ OPS = (
     "residual_sum",
     "attention_block",
     "discretized_log_likelihood",
+    "squared_error",
 )
 DIRECTIONS = ("forward", "backward")
 

@@ -181,11 +181,18 @@ def test_one_process_may_say_that_its_part_is_all():
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(tmp_path):
     np.savez(tmp_path / "data.npz", images=images(30, 1, 8, 8).numpy())
     for name in "ab":
         start(tmp_path / name)
-    return tmp_path
+    yield tmp_path
+    for process in running:  # of a test that failed
+        process.kill()
+        process.communicate()
+    running.clear()
+
+
+running: list[subprocess.Popen] = []
 
 
 def started(folder: Path, run: str, world: int, *arguments: str, only: int | None = None):
@@ -194,7 +201,7 @@ def started(folder: Path, run: str, world: int, *arguments: str, only: int | Non
                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # fmt: skip
     if world > 1:
         environment |= {"WORLD_SIZE": str(world), "MASTER_PORT": str(free_port())}
-    return [
+    processes = [
         subprocess.Popen(
             [sys.executable, "-m", "fastddpm", *resume_command(folder / "data.npz", folder / run),
              "--timeout=10", *arguments],
@@ -203,6 +210,8 @@ def started(folder: Path, run: str, world: int, *arguments: str, only: int | Non
         )
         for rank in (range(world) if only is None else (only,))
     ]  # fmt: skip
+    running.extend(processes)
+    return processes
 
 
 def ended(processes: list[subprocess.Popen], code: int = 0) -> list[str]:

@@ -56,9 +56,10 @@ OPERANDS = {
         "qkv_weight": (3 * C, C), "qkv_bias": (3 * C,), "proj_weight": (C, C), "proj_bias": (C,),
     },
     "discretized_log_likelihood": {"x": IMAGE, "mean": IMAGE, "log_scale": IMAGE},
+    "squared_error": {"prediction": IMAGE, "target": IMAGE},
 }  # fmt: skip
 DTYPES = {"flip": torch.bool, **dict.fromkeys(("t", "step", "seed", "sample_index"), torch.int64)}
-LEADS = ("x", "x0", "xt")  # what the others have to follow
+LEADS = ("x", "x0", "xt", "prediction")  # what the others have to follow
 CASES = [
     (op, name)
     for op, operands in OPERANDS.items()

@@ -266,6 +266,7 @@ CALLS = {  # op -> (the call, its arguments that are float tensors of one dtype 
         ops.discretized_log_likelihood,
         {"x": IMAGE, "mean": IMAGE, "log_scale": IMAGE},
     ),
+    "squared_error": (ops.squared_error, {"prediction": IMAGE, "target": IMAGE}),
 }
 NOT_FLOAT = (torch.int64, torch.uint8, torch.bool, torch.int32, torch.complex64)
 

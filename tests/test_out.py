@@ -194,6 +194,10 @@ def ops_of(device):
             lambda x, m, s: ops.discretized_log_likelihood(x.detach(), m, s),
             [SHAPE] * 3,
         ),
+        "squared_error": (
+            lambda p, q: ops.squared_error(p, q)[:, None, None, None].expand(SHAPE),
+            [SHAPE] * 2,
+        ),
     }
 
 

@@ -76,6 +76,7 @@ RECORDED = {
         ops.discretized_log_likelihood,
         lambda k: (image(k).sign(), image(k + 1) * 0.1, image(k + 2) - 2),
     ),
+    "squared_error": (ops.squared_error, lambda k: (image(k), image(k + 1))),
 }  # fmt: skip
 
 

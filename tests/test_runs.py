@@ -4,11 +4,13 @@ one process, and nothing else is written over."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -484,6 +486,36 @@ def test_what_is_in_the_way_of_a_run_is_named(tmp_path, dataset, quick, name, ki
     with five_seconds(), pytest.raises(ValueError, match=rf"{re.escape(str(path))} is no "):
         fit(trainer(tiny_unet()), dataset, run, **{**SHORT, "steps": 1, "resume": resume})
     assert sorted(run.iterdir()) == before
+
+
+@pytest.mark.parametrize("file", [4, 5, 6, 7])
+def test_a_disk_that_is_full_in_the_middle_of_a_checkpoint_loses_nothing(
+    tmp_path, dataset, quick, monkeypatch, file  # noqa: F811
+):  # fmt: skip
+    """Two checkpoints are eight files: one of the second's does not get onto the disk."""
+    out, options = tmp_path / "b", {**SHORT, "steps": 4, "save_every": 2}
+    straight = trainer(tiny_unet())
+    fit(straight, dataset, tmp_path / "a", **options)
+    fsync, written = os.fsync, []
+
+    def full(handle):
+        if stat.S_ISREG(os.fstat(handle).st_mode):  # not a folder
+            written.append(handle)
+            if len(written) > file:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            fit(trainer(tiny_unet()), dataset, out, **options)
+    assert steps_done(out) == 2
+    assert not list(out.rglob(".*"))
+    UNet.from_pretrained(out)
+    resumed = trainer(tiny_unet())
+    fit(resumed, dataset, out, **options, resume=True)
+    assert_same(state(resumed), state(straight))
+    assert log(out) == log(tmp_path / "a")
 
 
 def test_a_log_that_is_none_is_named(tmp_path, dataset, quick):  # noqa: F811

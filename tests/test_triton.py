@@ -26,12 +26,16 @@ KERNELS = {
     "_group_norm_silu_backward_kernel", "_partial_statistics_kernel", "_gradient_sums_kernel",
     "_gradient_kernel", "_parameter_gradients_kernel", "_residual_sum_kernel", "_linear_kernel",
     "_weight_gradient_kernel", "_attention_kernel", "_delta_kernel", "_dq_kernel", "_dkv_kernel",
-    "_discretized_log_likelihood_kernel",
+    "_discretized_log_likelihood_kernel", "_squared_error_kernel", "_squared_error_mean_kernel",
+    "_squared_error_backward_kernel", "_adam_kernel", "_squares_kernel",
 }  # fmt: skip
-OF_NO_DTYPE = {"_choices_kernel"}  # compiled with the first
+OF_NO_DTYPE = {"_choices_kernel", "_squared_error_mean_kernel"}  # compiled with the first
 ELEMENTWISE = {
     f"_{op}_kernel"
-    for op in ("randn", "noise", "posterior_step", "residual_sum", "discretized_log_likelihood")
+    for op in (
+        *("randn", "noise", "posterior_step", "residual_sum", "discretized_log_likelihood"),
+        *("squared_error", "squared_error_mean", "squared_error_backward"),
+    )
 }
 NORM = {
     "_group_norm_silu_kernel", "_group_norm_silu_backward_kernel", "_partial_statistics_kernel",

@@ -1,5 +1,6 @@
 // The ops of ops.h for Python. Outputs are allocated by fastddpm/ops/native.py.
-#include "reader.h"
+#include "adam.h"
+#include "launch.h"
 
 namespace fastddpm {
 namespace {
@@ -9,36 +10,6 @@ Prediction prediction_of(const std::string& name) {
   if (name == "x0") return Prediction::x0;
   if (name == "mean") return Prediction::mean;
   throw py::value_error("prediction must be one of 'eps', 'x0', 'mean'; got '" + name + "'");
-}
-
-// ---- the ops -----------------------------------------------------------------------------------
-// `where` is the thread count on the CPU and the stream's handle on CUDA.
-
-template <class Op>
-void launch(void (*run)(const Op&, int), const Op& op, int64_t where) {
-  const int threads = thread_count(where);
-  py::gil_scoped_release nogil;
-  run(op, threads);
-}
-
-template <class Op>
-void launch(void (*run)(const Op&, void*), const Op& op, int64_t where) {
-  py::gil_scoped_release nogil;
-  run(op, reinterpret_cast<void*>(where));
-}
-
-template <class Op>
-constexpr bool is_cuda(void (*)(const Op&, void*)) {
-#if defined(FASTDDPM_CUDA_ON_CPU)  // a build of the tests, which runs the kernels on the CPU
-  return false;
-#else
-  return true;
-#endif
-}
-
-template <class Op>
-constexpr bool is_cuda(void (*)(const Op&, int)) {
-  return false;
 }
 
 template <auto run>
@@ -287,6 +258,39 @@ void def_discretized_log_likelihood(py::module_& m) {
   });
 }
 
+template <auto run>
+void def_squared_error(py::module_& m) {
+  m.def("squared_error", [](py::handle prediction, py::handle target, py::handle out,
+                            py::handle workspace, int64_t where) {
+    if (out.is_none()) throw py::value_error("out must be given");
+    Reader read(is_cuda(run));
+    SquaredError op{};
+    op.shape = read.set_shape(prediction, "prediction");
+    op.prediction = read.tensor(prediction, "prediction");
+    op.target = read.tensor(target, "target");
+    op.out = read.floats(out, "out", op.shape.n);
+    const int64_t chunks = squared_error_chunks(op.shape.c * op.shape.h * op.shape.w);
+    if (needs_workspace(run) && chunks > 1)
+      op.workspace = read.doubles(workspace, "workspace", op.shape.n * chunks);
+    launch(run, op, where);
+  });
+}
+
+template <auto run>
+void def_squared_error_backward(py::module_& m) {
+  m.def("squared_error_backward", [](py::handle grad, py::handle prediction, py::handle target,
+                                     py::handle dprediction, int64_t where) {
+    if (grad.is_none()) throw py::value_error("grad must be given");
+    Reader read(is_cuda(run));
+    const Shape shape = read.set_shape(prediction, "prediction");
+    launch(run,
+           SquaredErrorBackward{
+               shape, read.weight(grad, "grad", shape.n), read.tensor(prediction, "prediction"),
+               read.tensor(target, "target"), read.output(dprediction, "dprediction")},
+           where);
+  });
+}
+
 }  // namespace
 
 PosteriorStep posterior_step_of(bool cuda, py::handle xt, py::handle model_output, py::handle z,
@@ -322,6 +326,10 @@ void def_cpu_ops(py::module_& m) {
   def_attention_block<cpu::attention_block>(m);
   def_attention_block_backward(m);
   def_discretized_log_likelihood<cpu::discretized_log_likelihood>(m);
+  def_squared_error<cpu::squared_error>(m);
+  def_squared_error_backward<cpu::squared_error_backward>(m);
+  def_adam<cpu::adam>(m);
+  def_grad_norm<cpu::grad_norm>(m);
 }
 #endif
 
@@ -335,6 +343,16 @@ void def_cuda(py::module_& m) {
   def_group_norm_silu_backward<cuda::group_norm_silu_backward>(m);
   def_residual_sum<cuda::residual_sum>(m);
   def_discretized_log_likelihood<cuda::discretized_log_likelihood>(m);
+  def_squared_error<cuda::squared_error>(m);
+  def_squared_error_backward<cuda::squared_error_backward>(m);
+  def_adam<cuda::adam>(m);
+  def_grad_norm<cuda::grad_norm>(m);
+  m.attr("GRAD_NORM_CHUNK") = GRAD_NORM_CHUNK;
+  m.def("squared_error_chunks", [](int64_t elements) {
+    if (elements < 0 || elements > MAX_ELEMENTS)
+      throw py::value_error("elements must be in 0 .. 2^48");
+    return squared_error_chunks(elements);
+  });
   m.def("group_norm_workspace", [](int64_t n, int64_t c, int64_t groups, bool backward) {
     if (n < 0 || c < 0 || groups < 0 || n > MAX_SIZE || c > MAX_SIZE || groups > MAX_SIZE)
       throw py::value_error("n, c and groups must be in 0 .. 2^24");

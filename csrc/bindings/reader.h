@@ -20,11 +20,12 @@ namespace fastddpm {
 namespace py = pybind11;
 
 constexpr int64_t MAX_ELEMENTS = int64_t(1) << 48;  // of a tensor: no product of sizes overflows
+constexpr int MAX_DIMS = 64;                        // of a tensor that is only walked as it lies
 constexpr int64_t MAX_SIZE = int64_t(1) << 24;      // of an argument that stands for a size alone
 
 struct Torch {                                    // looked up once
   PyObject *base, *tensor, *parameter, *disable;  // types
-  PyObject *float32, *bfloat16, *float16, *uint8, *int64, *boolean;
+  PyObject *float32, *bfloat16, *float16, *float64, *uint8, *int64, *boolean;
   // Functions of the base class and of storages; properties are asked by getter_of().
   PyObject *shape, *dtype, *stride, *get_device, *is_cpu, *is_neg, *data_ptr, *storage;
   PyObject *storage_bytes, *storage_ptr;
@@ -39,6 +40,7 @@ struct Torch {                                    // looked up once
     disable = find(module.attr("_C"), "DisableTorchFunctionSubclass");
     float32 = find(module, "float32"), bfloat16 = find(module, "bfloat16");
     float16 = find(module, "float16"), uint8 = find(module, "uint8");
+    float64 = find(module, "float64");
     int64 = find(module, "int64"), boolean = find(module, "bool");
     shape = find(base, "shape"), dtype = find(base, "dtype"), is_cpu = find(base, "is_cpu");
     stride = find(base, "stride"), get_device = find(base, "get_device");
@@ -196,6 +198,52 @@ class Reader {
     return static_cast<float*>(address(x, name, sizes, strides, 4));
   }
 
+  // (count,) contiguous float64 that the op writes.
+  double* doubles(py::handle x, const char* name, int64_t count) {
+    const Numbers sizes = vector(x, name, count, -1), strides = strides_of(x, name);
+    require_dtype(x, name, torch().float64, "float64");
+    if (strides.value[0] != 1 && count > 1) refuse(name, "must be contiguous");
+    return static_cast<double*>(address(x, name, sizes, strides, 8));
+  }
+
+  // The elements of a dense tensor of any shape, in the order of its memory.
+  Flat flat(py::handle x, const char* name) {
+    require(x, name);
+    const py::object shape = get(torch().shape, x, name);
+    int64_t sizes[MAX_DIMS], strides[MAX_DIMS], elements = 1;
+    const int dims = values(shape, sizes, name);
+    {
+      const Plainly plainly(x);
+      values(ask(torch().stride, x, name), strides, name);
+    }
+    int left = 0;  // dimensions of more than one place
+    for (int i = 0; i < dims; ++i) {
+      if (sizes[i] == 0) return {nullptr, dtype(x, name, false), 0};
+      if (sizes[i] > 1) sizes[left] = sizes[i], strides[left++] = strides[i];
+    }
+    for (int i = 0; i < left; ++i) {
+      int next = i;  // that runs fastest of those left
+      while (next < left && strides[next] != elements) ++next;
+      if (next == left) refuse(name, "must be dense: contiguous in some order of its dimensions");
+      if (sizes[next] > MAX_ELEMENTS / elements) refuse(name, "is too large");
+      elements *= sizes[next];
+      sizes[next] = sizes[i], strides[next] = strides[i];
+    }
+    const DType type = dtype(x, name, false);
+    Numbers size, step;
+    size.size = step.size = 1, size.value[0] = elements, step.value[0] = 1;
+    return {address(x, name, size, step, bytes_of(type)), type, elements};
+  }
+
+  // The one float32 number of a tensor without dimensions; null if not given.
+  float* number_of(py::handle x, const char* name) {
+    if (x.is_none()) return nullptr;
+    require(x, name);
+    if (shape_of(x, name).size) refuse(name, "must have no dimensions");
+    require_dtype(x, name, torch().float32, "float32");
+    return static_cast<float*>(address(x, name, {}, {}, 4));
+  }
+
   // The shape of the tensors to come has so many channels.
   void set_channels(int64_t channels) { shape.c = channels; }
 
@@ -309,6 +357,14 @@ class Reader {
       }
     }
     return numbers;
+  }
+
+  static int values(const py::object& tuple, int64_t (&to)[MAX_DIMS], const char* name) {
+    const int64_t size = PyTuple_Check(tuple.ptr()) ? PyTuple_GET_SIZE(tuple.ptr()) : MAX_DIMS + 1;
+    if (size > MAX_DIMS) refuse(name, "has too many dimensions");
+    for (int i = 0; i < int(size); ++i)
+      to[i] = number(py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(tuple.ptr(), i)));
+    return int(size);
   }
 
   static Numbers shape_of(py::handle x, const char* name) {

@@ -101,6 +101,10 @@ struct Isa {
   decltype(&plain::attention_block) attention_block;
   decltype(&plain::attention_block_backward) attention_block_backward;
   decltype(&plain::discretized_log_likelihood) discretized_log_likelihood;
+  decltype(&plain::squared_error) squared_error;
+  decltype(&plain::squared_error_backward) squared_error_backward;
+  decltype(&plain::adam) adam;
+  decltype(&plain::grad_norm) grad_norm;
   decltype(&plain::peak_flops) peak_flops;
   decltype(&plain::peak_flops_bf16) peak_flops_bf16;
 };
@@ -118,6 +122,10 @@ struct Isa {
    base::attention_block,                \
    base::attention_block_backward,       \
    base::discretized_log_likelihood,     \
+   base::squared_error,                  \
+   base::squared_error_backward,         \
+   base::adam,                           \
+   base::grad_norm,                      \
    base::peak_flops,                     \
    isa::peak_flops_bf16},
 
@@ -275,6 +283,18 @@ void discretized_log_likelihood(const DiscretizedLogLikelihood& op, int threads)
           "discretized_log_likelihood: out must be float32, bfloat16 or float16");
   active().discretized_log_likelihood(op, threads);
 }
+
+void squared_error(const SquaredError& op, int threads) { active().squared_error(op, threads); }
+
+void squared_error_backward(const SquaredErrorBackward& op, int threads) {
+  require(op.dprediction.dtype != DType::u8,
+          "squared_error: dprediction must be float32, bfloat16 or float16");
+  active().squared_error_backward(op, threads);
+}
+
+void adam(const Adam& op, int threads) { active().adam(op, threads); }
+
+void grad_norm(const GradNorm& op, int threads) { active().grad_norm(op, threads); }
 
 }  // namespace cpu
 }  // namespace fastddpm

@@ -29,6 +29,10 @@
   void attention_block(const AttentionBlock&, int threads);                      \
   void attention_block_backward(const AttentionBlockBackward&, int threads);     \
   void discretized_log_likelihood(const DiscretizedLogLikelihood&, int threads); \
+  void squared_error(const SquaredError&, int threads);                          \
+  void squared_error_backward(const SquaredErrorBackward&, int threads);         \
+  void adam(const Adam&, int threads);                                           \
+  void grad_norm(const GradNorm&, int threads);                                  \
   double peak_flops(int threads, double seconds);                                \
   double peak_flops_bf16(int threads, double seconds);                           \
   }

@@ -20,18 +20,22 @@ from torch import Tensor
 
 from fastddpm.ops import checks, library
 from fastddpm.ops.dispatch import use_backend
+from fastddpm.ops.sweep import adam, grad_norm
 from fastddpm.options import check_flag, shown
 from fastddpm.schedule import check_choice
 
 __all__ = [
+    "adam",
     "attention_block",
     "choices",
     "discretized_log_likelihood",
+    "grad_norm",
     "group_norm_silu",
     "noise",
     "posterior_step",
     "randn",
     "residual_sum",
+    "squared_error",
     "use_backend",
 ]
 
@@ -345,3 +349,21 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
     if not x.shape == mean.shape == log_scale.shape:
         checks.broadcastable(x=x, mean=mean, log_scale=log_scale)
     return library.discretized_log_likelihood(x, mean, log_scale)
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean of (prediction - target)^2 over each sample's elements: the simple loss of every
+    image (DDPM Eq. 14).
+
+    prediction: (N, ...) float;  target: like prediction, of any other float dtype but float64
+    returns (N,) float32, float64 for float64; NaN for samples without elements, as torch's mean
+
+    Gradients for both, and theirs: 2 grad (prediction - target) / elements in one pass over what
+    the op was given, which is all that is kept. Differences are float32, a sample's sum float64 in
+    an order of its shape and layout alone.
+    """
+    checks.floating("prediction", prediction)
+    if prediction.dim() == 0:
+        raise ValueError("prediction must be (N, ...); got ()")
+    checks.operand("target", target, "prediction", prediction)
+    return library.squared_error(prediction, target)

@@ -31,6 +31,23 @@ class _Cuda(Native):
         size = self.module.group_norm_workspace(x.shape[0], x.shape[1], num_groups, backward)
         return torch.empty(size, dtype=torch.float32, device=x.device)
 
+    def squares_workspace(self, x):
+        assert self.module is not None
+        chunks = self.module.squared_error_chunks(x[:1].numel())
+        if chunks <= 1:
+            return None
+        return torch.empty(len(x) * chunks, dtype=torch.float64, device=x.device)
+
+    def sweep_workspace(self, params):
+        size = 2 * (len(params) + 1)
+        return torch.empty(size, dtype=torch.float32, device=params[0].device)
+
+    def norm_workspace(self, grads):
+        assert self.module is not None
+        chunk = self.module.GRAD_NORM_CHUNK
+        chunks = sum(-(-x.numel() // chunk) for x in grads)
+        return torch.empty(chunks, dtype=torch.float64, device=grads[0].device)
+
     def attention_block(
         self, x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,
         *, num_heads=1, eps=1e-6,
@@ -89,4 +106,8 @@ attention_block = _cuda.attention_block
 attention_block_backward = _cuda.attention_block_backward
 residual_sum = _cuda.residual_sum
 discretized_log_likelihood = _cuda.discretized_log_likelihood
+squared_error = _cuda.squared_error
+squared_error_backward = _cuda.squared_error_backward
+adam = _cuda.adam
+grad_norm = _cuda.grad_norm
 unsupported = _cuda.unsupported

@@ -25,6 +25,10 @@ OPS = (
     "attention_block",
     "attention_block_backward",
     "discretized_log_likelihood",
+    "squared_error",
+    "squared_error_backward",
+    "adam",
+    "grad_norm",
 )
 MODULES = {
     "reference": "fastddpm.reference",

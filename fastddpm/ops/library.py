@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from fastddpm import reference
-from fastddpm.ops import attention, dispatch
+from fastddpm.ops import attention, dispatch, lists
 from fastddpm.ops.checks import INDEX_END, STEP_END, is_lazy, values_in
 from fastddpm.ops.dispatch import choose
 from fastddpm.ops.overlap import check_written
@@ -74,7 +74,7 @@ class Op:
                 if x.is_meta:
                     return self.registered(*arguments)
                 gradient = gradient or x.requires_grad
-            elif isinstance(x, Tensor):
+            elif isinstance(x, Tensor) or (kind is list and not _are_plain(x)):
                 return self.registered(*arguments)
         try:
             return (self.differentiable if gradient and torch.is_grad_enabled() else self.run)(
@@ -95,6 +95,13 @@ class Op:
                 f"only; {dispatch.forced()!r} was forced"
             )
         return reference
+
+
+def _are_plain(items: list) -> bool:
+    """Whether no tensor among them is of a type of its own, or without values."""
+    return not any(
+        isinstance(x, Tensor) and (type(x) not in (Tensor, Parameter) or x.is_meta) for x in items
+    )
 
 
 def _has_tangent(arguments: tuple) -> bool:
@@ -666,3 +673,109 @@ discretized_log_likelihood = Op(
     _discretized_log_likelihood_setup,
     _discretized_log_likelihood_backward,
 )
+
+
+# ---- squared_error -------------------------------------------------------------------------------
+
+
+def _squared_error(prediction, target, choose=choose):
+    return choose("squared_error", prediction, target).squared_error(prediction, target)
+
+
+def _squared_error_fake(prediction, target):
+    double = prediction.dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
+    return prediction.new_empty(prediction.shape[:1], dtype=dtype)
+
+
+def _squared_error_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _squared_error_backward(ctx, grad):
+    prediction, target = ctx.saved_tensors
+    # create_graph=True: the formula itself can be differentiated
+    formula = (
+        reference.squared_error_backward if torch.is_grad_enabled() else squared_error_backward
+    )
+    wanted = ctx.needs_input_grad
+    return (
+        formula(grad, prediction, target) if wanted[0] else None,
+        formula(grad, target, prediction) if wanted[1] else None,
+    )
+
+
+squared_error = Op(
+    "squared_error",
+    "(Tensor prediction, Tensor target) -> Tensor",
+    _squared_error,
+    _squared_error_fake,
+    _squared_error_setup,
+    _squared_error_backward,
+)
+
+
+def _squared_error_gradient(grad, prediction, target, choose=choose):
+    backend = choose("squared_error_backward", prediction, target, grad)
+    return backend.squared_error_backward(grad, prediction, target)
+
+
+squared_error_backward = Op(
+    "squared_error_backward",
+    "(Tensor grad, Tensor prediction, Tensor target) -> Tensor",
+    _squared_error_gradient,
+    lambda grad, prediction, target: torch.empty_like(prediction),
+)
+
+
+# ---- adam and grad_norm --------------------------------------------------------------------------
+
+
+def _adam(
+    params, grads, exp_avgs, exp_avg_sqs, steps, averages, copies, lr, share, norm, refused,
+    beta1, beta2, eps, clip, grad_scale, choose=choose,
+):  # fmt: skip
+    if not params:
+        return
+    if not torch._C._are_functorch_transforms_active():  # there it is plain torch that writes
+        numbers = {"lr": lr, "share": share, "norm": norm, "refused": refused}
+        lists.apart(
+            {
+                "params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps,
+                "averages": averages, "copies": copies,
+            },
+            {"grads": grads, **{k: [x] for k, x in numbers.items() if x is not None}},
+        )  # fmt: skip
+    kept = (params, exp_avgs, exp_avg_sqs, averages)
+    why = lists.unwalkable(grads, copies, floats=[x for x in kept if x])
+    backend = choose("adam", *steps, lr, share, norm, refused, lists=why)
+    backend.adam(
+        params, grads, exp_avgs, exp_avg_sqs, steps, averages, copies, lr=lr, share=share,
+        norm=norm, refused=refused, beta1=beta1, beta2=beta2, eps=eps, clip=clip,
+        grad_scale=grad_scale,
+    )  # fmt: skip
+    torch.autograd.graph.increment_version((*params, *exp_avgs, *exp_avg_sqs, *averages, *copies))
+
+
+adam = Op(
+    "adam",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] steps, Tensor(e!)[] averages, Tensor(f!)[] copies, Tensor lr, Tensor share, "
+    "Tensor? norm, Tensor? refused, float beta1, float beta2, float eps, float clip, "
+    "float grad_scale) -> ()",
+    _adam,
+    lambda *_: None,
+)
+
+
+def _grad_norm(grads, choose=choose):
+    why = lists.unwalkable(grads)
+    return choose("grad_norm", *grads, lists=why).grad_norm(grads)
+
+
+def _grad_norm_fake(grads):
+    double = any(x.dtype == torch.float64 for x in grads)
+    return grads[0].new_empty((), dtype=torch.float64 if double else torch.float32)
+
+
+grad_norm = Op("grad_norm", "(Tensor[] grads) -> Tensor", _grad_norm, _grad_norm_fake)

@@ -34,6 +34,18 @@ class Native:
         """What group_norm_silu needs beside its outputs: nothing on the CPU."""
         return None
 
+    def squares_workspace(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What squared_error needs for samples like those of x: nothing on the CPU."""
+        return None
+
+    def sweep_workspace(self, params: list[torch.Tensor]) -> torch.Tensor | None:
+        """What adam needs: nothing on the CPU."""
+        return None
+
+    def norm_workspace(self, grads: list[torch.Tensor]) -> torch.Tensor | None:
+        """What grad_norm needs: nothing on the CPU."""
+        return None
+
     def sum_over_samples(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C) -> (C,)."""
         return x.sum(0)
@@ -51,8 +63,10 @@ class Native:
                 return _unsupported_dtype(x.dtype)
             if not self.is_here(x):
                 return f"a tensor is on {x.device.type}"
-            if x.dim() > 4:
+            if x.dim() > 4 and "lists" not in options:
                 return f"{x.dim()} dimensions are more than 4"
+        if options.get("lists") is not None:  # what stands against a walk over them
+            return options["lists"]
         dtype = options.get("dtype")
         if dtype is not None and dtype not in STORAGE:
             return _unsupported_dtype(dtype)
@@ -180,6 +194,32 @@ class Native:
         x, mean, log_scale = torch.broadcast_tensors(x, mean, log_scale)
         out = torch.empty_like(x, dtype=dtype)
         self.call("discretized_log_likelihood", x, x, mean, log_scale, out)
+        return out
+
+    def squared_error(self, prediction, target):
+        out = torch.empty(len(prediction), dtype=torch.float32, device=prediction.device)
+        work = self.squares_workspace(prediction)
+        self.call("squared_error", prediction, prediction, target, out, work)
+        return out
+
+    def squared_error_backward(self, grad, prediction, target):
+        dprediction = torch.empty_like(prediction)
+        self.call("squared_error_backward", grad, grad, prediction, target, dprediction)
+        return dprediction
+
+    def adam(
+        self, params, grads, exp_avgs, exp_avg_sqs, steps, averages, copies, *,
+        lr, share, norm, refused, beta1, beta2, eps, clip, grad_scale,
+    ):  # fmt: skip
+        work = self.sweep_workspace(params)
+        self.call(
+            "adam", lr, params, grads, exp_avgs, exp_avg_sqs, steps, averages, copies,
+            lr, share, norm, refused, beta1, beta2, eps, clip, grad_scale, work,
+        )  # fmt: skip
+
+    def grad_norm(self, grads):
+        out = torch.empty((), dtype=torch.float32, device=grads[0].device)
+        self.call("grad_norm", out, grads, out, self.norm_workspace(grads))
         return out
 
 

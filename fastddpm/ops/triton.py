@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from fastddpm import _native  # noqa: F401  lets fastddpm.kernels be a checkout's kernels/
+from fastddpm.kernels import adam as _adam
 from fastddpm.kernels import attention_block as _attention
 from fastddpm.kernels import choices as _choices
 from fastddpm.kernels import discretized_log_likelihood as _likelihood
@@ -21,6 +22,7 @@ from fastddpm.kernels import noise as _noise
 from fastddpm.kernels import philox as _philox
 from fastddpm.kernels import posterior_step as _posterior
 from fastddpm.kernels import residual_sum as _residual
+from fastddpm.kernels import squared_error as _squared_error
 from fastddpm.kernels.storage import INTERPRETED
 from fastddpm.kernels.tiles import MAX_PIXELS
 from fastddpm.ops.checks import is_lazy
@@ -36,7 +38,8 @@ def _on_device(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def wrapper(*args, **options):
-        first = next(x for x in (*args, *options.values()) if isinstance(x, torch.Tensor))
+        given = (x[0] if type(x) is list and x else x for x in (*args, *options.values()))
+        first = next(x for x in given if isinstance(x, torch.Tensor))
         with torch.cuda.device(first.device):
             return function(*args, **options)
 
@@ -53,6 +56,10 @@ residual_sum = _on_device(_residual.residual_sum)
 attention_block = _on_device(_attention.attention_block)
 attention_block_backward = _on_device(_attention.attention_block_backward)
 discretized_log_likelihood = _on_device(_likelihood.discretized_log_likelihood)
+squared_error = _on_device(_squared_error.squared_error)
+squared_error_backward = _on_device(_squared_error.squared_error_backward)
+adam = _on_device(_adam.adam)
+grad_norm = _on_device(_adam.grad_norm)
 
 
 def unsupported(op: str, *tensors: torch.Tensor | None, **options) -> str | None:
@@ -72,10 +79,12 @@ def unsupported(op: str, *tensors: torch.Tensor | None, **options) -> str | None
             )
         if is_lazy(x):
             return "a tensor is a lazily negated view or a lazy zero"
+        if "lists" in options:
+            continue
         if x.dim() > 4:
             return f"{x.dim()} dimensions are more than 4"
         if x.dim() > 1 and x.shape[1:].numel() > MAX_PIXELS:
             return f"a sample of {x.shape[1:].numel()} elements is too large"
     if len({x.device for x in given}) > 1:
         return "the tensors are on different devices"
-    return None
+    return options.get("lists")
