@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tabulate import tabulate
@@ -15,11 +16,13 @@ import fastddpm
 from fastddpm import console, figures, ranks, run_folder
 from fastddpm.checkpoint import read_json
 from fastddpm.cli_arguments import path, timeout
-from fastddpm.data import Dataset, open_dataset
+from fastddpm.data import WITH_SPLITS, Dataset, open_dataset
 from fastddpm.diffusion import Diffusion
+from fastddpm.held_out import HeldOut
 from fastddpm.host import seeded
 from fastddpm.pretrained import CONFIG, build_model
 from fastddpm.recipe import (
+    BY_KEY,
     FLAG,
     NUMBERS_OF_SCHEDULES,
     OF_THE_DATA,
@@ -28,11 +31,12 @@ from fastddpm.recipe import (
     Recipe,
     read_recipe,
 )
-from fastddpm.run_folder import RECIPE
-from fastddpm.training import PRESETS, STATE, Trainer, fit, preset
+from fastddpm.run_folder import BEST, BOARD, LOG, PLOT, RECIPE, SAMPLES
+from fastddpm.training import PRESETS, STATE, Ran, Trainer, fit, preset
 from fastddpm.unet import UNet
 
 DEFAULT_PRESET = "cifar10"
+SPLIT: Literal["test"] = "test"  # as --held-out
 
 
 def train(a: argparse.Namespace) -> None:
@@ -55,6 +59,7 @@ def _train(a: argparse.Namespace) -> None:
         dataset, model = _built(recipe, source, model)
         options = recipe.section("training")
         steps, batch_size = options.pop("steps"), options.pop("batch_size")
+        held_out = _held_out(recipe, source, dataset)
         trainer = Trainer(model.to(a.device), **options)
     rank, world = ranks.place()
     parameters = sum(p.numel() for p in model.parameters())
@@ -64,6 +69,8 @@ def _train(a: argparse.Namespace) -> None:
         console.say(
             f"model  {parameters:,} parameters, preset {recipe.preset}, {trainer.precision}{on}"
         )
+        if held_out is not None:
+            console.say(f"test   {held_out.describe()}")
     started = time.perf_counter()
     with recipe.blamed():
         ran = fit(
@@ -72,23 +79,45 @@ def _train(a: argparse.Namespace) -> None:
             out,
             steps=steps,
             batch_size=batch_size,
-            recipe=_record(recipe, trainer, model, dataset),
+            save_every=recipe["run.save_every"],
+            sample_every=recipe["run.sample_every"],
+            held_out=held_out,
+            tensorboard=recipe["run.tensorboard"],
+            record=_record(recipe, trainer, model),
             resume=a.resume,
             progress=not a.quiet,
-            **recipe.section("run"),
         )
-    if rank > 0:
-        return
+    if rank == 0:
+        _report(out, trainer, ran, held_out, time.perf_counter() - started)
+
+
+def _report(
+    out: Path, trainer: Trainer, ran: Ran, held_out: HeldOut | None, seconds: float
+) -> None:
+    pictures = [str(out / PLOT), str(out / SAMPLES)]
+    if (out / BOARD).is_dir():
+        pictures.append(f"{out / BOARD}  (tensorboard --logdir {out / BOARD})")
     rows = {
         "model": f"{out}  (fastddpm sample --model {out})",
-        "pictures": f"{out / 'loss.png'}, {out / 'samples'}",
+        "pictures": ", ".join(pictures),
         "steps": f"{trainer.step_count:,}, {trainer.example_count:,} images",
-        "time": f"{time.perf_counter() - started:.1f} s, {ran.share_waited:.1%} of the steps' was "
-        "waiting for data",
+        "time": f"{seconds:.1f} s, {ran.share_waited:.1%} of the steps' was waiting for data",
     }
     if trainer.skipped:
         rows["skipped"] = f"{trainer.skipped:,} steps, whose loss or gradient was not finite"
-    console.say(tabulate(rows.items(), tablefmt="plain"))
+    if ran.rows:
+        rate = statistics.median(row.images_per_second for row in ran.rows)
+        rows["images/s"] = f"{rate:.4g}, the median of the rows of {out / LOG}"
+        rows["loss"] = f"{ran.rows[-1].loss:.6f} at the end"
+    if held_out is not None:
+        judged = [row for row in ran.rows if row.bits_per_dim is not None]
+        if judged:
+            rows["bits/dim"] = f"{judged[-1].bits_per_dim:.4f} of {held_out.describe()}"
+        if (best := held_out.best) is not None:
+            rows["best"] = (
+                f"{out / BEST}  ({best['bits_per_dim']:.4f} bits/dim, step {best['step']:,})"
+            )
+    console.say(tabulate(rows.items(), tablefmt="plain", disable_numparse=True))
 
 
 def _recipe(a: argparse.Namespace, out: Path) -> tuple[Recipe, UNet | None]:
@@ -96,8 +125,11 @@ def _recipe(a: argparse.Namespace, out: Path) -> tuple[Recipe, UNet | None]:
     model of the run that is to go on, with fresh weights, or None.
     """
     file = read_recipe(a.recipe) if a.recipe is not None else None
-    if file is not None and file.preset is not None and a.preset not in (None, file.preset):
-        raise ValueError(f"preset is {file.preset!r} in {a.recipe} and {a.preset!r} here")
+    if file is not None and file.whole and a.preset not in (None, file.preset):
+        raise ValueError(
+            f"{a.recipe} is a run's of preset {file.preset!r} and gives every option: of --preset "
+            f"{a.preset} nothing would be left"
+        )
     name = a.preset or (file.preset if file is not None else None)
     asked = dict(file.values) if file is not None else {}
     words = {o.key: o.value(v) for o in OPTIONS if (v := getattr(a, o.key)) is not None}
@@ -115,6 +147,9 @@ def _recipe(a: argparse.Namespace, out: Path) -> tuple[Recipe, UNet | None]:
     if file is not None:
         recipe.lay_over(file.values, a.recipe)
     recipe.lay_over(words)
+    unused = [BY_KEY[key].flag for key in words if key.startswith("run.evaluate_")]
+    if unused and recipe["data.held_out"] is None:
+        raise ValueError(f"{unused[0]} is of held-out images: give --held-out")
     return recipe, model
 
 
@@ -134,10 +169,24 @@ def _built(recipe: Recipe, source: str, model: UNet | None) -> tuple[Dataset, UN
         return dataset, model
     process = {k: recipe[f"diffusion.{k}"] for k in ("prediction", "variance", "loss")}
     diffusion = Diffusion(recipe.schedule(), **process)
-    shape = {"in_channels": dataset.shape[0], "image_size": dataset.shape[1:]}
+    shape: dict[str, Any] = {"in_channels": dataset.shape[0], "image_size": dataset.shape[1:]}
     seed = recipe["training.seed"]
     with seeded(seed % 2**63, torch.device("cpu")):  # the Trainer names one out of range
         return dataset, UNet(**recipe.section("model"), **shape, diffusion=diffusion)
+
+
+def _held_out(recipe: Recipe, source: str, dataset: Dataset) -> HeldOut | None:
+    """The images to judge by, in the size and the colours of those that are trained on."""
+    given = recipe["data.held_out"]
+    if given is None:
+        return None
+    shape: dict[str, Any] = {"size": dataset.shape[1:], "channels": dataset.shape[0]}
+    if given == SPLIT and (dataset.kind in WITH_SPLITS or not os.path.lexists(given)):
+        images = open_dataset(source, split=SPLIT, **shape)
+    else:
+        images = open_dataset(given, **shape)
+    names = ("every", "images", "steps")
+    return HeldOut(images, **{name: recipe[f"run.evaluate_{name}"] for name in names})
 
 
 def _of_model(model: UNet) -> dict[str, Any]:
@@ -153,9 +202,7 @@ def _of_model(model: UNet) -> dict[str, Any]:
     return {**values, "data.image_size": list(model.image_size), "data.channels": model.in_channels}
 
 
-def _record(
-    recipe: Recipe, trainer: Trainer, model: UNet, dataset: Dataset
-) -> dict[str, Any] | None:
+def _record(recipe: Recipe, trainer: Trainer, model: UNet) -> dict[str, Any] | None:
     """The whole recipe of this run, as a file of which it can be begun again; None where a schedule
     has no name.
     """
@@ -167,6 +214,8 @@ def _record(
         "training.precision": trainer.precision,
         "data.path": os.path.abspath(recipe["data.path"]),
     }
+    if (held_out := recipe["data.held_out"]) not in (None, SPLIT):
+        whole.values["data.held_out"] = os.path.abspath(held_out)
     return whole.to_json(fastddpm.__version__)
 
 
@@ -178,7 +227,7 @@ def _check_model(
 
     own: the run's; known: it has a recipe, so that the preset need not be named again
     """
-    there = {"--schedule": model.diffusion.schedule.to_config()}
+    there: dict[str, Any] = {"--schedule": model.diffusion.schedule.to_config()}
     here: dict[str, Any] = {}
     of_schedule = [f"diffusion.{k}" for k in ("schedule", "T", *NUMBERS_OF_SCHEDULES)]
     if numbers := {k: v for k, v in asked.items() if k in of_schedule}:
@@ -191,12 +240,16 @@ def _check_model(
             there[option.flag] = own[option.key]
             if option.key in asked:
                 here[option.flag] = asked[option.key]
-    if name is not None:
+    if name is not None and (not known or name != own.preset):
         of_preset = {k: v for k, v in preset(name).model.items() if k not in OF_THE_DATA}
         there |= {f"--preset {name}: {k}": model.config[k] for k in of_preset}
-        here |= {f"--preset {name}: {k}": _listed(v) for k, v in of_preset.items()}
+        here |= {
+            f"--preset {name}: {k}": _listed(v)
+            for k, v in of_preset.items()
+            if f"model.{k}" not in asked
+        }
         there["--preset"], here["--preset"] = own.preset, name
-    elif not known:
+    elif name is None and not known:
         fitting = [name for name in PRESETS if _is_of(model, name)]
         if fitting and DEFAULT_PRESET not in fitting:
             raise ValueError(

@@ -23,17 +23,23 @@ BUNDLED = Path(__file__).parent / "checkpoints"
 
 
 def save_model(
-    model: UNet, folder: str | os.PathLike, weights: dict[str, torch.Tensor] | None = None
+    model: UNet,
+    folder: str | os.PathLike,
+    weights: dict[str, torch.Tensor] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Write the model's config.json and model.safetensors (or `weights` in its place) into
     `folder`, each with a digest of what is in it; a process that can't be saved is a ValueError
     before a file is touched.
+
+    metadata: what else the header of model.safetensors is to say
     """
     folder = named(folder)
     config = _config(model)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = model.state_dict() if weights is None else weights
-    write_tensors(folder / WEIGHTS, tensors, {CONFIG_DIGEST: config[digest.KEY]})
+    metadata = {**(metadata or {}), CONFIG_DIGEST: config[digest.KEY]}
+    write_tensors(folder / WEIGHTS, tensors, metadata)
     write_json(folder / CONFIG, config)
 
 

@@ -24,10 +24,10 @@ from fastddpm.data.files import RegularFile
 from fastddpm.diffusion import Loss, Prediction
 from fastddpm.options import shown
 from fastddpm.presets import preset
+from fastddpm.run_folder import WRITER
 from fastddpm.schedule import Schedule, Variance
 from fastddpm.unet import UNet
 
-VERSION = "fastddpm"  # key of the version that wrote a file: the mark of those that runs write
 LONGEST = 2**20  # bytes of a file
 SCHEDULES = ("linear", "quadratic", "constant", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -165,6 +165,14 @@ OPTIONS = (
     Option("run", "save_every", INTEGER, "steps between checkpoints (default: 1000)", 1000),
     Option("run", "sample_every", INTEGER, "steps between sample grids, 0: none (default: 5000)",
            5000),
+    Option("run", "evaluate_every", INTEGER, "steps between two looks at the held-out images "
+           "(default: 5000)", 5000),
+    Option("run", "evaluate_images", INTEGER, "how many of them, evenly spaced in their order "
+           "(default: 256)", 256),
+    Option("run", "evaluate_steps", INTEGER, "of the chain, whose bound in bits/dim is the number "
+           "(default: 50)", 50),
+    Option("run", "tensorboard", FLAG, "write TensorBoard's files, too, which needs "
+           "fastddpm[tensorboard]", False),
 )  # fmt: skip
 BY_KEY = {option.key: option for option in OPTIONS}
 SECTIONS = tuple(dict.fromkeys(option.section for option in OPTIONS))
@@ -244,7 +252,7 @@ class Recipe:
 
     def to_json(self, version: str) -> dict[str, Any]:
         """What `read_recipe` reads back."""
-        content: dict[str, Any] = {VERSION: version, "preset": self.preset}
+        content: dict[str, Any] = {WRITER: version, "preset": self.preset}
         for name in SECTIONS:
             content[name] = {k: v for k, v in self.section(name).items() if v is not None}
         return content
@@ -254,10 +262,14 @@ class Recipe:
 
 
 class Given(NamedTuple):
-    """What a file holds: its preset or None, and values by the options' keys."""
+    """What a file holds: its preset or None, and values by the options' keys.
+
+    whole: a run wrote it, and it has a value for everything
+    """
 
     preset: str | None
     values: dict[str, Any]
+    whole: bool
 
 
 def read_recipe(path: str | os.PathLike) -> Given:
@@ -291,7 +303,8 @@ def _toml(text: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         at = re.search(r"\(at line (\d+)", str(error))
-        line = text.splitlines()[int(at[1]) - 1].strip() if at else ""
+        lines = text.rstrip().splitlines() or [""]
+        line = lines[int(at[1]) - 1 if at else -1].strip()  # else it is the last one
         twice = re.search("overwrite|twice", str(error))
         why = f"{line:.80} stands there twice" if twice else f"{line:.80} is no TOML"
         raise ValueError(f"{why}: {error}") from None
@@ -314,7 +327,7 @@ def _json(text: str) -> dict[str, Any]:
 def _checked(content: dict[str, Any]) -> Given:
     named, values = None, {}
     for section, options in content.items():
-        if section in ("preset", VERSION):
+        if section in ("preset", WRITER):
             if not isinstance(options, str):
                 raise ValueError(f"{section} must be a name in quotes; got {shown(options)}")
             if section == "preset":
@@ -338,7 +351,7 @@ def _checked(content: dict[str, Any]) -> Given:
                     f"[{section}] {name} must be {option.kind.what}; got {shown(value)}"
                 )
             values[option.key] = option.value(value)
-    return Given(named, values)
+    return Given(named, values, WRITER in content)
 
 
 def _unknown(section: str, name: str) -> str:

@@ -11,11 +11,14 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastddpm.checkpoint import _lock, read_json, remove_abandoned
+from fastddpm.checkpoint import _lock, read_json, read_metadata, remove_abandoned
 from fastddpm.pretrained import CONFIG, WEIGHTS
 
 STATE, LOG, PLOT, SAMPLES = "trainer.safetensors", "log.csv", "loss.png", "samples"
 RECIPE = "recipe.json"  # all options of the run, see recipe.py
+BEST, NOTE = "best", "best"  # the folder of the best model; the key, and the file, of what it is
+BOARD = "tensorboard"
+WRITER = "fastddpm"  # key of the version that wrote a recipe: the mark of a run's own
 LOCK = ".lock"
 
 
@@ -26,6 +29,8 @@ def check_new(out: Path) -> None:
             f"{out} holds a run: add --resume to go on with it, or give another folder"
         )
     there = [name for name in (WEIGHTS, "model_index.json") if (out / name).exists()]
+    if (out / BEST / WEIGHTS).exists() and NOTE not in read_metadata(out / BEST / WEIGHTS):
+        there.append(f"{BEST}/{WEIGHTS}")
     if not there and (out / CONFIG).exists() and not _is_ours(out / CONFIG):
         there = [CONFIG]
     if there:
@@ -33,6 +38,19 @@ def check_new(out: Path) -> None:
             f"{out} holds a model ({there[0]}) and no run ({STATE}): give another folder, a run "
             "would write over it"
         )
+
+    if (out / RECIPE).exists() and not _has(out / RECIPE, WRITER):
+        raise FileExistsError(
+            f"{out / RECIPE} was not written by a run, which would write over it: give it another "
+            "name, or the run another folder"
+        )
+
+
+def _has(file: Path, key: str) -> bool:
+    try:
+        return key in read_json(file)
+    except ValueError:
+        return False
 
 
 def _is_ours(config: Path) -> bool:
@@ -47,10 +65,11 @@ def check_kinds(out: Path) -> None:
     """ValueError if one of a run's names in `out` is taken by what is no file, or no folder: it
     could not be written, or reading it would wait for ever.
     """
-    for name in (CONFIG, WEIGHTS, STATE, LOG, PLOT, LOCK):
+    of_best = [f"{BEST}/{name}" for name in (CONFIG, WEIGHTS, f"{NOTE}.json")]
+    for name in (CONFIG, WEIGHTS, STATE, LOG, PLOT, RECIPE, LOCK, *of_best):
         if os.path.lexists(out / name) and not (out / name).is_file():
             raise ValueError(f"{out / name} is no regular file, and a run keeps one there")
-    for folder in (out, out / SAMPLES):
+    for folder in (out, out / SAMPLES, out / BEST, out / BOARD):
         if os.path.lexists(folder) and not folder.is_dir():
             raise ValueError(f"{folder} is no folder, and a run keeps its files there")
 
@@ -77,7 +96,8 @@ def locked(out: Path) -> Iterator[None]:
     handle = _locked_handle(out)
     try:
         for folder, names in (
-            (out, {CONFIG, WEIGHTS, STATE, LOG, PLOT}.__contains__),
+            (out, {CONFIG, WEIGHTS, STATE, LOG, PLOT, RECIPE}.__contains__),
+            (out / BEST, {CONFIG, WEIGHTS, f"{NOTE}.json"}.__contains__),
             (out / SAMPLES, re.compile(r"step_\d+\.png").fullmatch),
         ):
             remove_abandoned(folder, lambda name, names=names: bool(names(name)))  # type: ignore[misc]

@@ -12,17 +12,19 @@ from typing import Any, NamedTuple
 import torch
 
 from fastddpm import ranks
-from fastddpm.checkpoint import named
+from fastddpm.board import Board, check_board
+from fastddpm.checkpoint import named, write_json
 from fastddpm.data import Dataset
 from fastddpm.data.limits import check_memory
 from fastddpm.feed import AHEAD, Feed
 from fastddpm.figures import check_channels, save_samples
+from fastddpm.held_out import HeldOut
 from fastddpm.host import own_state
 from fastddpm.options import check_integer
 from fastddpm.presets import PRESETS, Preset, preset
 from fastddpm.pretrained import WEIGHTS
 from fastddpm.progress import tqdm
-from fastddpm.run_folder import SAMPLES, STATE, check_apart, check_kinds, check_new, locked
+from fastddpm.run_folder import RECIPE, SAMPLES, STATE, check_apart, check_kinds, check_new, locked
 from fastddpm.run_log import Log, Row
 from fastddpm.sampling import sample
 from fastddpm.trainer import Trainer
@@ -37,11 +39,12 @@ BYTES_A_VALUE = AHEAD + 4  # of a batch, at the least: as bytes, read ahead, and
 
 class Ran(NamedTuple):
     """What `fit` did: steps, in how many seconds, and in how many of those a step waited for its
-    images."""
+    images; the rows that it added to the log."""
 
     steps: int
     seconds: float
     waited: float
+    rows: list[Row]
 
     @property
     def share_waited(self) -> float:
@@ -58,6 +61,9 @@ def fit(
     batch_size: int = 128,
     save_every: int = 1000,
     sample_every: int = 5000,
+    held_out: HeldOut | None = None,
+    tensorboard: bool = False,
+    record: dict[str, Any] | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> Ran:
@@ -68,6 +74,12 @@ def fit(
     resume), log.csv, loss.png, samples/step_*.png (DDIM, 50 steps). All but the samples are written
     every `save_every` steps. resume: go on from trainer.safetensors; the steps are those that an
     uninterrupted run takes.
+
+    held_out:    images to judge the averaged model by: see HeldOut. Their bits/dim are a column of
+                 log.csv and a curve of loss.png, and the best model by them is kept in best/, as
+                 `UNet.from_pretrained` takes it
+    tensorboard: write TensorBoard's files into tensorboard/
+    record:      what recipe.json is to hold, JSON-ready; None: it is not written
 
     A run has one folder, which is locked while it lasts, and one set of images: the state names the
     pixels' digest, and only the same set goes on.
@@ -80,7 +92,8 @@ def fit(
 
     Raises FileExistsError when `out` holds a run and resume is not asked for, or a model alone,
     FileNotFoundError the other way round, BlockingIOError while another process trains into it,
-    ValueError for what does not fit, all before anything is written."""
+    ValueError for what does not fit, ImportError where TensorBoard is missing, all before anything
+    is written."""
     rank, world = ranks.place()
     progress = progress and rank == 0
     with ranks.together():
@@ -97,13 +110,16 @@ def fit(
         out = named(out)
         check_apart(dataset.path, out)
         check_kinds(out)
+        if held_out is not None:
+            check_apart(held_out.dataset.path, out)
+            held_out.check(dataset)
+        if tensorboard:
+            check_board()
         if not resume:
             check_new(out)
         elif not (out / STATE).is_file():
             raise FileNotFoundError(f"no such file: {out / STATE}")
-        recipe = (
-            trainer.recipe()
-        )  # what can't be saved is an error now, not at the first checkpoint
+        recipe = trainer.recipe()  # what can't be saved is an error now, not at a checkpoint
         check_memory(-(-batch_size // world) * math.prod(dataset.shape) * BYTES_A_VALUE)
         run = identity(dataset, progress)
     ranks.agree(
@@ -128,15 +144,23 @@ def fit(
             if resume:
                 _resume(trainer, out, run, batch_size)
             log = Log(out, trainer.step_count, trainer.diffusion.objective)
+            if held_out is not None and resume:
+                held_out.resume(out, trainer.diffusion.T)
+            board = None
             if rank == 0:
+                if tensorboard:
+                    board = stack.enter_context(contextlib.closing(Board(out, trainer.step_count)))
+                if record is not None:
+                    write_json(out / RECIPE, record)
                 if resume and not (out / WEIGHTS).exists():
                     trainer.save_model(out)  # it was killed between its first state and model
                 (out / SAMPLES).mkdir(exist_ok=True)
         ranks.agree("must have one state", step_count=trainer.step_count,
                     example_count=trainer.example_count)  # fmt: skip
         return _run(
-            trainer, dataset, out, run, log, steps, batch_size, save_every, sample_every, progress
-        )
+            trainer, dataset, out, run, log, board, held_out, steps, batch_size, save_every,
+            sample_every, progress,
+        )  # fmt: skip
 
 
 def _check_fits(dataset: Dataset, network: UNet) -> None:
@@ -172,6 +196,8 @@ def _run(
     out: Path,
     run: dict[str, Any],
     log: Log,
+    board: Board | None,
+    held_out: HeldOut | None,
     steps: int,
     batch_size: int,
     save_every: int,
@@ -196,25 +222,31 @@ def _run(
             losses.append(trainer.step(images, **of_many))
             bar.update()
             done = trainer.step_count
-            if done % LOG_EVERY == 0 or done == steps:
+            judged = held_out is not None and held_out.is_due(done, steps)
+            if done % LOG_EVERY == 0 or done == steps or judged:
                 trainer.check_finite()  # so that a row is of steps that are done and count
                 now = _Mark(time.perf_counter(), feed.waited, done)
                 seconds = now.at - mark.at
                 rate = (done - mark.step) * batch_size / seconds
                 waiting = (now.waited - mark.waited) / seconds
-                row = Row(done, _mean(losses), rate, waiting, trainer.skipped)
+                bits = _judge(held_out, trainer, out) if held_out is not None and judged else None
+                row = Row(done, _mean(losses), rate, waiting, trainer.skipped, bits)
                 log.add(row)
+                if board is not None:
+                    board.add_row(row, trainer.optimizer.param_groups[0]["lr"])
                 bar.set_postfix_str(
                     f"loss {row.loss:.4f}, {rate:.0f} images/s, {waiting:.1%} waiting for data"
                     + f", {row.skipped} skipped" * bool(row.skipped)
                 )
-                losses, mark = [], now
+                losses, mark = [], now._replace(at=time.perf_counter())
             if done % save_every == 0 or done == steps:
                 trainer.check_finite()  # on every rank
                 with ranks.together():
                     if rank == 0:
                         # First: rows after the state that is resumed are dropped, not missed.
                         log.write()
+                        if board is not None:
+                            board.flush()
                         trainer.save(out, run)
             if (
                 sample_every
@@ -223,8 +255,12 @@ def _run(
             ):
                 with ranks.together():
                     if rank == 0:
-                        _sample(trainer, out / SAMPLES / f"step_{done:06d}.png")
-    return Ran(trainer.step_count - first, time.perf_counter() - began, feed.waited)
+                        images = _sample(trainer)
+                        save_samples(images, out / SAMPLES / f"step_{done:06d}.png")
+                        if board is not None:
+                            board.add_samples(images, done)
+    rows = [row for row in log.rows if row.step > first]
+    return Ran(trainer.step_count - first, time.perf_counter() - began, feed.waited, rows)
 
 
 class _Mark(NamedTuple):
@@ -241,9 +277,16 @@ def _mean(losses: list[torch.Tensor]) -> float:
     return loss[loss.isfinite()].mean().item()
 
 
-def _sample(trainer: Trainer, path: Path) -> None:
-    images = sample(
+def _judge(held_out: HeldOut, trainer: Trainer, out: Path) -> float:
+    bits = held_out.measure(trainer)
+    with ranks.together():
+        if ranks.place()[0] == 0:
+            held_out.keep(trainer, out, bits)
+    return bits
+
+
+def _sample(trainer: Trainer) -> torch.Tensor:
+    return sample(
         trainer.ema_model(), 36, steps=min(50, trainer.diffusion.T), sampler="ddim",
         diffusion=trainer.diffusion, distributed=False, progress=False,
     )  # fmt: skip
-    save_samples(images, path)

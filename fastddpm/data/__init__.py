@@ -18,13 +18,14 @@ from fastddpm.data.scan import open_images
 from fastddpm.data.sources import FolderSource, Source, ZipSource
 from fastddpm.options import check_integer, check_number
 
-__all__ = ["Dataset", "batch_indices", "decode_image", "open_dataset"]
+__all__ = ["WITH_SPLITS", "Dataset", "batch_indices", "decode_image", "open_dataset"]
 
 FORMATS = (
     "a folder or a .zip of images, idx files or their folder (MNIST family, .gz or not), a .npy or "
     ".npz of uint8, CIFAR-10's binary .tar.gz or folder, an lmdb folder (data.mdb)"
 )
 SPLITS = ("train", "test")
+WITH_SPLITS = ("idx", "CIFAR-10")  # kinds that have both
 MEMORY_LIMIT = 4 << 30
 
 
@@ -84,7 +85,7 @@ def open_dataset(
         raise ValueError(f"{path} is neither a regular file nor a folder")
 
     kind = _kind(path)
-    if kind not in ("idx", "CIFAR-10") and split != "train":
+    if kind not in WITH_SPLITS and split != "train":
         raise ValueError(f"{path} ({kind}) has no splits: give the path of the test images instead")
     if kind in _SOURCES:
         if channels not in (None, 1, 3):
