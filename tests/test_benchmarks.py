@@ -104,8 +104,6 @@ def test_sizes_on_a_gpu_exceed_its_cache(benchmark):
     largest = {}
     for make in benchmark.cases(False, torch.device("cuda")):
         function, (shape, dtype, *_) = make.func.__name__, make.args
-        if isinstance(shape, int):  # elements of float32 tensors, of any shapes
-            shape, dtype = (shape,), torch.float32
         size = torch.Size(shape).numel() * dtype.itemsize
         largest[function, dtype] = max(size, largest.get((function, dtype), 0))
     everyone = {name for name in vars(sys.modules["op_cases"]) if name.endswith("_case")}
