@@ -13,7 +13,7 @@ SQUARES = 8192  # of one that only reads
 LARGEST = torch.finfo(torch.float32).max
 
 
-@triton.jit(do_not_specialize=["i", "size"])
+@triton.jit(do_not_specialize=["i"])
 def _adam_kernel(
     param, grad, exp_avg, exp_avg_sq, average, copy, step, rates, share, i, size,
     rest1, beta2, rest2, eps, BLOCK: tl.constexpr,
@@ -42,7 +42,7 @@ def _adam_kernel(
             store(copy + at, p, inside)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _squares_kernel(x, sums, size, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

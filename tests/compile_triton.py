@@ -130,8 +130,8 @@ def launch_plain_norm(x: torch.Tensor, groups: int) -> None:
 
 def launch_adam(dtype: torch.dtype) -> None:
     """Of gradients of this dtype, with all that is kept and without."""
-    p, g, number = torch.zeros(5000), torch.zeros(5000, dtype=dtype), torch.zeros(())
-    copies = [torch.zeros(5000, dtype=dtype)]
+    p, g, number = torch.zeros(8192), torch.zeros(8192, dtype=dtype), torch.zeros(())
+    copies = [torch.zeros(8192, dtype=dtype)]
     options = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "clip": 1.0, "grad_scale": 1.0}
     for averages, rounded in (([p], copies), ([], [])):
         adam.adam(
