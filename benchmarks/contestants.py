@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -157,7 +157,7 @@ def onnxruntime_cpu(job: Job) -> Eps:
 @dataclass(frozen=True)
 class Peer:
     """build: makes its eps;  prepare: writes what it builds from, in a process of its own;
-    needs: packages;  precisions, devices: what it has
+    needs: packages;  precisions, devices: what it has;  same: whether its network is ours
     """
 
     build: Callable[[Job], Eps]
@@ -165,6 +165,7 @@ class Peer:
     needs: tuple[str, ...] = ("diffusers",)
     precisions: tuple[str, ...] = ("fp32", "bf16")
     devices: tuple[str, ...] = ("cpu", "cuda")
+    same: bool = True
 
     def missing(self, precision: str, device: str) -> str | None:
         """Why it can't take part, or None."""
@@ -212,7 +213,12 @@ def missing(name: str, precision: str, device: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """Of the peers' packages that are installed."""
-    packages = dict.fromkeys(package for peer in PEERS.values() for package in peer.needs)
+    return installed(package for peer in PEERS.values() for package in peer.needs)
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    packages = dict.fromkeys(packages)
     return {
         package: importlib.metadata.version(package)
         for package in packages

@@ -2,7 +2,7 @@
 
     python benchmarks/convolutions.py [--model cifar10|fashion-mnist|FOLDER] [--batch 16]
         [--precision fp32|bf16] [--algorithm auto|direct|winograd_2|winograd_4|bf16]
-        [--json FILE] [--quick]
+        [--backward] [--json FILE] [--quick]
 
 First each shape shows that it computes the same: a plan of it alone, and torch's conv2d in the same
 precision, against the sums in float64. One that computes something else is not timed, and the exit
@@ -12,9 +12,14 @@ threads.
 A layer's time is the median of the plan's profiles, and holds what the plan does with the layer:
 GroupNorm, SiLU and upsampling on the way in, bias, time embedding, residual and the result's
 statistics on the way out. torch's is conv2d with its bias alone, warm, channels_last, on an input
-that is normalised, padded and upsampled already. FLOP are the layer's by its definition, twice its
-multiply-adds: Winograd's algorithm needs fewer, and can pass the ceiling, the rate of multiply-adds
-from registers. No numbers are kept here.
+that is normalised, padded and upsampled already. "alone" is our convolution with its bias and
+nothing else, from an input without its border, which it has to make first. FLOP are the layer's by
+its definition, twice its multiply-adds: Winograd's algorithm needs fewer, and can pass the ceiling,
+the rate of multiply-adds from registers. No numbers are kept here.
+
+With --backward, instead: the gradients of x and of the weight of each shape, by ops.convolution and
+by torch's convolution_backward, channels_last, checked against float64. Ours starts from x and
+returns its gradient; torch's from what is upsampled and padded already.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout that this file is in
 sys.path.insert(0, str(Path(__file__).parent))
 
+import convolution_gradients
 import torch
 import torch.nn.functional as F
 from machine import ceiling, environment
@@ -84,6 +90,8 @@ class Layers:
     at: list[int] = field(default_factory=list)
     errors: tuple[float, float] | None = None  # the plan's, torch's
     seconds: list[float] = field(default_factory=list)
+    alone: Any = None
+    own: list[float] = field(default_factory=list)
 
     def input(self, batch: int) -> Tensor:
         """Random, as the layer's convolution reads it: upsampled, without its border."""
@@ -141,6 +149,7 @@ def check(layers: Layers, algorithm: str, precision: str) -> tuple[float, float]
     plan.finish(y)
     if plan.layers()[0][1] != shape.algorithm:
         raise RuntimeError(f"alone, {shape} runs as {plan.layers()[0][1]}, not {shape.algorithm}")
+    layers.alone = plan
     ours = torch.empty(1, shape.c_out, shape.height, shape.width)
     plan.forward(x, torch.empty(0), ours, torch.get_num_threads())
     x, padding = layers.padded(x)
@@ -148,6 +157,26 @@ def check(layers: Layers, algorithm: str, precision: str) -> tuple[float, float]
     x, weight, bias = (tensor.to(DTYPES[precision]) for tensor in (x, weight, bias))
     theirs = F.conv2d(x, weight, bias, shape.stride, padding)
     return relative_error(ours, truth), relative_error(theirs, truth)
+
+
+class Alone:
+    """The plan of a convolution and its bias, ready to be timed."""
+
+    @torch.inference_mode()
+    def __init__(self, layers: Layers, batch: int):
+        shape = layers.shape
+        y = torch.empty(batch, shape.c_out, shape.height, shape.width)
+        y = y.contiguous(memory_format=torch.channels_last)
+        self.plan = layers.alone
+        self.arguments = (layers.input(batch), torch.empty(0), y, torch.get_num_threads())
+        self.calls = 1
+        self.calls = math.ceil(LEAST / self.seconds())
+
+    @torch.inference_mode()
+    def seconds(self) -> float:
+        """Of a call, the mean of some after one that warms up, without its input's way in."""
+        times = [self.plan.profile(*self.arguments)[0] for _ in range(self.calls + 1)]
+        return statistics.mean(times[1:])
 
 
 class Conv2d:
@@ -184,7 +213,9 @@ def measure(
     out = out.contiguous(memory_format=torch.channels_last)
     row, threads = time_rows(model, torch.tensor([500]))[0], torch.get_num_threads()
     convolutions = [layers for layers in shapes if layers.shape.kernel]
-    contestants = [(layers, Conv2d(layers, batch, dtype)) for layers in convolutions]
+    contestants = [
+        (layers, Conv2d(layers, batch, dtype), Alone(layers, batch)) for layers in convolutions
+    ]
     profiles: list[list[float]] = []
     whole: list[float] = []
     plan.profile(x, row, out, threads)
@@ -194,8 +225,9 @@ def measure(
         start = time.perf_counter()
         plan.forward(x, row, out, threads)
         whole.append(time.perf_counter() - start)
-        for layers, conv2d in contestants:
+        for layers, conv2d, alone in contestants:
             layers.seconds.append(conv2d.seconds())
+            layers.own.append(alone.seconds())
     return [statistics.median(times) for times in zip(*profiles, strict=True)], whole
 
 
@@ -216,6 +248,7 @@ def rows_of(
         if layers.errors:
             theirs = statistics.median(layers.seconds) * count
             row |= {"torch ms": theirs * 1e3, "x torch": theirs / ours}
+            row["alone x torch"] = theirs / (statistics.median(layers.own) * count)
             row["error"], row["torch error"] = layers.errors
         rows.append(row)
     return sorted(rows, key=lambda row: -row["ms"])
@@ -225,7 +258,8 @@ def table(rows: list[dict[str, Any]], shapes: list[Layers]) -> str:
     named = {tuple(vars(layers.shape).values()): str(layers.shape) for layers in shapes}
     formats = {
         "layers": "d", "ms": ".3g", "share": ".1%", "GFLOP/s": ".3g", "of ceiling": ".0%",
-        "torch ms": ".3g", "x torch": ".2f", "error": ".1e", "torch error": ".1e",
+        "torch ms": ".3g", "x torch": ".2f", "alone x torch": ".2f", "error": ".1e",
+        "torch error": ".1e",
     }  # fmt: skip
     return tabulate(
         [
@@ -242,6 +276,36 @@ def table(rows: list[dict[str, Any]], shapes: list[Layers]) -> str:
     )  # fmt: skip
 
 
+def backward(
+    shapes: list[Layers], options: argparse.Namespace, facts: dict[str, Any], rate: float | None
+) -> int:
+    """main's, of the gradients."""
+    dtype = DTYPES[options.precision]
+    rows = convolution_gradients.rows_of(shapes, options.batch, dtype, options.repeats, rate)
+    wrong = 0
+    for row in rows:
+        for who, error in (("ops.convolution", row["error"]), ("torch", row["torch error"])):
+            if not error <= ALLOWED[options.precision]:
+                wrong += 1
+                print(f"{who} is off by {error:.2g} in {row}", file=sys.stderr)
+    if wrong:
+        return 1
+    print(convolution_gradients.table(rows))
+    totals = {
+        f"{who} {kind}": sum(row[key] for row in rows if row["kind"] == kind) / options.batch
+        for kind in convolution_gradients.KINDS
+        for who, key in (("ours", "ms"), ("torch's", "torch ms"))
+    }
+    print("\nms an image: " + ", ".join(f"{name} {ms:.3g}" for name, ms in totals.items()))
+    if options.json:
+        report = {
+            "environment": facts, "ceiling GFLOP/s": rate and rate / 1e9,
+            "ms an image": totals, "rows": rows,
+        }  # fmt: skip
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--json", type=Path, help="write environment and rows to this file")
@@ -251,6 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--algorithm", default="auto", help="of the 3x3 convolutions of stride 1")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7, help="turns, default 7")
+    parser.add_argument("--backward", action="store_true", help="the gradients, not the plan")
     parser.add_argument("--quick", action="store_true", help="a tiny cifar10, to see that it runs")
     options = parser.parse_args(arguments)
     if min(options.batch, options.threads, options.repeats) < 1:
@@ -272,6 +337,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'ceiling':<12} {rate / 1e9:.3g} GFLOP/s: {what}\n" if rate else f"no ceiling: {what}")
 
     shapes = layers_of(model, plan)
+    if options.backward:
+        return backward(shapes, options, facts, rate)
     wrong = 0
     for layers in shapes:
         if not layers.shape.kernel:

@@ -29,9 +29,25 @@ def make_model(name: str, quick: bool) -> UNet:
     return random_weights(UNet.cifar10()) if name == "cifar10" else UNet.from_pretrained(name)
 
 
+def with_dropout(model: UNet, p: float) -> UNet:
+    """The same network with dropout p; ValueError for a p that is none."""
+    own = UNet(**{**model.config, "dropout": p}, diffusion=model.diffusion)
+    own.load_state_dict(model.state_dict())
+    return own
+
+
 def flop(model: UNet) -> int:
     """Of one image-step: 2 a multiply-add of every convolution and dense layer, upsampled images
     as they are; without attention's q k^T and P v."""
+    x = torch.zeros(1, model.in_channels, *model.image_size, dtype=torch.float64)
+    with torch.inference_mode():
+        return products(model.double(), x, torch.zeros(1, dtype=torch.int64))
+
+
+def products(model: nn.Module, *inputs: Tensor) -> int:
+    """2 a multiply-add of every convolution and dense layer that computes model(*inputs), of one
+    image.
+    """
     total = 0
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -48,9 +64,7 @@ def flop(model: UNet) -> int:
         for m in model.modules()
         if isinstance(m, kinds) and m not in counted_there
     ]
-    x = torch.zeros(1, model.in_channels, *model.image_size, dtype=torch.float64)
-    with torch.inference_mode():
-        model.double()(x, torch.zeros(1, dtype=torch.int64))
+    model(*inputs)
     for hook in hooks:
         hook.remove()
     return total

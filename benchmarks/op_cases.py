@@ -315,6 +315,106 @@ def squared_case(shape, dtype, device, backward: bool) -> Case:
     )  # fmt: skip
 
 
+def sweep_tensors(elements: int, device) -> dict[str, list[Tensor]]:
+    """What Adam keeps of 300 parameters of a U-Net's sizes, so many elements in all."""
+    sizes = torch.logspace(0, 2.5, 300)
+    sizes = (sizes * (elements / sizes.sum())).long().clamp(min=1).tolist()
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "averages")
+    kept = {name: [torch.randn(n, device=device) for n in sizes] for name in names}
+    kept["exp_avg_sqs"] = [v.square() for v in kept["exp_avg_sqs"]]
+    kept["steps"] = [torch.zeros((), device=device) for _ in sizes]
+    return kept
+
+
+def norm_of_case(shape, dtype, device) -> Case:
+    grads = [g.to(dtype) for g in sweep_tensors(shape[0], device)["grads"]]
+    flat = torch.cat(grads)
+
+    def eager():
+        return torch.nn.utils.get_total_norm(grads)
+
+    return Case(
+        "grad_norm", shape, dtype,
+        {
+            "fastddpm": lambda: ops.grad_norm(grads),
+            "eager": eager,
+            "compile": lambda: flat.square().sum().sqrt(),
+        },
+        lambda: torch.cat([g.double() for g in grads]).norm(), shape[0] * dtype.itemsize,
+    )  # fmt: skip
+
+
+def adam_case(shape, dtype, device) -> Case:
+    """Clipping by a norm that is known, Adam and the average. Each contestant has its own state,
+    whose first parameter is judged after the first step of it."""
+    lr, share, clip = 1e-3, 1e-2, 1.0
+
+    def torchs(kept):
+        params = [p.requires_grad_() for p in kept["params"]]
+        for p, g in zip(params, kept["grads"], strict=True):
+            p.grad = g
+        adam = torch.optim.Adam(params, lr=lr, fused=True)
+
+        @torch.no_grad()
+        def step():
+            torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
+            adam.step()
+            torch._foreach_lerp_(kept["averages"], params, share)
+            return params[0]
+
+        return step
+
+    def ours(kept):
+        lists = [kept[k] for k in ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")]
+        for moments in lists[2:4]:
+            torch._foreach_zero_(moments)
+
+        def step():
+            ops.adam(*lists, kept["averages"], lr=lr, share=share, clip=clip, norm=norm)
+            return kept["params"][0]
+
+        return step
+
+    def formula(kept):
+        """As one tensor each, the best that a compiler can get."""
+        p, g, m, v, average = (
+            torch.cat(kept[k]) for k in ("params", "grads", "exp_avgs", "exp_avg_sqs", "averages")
+        )
+
+        def step():
+            scaled = g * (clip / (norm + 1e-6)).clamp(max=1)
+            m.lerp_(scaled, 0.1)
+            v.mul_(0.999).addcmul_(scaled, scaled, value=0.001)
+            p.sub_(lr * m / (v.sqrt() + 1e-8))
+            average.lerp_(p, share)
+            return p
+
+        return step
+
+    def made():
+        torch.manual_seed(1)
+        return sweep_tensors(shape[0], device)
+
+    norm = torch.full((), 0.5, device=device)  # clipped gradients would shrink with every call
+    double = {name: [x.double() for x in tensors] for name, tensors in made().items()}
+    double["steps"] = [step.float() for step in double["steps"]]
+
+    def truth():
+        zeros = [[torch.zeros_like(p) for p in double["params"]] for _ in range(2)]
+        reference.adam(
+            double["params"], double["grads"], *zeros, double["steps"], [], [],
+            lr=torch.tensor(lr).double(), share=None, norm=norm.double(), refused=None,
+            beta1=0.9, beta2=0.999, eps=1e-8, clip=clip, grad_scale=1.0,
+        )  # fmt: skip
+        return double["params"][0]
+
+    return Case(
+        "adam", shape, dtype,
+        {"fastddpm": ours(made()), "eager": torchs(made()), "compile": formula(made())},
+        truth, shape[0] * 9 * dtype.itemsize, checked=("fastddpm", "eager"),
+    )  # fmt: skip
+
+
 def cases(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
     """The CIFAR-10 U-Net's shapes at batch 1 and 16, on a GPU at 16 and 256, then sizes past the
     caches: on a CPU tensors of 25 MB, the most that glibc's malloc recycles (larger results would
@@ -326,6 +426,9 @@ def cases(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
         batches, large = (1, 16), (2048, 48)
     if quick:
         batches, large = (2,), ()
+    for elements in (10_000,) if quick else (1_000_000, 35_700_000):
+        yield functools.partial(norm_of_case, (elements,), torch.float32, device)
+        yield functools.partial(adam_case, (elements,), torch.float32, device)
     dtypes = (torch.float32, torch.bfloat16)
     pixels = [(n, 3, 32, 32) for n in (*batches, *large[:1])]
     feature_maps = [

@@ -43,7 +43,8 @@ EQUAL = (
     "the forward pass's statistics, fastddpm and the compiled formula compute them again. Where "
     "noise is drawn the peers draw with torch.randn instead of the reproducible Philox stream, so "
     "only fastddpm's values are checked. Eager torch has no discretized_log_likelihood that is "
-    "exact in float32: its row is the reference itself, in float64 inside."
+    "exact in float32: its row is the reference itself, in float64 inside. Adam's peers clip the "
+    "gradients in place, take torch's fused step and move the average by foreach."
 )
 
 

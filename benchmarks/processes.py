@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,11 +74,11 @@ class Runner:
         return peak_memory(self.device)
 
 
-def serve(job: Job) -> None:
-    """Calls of a Runner's methods as lines of JSON, from stdin to stdout."""
+def serve(make: Callable[[Job], Any], job: Job) -> None:
+    """Calls of a runner's methods as lines of JSON, from stdin to stdout."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is not an answer
-    runner = Runner(job)
+    runner = make(job)
     print("null", file=answers, flush=True)
     for line in sys.stdin:
         method, *arguments = json.loads(line)
@@ -89,16 +90,21 @@ class Failed(Exception):
 
 
 class Remote:
-    """A Runner in a process of its own, with the same methods.
+    """A runner in a process of its own, with the same methods.
 
     patience: seconds that it may take to be made, or to answer a call"""
 
-    runs = Runner
+    runs: type = Runner
+    script = __file__  # whose main makes it
+
+    @staticmethod
+    def needs_preparing(job: Job) -> bool:
+        return contestants.needs_preparing(job)
 
     def __init__(self, job: Job, patience: float):
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.patience = patience
-        if contestants.needs_preparing(job):
+        if self.needs_preparing(job):
             self.process = self._start("--prepare", job)
             try:
                 ended = self.process.wait(patience)
@@ -112,7 +118,7 @@ class Remote:
     def _start(self, role: str, job: Job) -> subprocess.Popen:
         environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads)}
         return subprocess.Popen(
-            [sys.executable, __file__, role, json.dumps(dataclasses.asdict(job))],
+            [sys.executable, self.script, role, json.dumps(dataclasses.asdict(job))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
             env=environment,
         )  # fmt: skip
@@ -155,8 +161,16 @@ def prepare(job: Job) -> None:
     contestants.prepare(job)
 
 
-if __name__ == "__main__":
+def main(make: Callable[[Job], Any]) -> None:
+    """What a process of Remote's does. make: the runner, of a job."""
     role, text = sys.argv[1:]
     fields = json.loads(text)
     job = Job(**{**fields, "shape": tuple(fields["shape"])})
-    {"--serve": serve, "--prepare": prepare}[role](job)
+    if role == "--prepare":
+        prepare(job)
+    else:
+        serve(make, job)
+
+
+if __name__ == "__main__":
+    main(Runner)

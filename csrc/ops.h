@@ -157,6 +157,41 @@ struct ResidualSum {
   Matrix before;          // (N, C), or (C,), or null
 };
 
+namespace cpu {
+class PackedWeights;
+}
+
+// y = conv(up(dropout(silu(GroupNorm(cat(x, x2)))))) + bias + shift + residual: a kernel
+// of 1 or 3, a stride of 1 or 2, a border of `before` and `after` rows and columns of zeros, up
+// repeating each pixel to a square of `upsample` by `upsample`.
+struct Convolution {
+  Shape source, shape;  // of x and x2 side by side; of y
+  int64_t c1;           // channels of x
+  int64_t kernel, stride, before, after, upsample;
+  bool rounded;  // operands may be rounded to bfloat16
+  Tensor x, x2, y, residual;
+  Tensor weight;       // (O, C, kernel, kernel)
+  Matrix bias, shift;  // (O,); (N, O) or (O,)
+  int64_t groups;      // 0: no norm
+  float eps;
+  bool silu;
+  Matrix norm_weight, norm_bias;  // (C,)
+  Dropout dropout;
+  cpu::PackedWeights* packed;  // what is kept of weight from call to call; or null
+};
+
+// The gradient of convolution; what it read is computed again, dropout's mask is drawn again. Sums
+// over the samples have an order that shapes and their number fix.
+struct ConvolutionBackward {
+  Convolution forward;               // y, residual, bias, shift and packed are not used
+  Tensor grad;                       // like y
+  Tensor dx, dx2;                    // like x and x2; or both null
+  float *dnorm_weight, *dnorm_bias;  // (C,), or null, and then dx is null too or there is no norm
+  float* dweight;                    // (O, C, kernel, kernel), or null
+  int64_t dweight_stride[4];
+  float *dbias, *dshift;  // (O,) and (N, O), or null
+};
+
 // y = x + proj(softmax(q k^T / sqrt(d)) v), with q, k, v = split(qkv(GroupNorm(x))) over the pixels
 // of each sample; qkv_weight's rows are q, then k, then v, each head by head, d = C / heads.
 struct AttentionBlock {
@@ -268,6 +303,8 @@ void residual_sum(const ResidualSum& op, int threads);
 void attention_block(const AttentionBlock& op, int threads);
 void attention_block_backward(const AttentionBlockBackward& op, int threads);
 void discretized_log_likelihood(const DiscretizedLogLikelihood& op, int threads);
+void convolution(const Convolution& op, int threads);
+void convolution_backward(const ConvolutionBackward& op, int threads);
 void squared_error(const SquaredError& op, int threads);
 void squared_error_backward(const SquaredErrorBackward& op, int threads);
 void adam(const Adam& op, int threads);

@@ -296,7 +296,7 @@ class Diffusion:
         xt, eps = ops.noise(x0, t, table, flip=flip, dtype=torch.float32, **noise)
         output = self.model_output(model, xt, t)
         if self.objective == "simple" and self.prediction == "eps":
-            return (output - eps).square().mean(dim=(1, 2, 3))
+            return ops.squared_error(output, eps)
         x0 = reference.to_unit(x0) if x0.dtype == torch.uint8 else x0
         if flip is not None:
             x0 = torch.where(flip[:, None, None, None], x0.flip(-1), x0)
@@ -306,7 +306,7 @@ class Diffusion:
         if self.prediction == "mean":  # q_posterior's, over the chain that the model speaks of
             c = _rows(self._trained_table(x0.device), COLUMNS, t)
             target = c["mean_x0"] * x0 + c["mean_xt"] * xt
-        return (output - target).square().mean(dim=(1, 2, 3))
+        return ops.squared_error(output, target)
 
     def vlb_term(
         self,

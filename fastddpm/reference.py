@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 # ---- random numbers --------------------------------------------------------------------------
 
@@ -285,9 +286,14 @@ def dropout_factors(y, p: float, *, seed, step, sample_index) -> Tensor:
     return (words >= int(p * 2**32)).to(y.dtype) * (1 / (1 - p))
 
 
-def with_channels(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor like x (N, C, ...), channels last where x is, but of so many."""
-    shape = (x.shape[0], channels, *x.shape[2:])
+def with_channels(
+    x: Tensor, channels: int, dtype: torch.dtype | None = None, sizes: Sequence[int] | None = None
+) -> Tensor:
+    """An uninitialised tensor like x (N, C, ...), channels last where x is, but of so many.
+
+    sizes: those after the channels, if they are not those of x
+    """
+    shape = (x.shape[0], channels, *(x.shape[2:] if sizes is None else sizes))
     last = x.dim() == 4 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
     order = torch.channels_last if last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=order)
@@ -436,6 +442,154 @@ def _linear_backward(grad, x, weight, bias) -> tuple[Tensor, Tensor | None]:
     grad, x = grad.flatten(0, 1), x.flatten(0, 1)
     dbias = None if bias is None else grad.sum(0, dtype=_compute(grad)).to(bias.dtype)
     return (grad.mT @ x).to(weight.dtype), dbias
+
+
+# ---- convolution ---------------------------------------------------------------------------------
+
+
+def convolution(
+    x, weight, bias=None, *,
+    x2=None, stride=1, padding=1, upsample=1,
+    num_groups=None, norm_weight=None, norm_bias=None, eps=1e-6, silu=False,
+    dropout=0.0, seed=None, step=None, sample_index=None,
+    shift=None, residual=None, products=None,
+):  # fmt: skip
+    """conv(up(dropout(silu(GroupNorm(cat(x, x2)))))) + bias + shift + residual.
+
+    padding: an int or (before, after), zeros around what the convolution reads, rows and columns
+    alike. products: the dtype of the operands, by default that of weight: bfloat16 rounds them, in
+    float32 sums; all else is storage.
+    """
+    random = {"seed": seed, "step": step, "sample_index": sample_index}
+    h = _activated(x, x2, num_groups, norm_weight, norm_bias, eps, silu, dropout, random)
+    h, filters = _operands(h, filters_of(weight), products)
+    y = F.conv2d(_bordered(h, padding, upsample), filters, stride=stride)
+    y = _modulate(_modulate(y, None, bias), None, shift)
+    if residual is not None:
+        y = y + residual.to(y.dtype)
+    return _as(with_channels(x, y.shape[1], sizes=y.shape[2:]), y)
+
+
+def convolution_backward(
+    grad, x, weight, *,
+    x2=None, stride=1, padding=1, upsample=1,
+    num_groups=None, norm_weight=None, norm_bias=None, eps=1e-6, silu=False,
+    dropout=0.0, seed=None, step=None, sample_index=None,
+    products=None, needs=(True, True, True, True),
+):  # fmt: skip
+    """(dx, dx2, dnorm_weight, dnorm_bias, dweight, dbias, dshift) of `convolution`, dshift that of
+    an (N, O) shift; None for what was not given or is not needed.
+
+    needs: whether the first four, dweight, dbias and dshift are
+    """
+    random = {"seed": seed, "step": step, "sample_index": sample_index}
+    dy = grad.to(_compute(x))
+    dbias, dshift = (
+        _sum(dy, dims) if needed else None
+        for dims, needed in zip(((0, 2, 3), (2, 3)), needs[2:], strict=True)
+    )
+    h = _activated(x, x2, num_groups, norm_weight, norm_bias, eps, silu, dropout, random)
+    h, filters = _operands(h, filters_of(weight), products)
+    h = _bordered(h, padding, upsample)
+    dweight = None
+    if needs[1]:
+        dweight = _as(weight, conv2d_weight(h, filters.shape, dy, stride).reshape(weight.shape))
+    if not needs[0]:
+        return None, None, None, None, dweight, dbias, dshift
+    dh = conv2d_input(h.shape, filters, dy, stride)
+    dx, dx2, *dnorm = activated_backward(
+        unbordered(dh, x, padding, upsample),
+        *(x, x2, num_groups, norm_weight, norm_bias, eps, silu, dropout, random),
+    )
+    return dx, dx2, *dnorm, dweight, dbias, dshift
+
+
+def sides(padding) -> tuple[int, int]:
+    """(before, after) of a padding."""
+    return (padding, padding) if isinstance(padding, int) else tuple(padding)
+
+
+def filters_of(weight: Tensor) -> Tensor:
+    """(O, C, k, k) of a weight that may be (O, C)."""
+    return weight if weight.dim() == 4 else weight[:, :, None, None]
+
+
+def outputs_of(size, kernel: int, padding, upsample: int, stride: int):
+    """Rows of the result for so many of the input, or columns; 0 or less where the kernel is
+    larger than the image.
+    """
+    return (upsample * size + sum(sides(padding)) - kernel) // stride + 1
+
+
+def convolved(x: Tensor, weight: Tensor, padding, upsample: int, stride: int) -> Tensor:
+    """An uninitialised tensor for the result of a convolution of x."""
+    kernel = filters_of(weight).shape[2]
+    sizes = [outputs_of(size, kernel, padding, upsample, stride) for size in x.shape[2:]]
+    return with_channels(x, weight.shape[0], sizes=sizes)
+
+
+def _activated(x, x2, num_groups, norm_weight, norm_bias, eps, silu, dropout, random) -> Tensor:
+    """dropout(silu(GroupNorm(cat(x, x2)))), in the dtype to compute in."""
+    h = x.to(_compute(x))
+    if x2 is not None:
+        h = torch.cat((h, x2.to(h.dtype)), 1)
+    if num_groups is not None:
+        h, _ = _normalise(h, num_groups, eps)
+        h = _modulate(h, norm_weight, norm_bias)
+    h = F.silu(h) if silu else h
+    return h * dropout_factors(h, dropout, **random) if dropout else h
+
+
+def activated_backward(
+    dh, x, x2, num_groups, norm_weight, norm_bias, eps, silu, dropout, random,
+    norm_backward=None,
+):  # fmt: skip
+    """(dx, dx2, dnorm_weight, dnorm_bias) of what a convolution reads.
+
+    norm_backward: a group_norm_silu_backward, by default that of this file
+    """
+    if num_groups is not None:
+        dx, dweight, dbias, *_, dx2 = (norm_backward or group_norm_silu_backward)(
+            dh, x, num_groups, norm_weight, norm_bias, eps, None, None, silu, None, x2, None,
+            dropout, **random,
+        )  # fmt: skip
+        return dx, dx2, dweight, dbias
+    if dropout:
+        dh = dh * dropout_factors(dh, dropout, **random)
+    if silu:
+        h = x.to(dh.dtype) if x2 is None else torch.cat((x.to(dh.dtype), x2.to(dh.dtype)), 1)
+        sigmoid = torch.sigmoid(h)
+        dh = dh * sigmoid * (1 + h * (1 - sigmoid))
+    if x2 is None:
+        return _as(x, dh), None, None, None
+    dx, dx2 = dh.split((x.shape[1], x2.shape[1]), 1)
+    return _as(x, dx), _as(x2, dx2), None, None
+
+
+def _operands(h: Tensor, weight: Tensor, products: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """What is multiplied, as it is rounded."""
+    if (products or weight.dtype) != torch.bfloat16 or h.dtype == torch.float64:
+        return h, weight.to(h.dtype)
+    return h.bfloat16().to(h.dtype), weight.bfloat16().to(h.dtype)
+
+
+def _bordered(h: Tensor, padding, upsample: int) -> Tensor:
+    """h, each pixel repeated to a square, with its border of zeros."""
+    if upsample > 1:
+        n, c, height, width = h.shape
+        h = h[:, :, :, None, :, None].expand(n, c, height, upsample, width, upsample)
+        h = h.reshape(n, c, height * upsample, width * upsample)
+    before, after = sides(padding)
+    return F.pad(h, (before, after, before, after)) if before or after else h
+
+
+def unbordered(dh: Tensor, x: Tensor, padding, upsample: int) -> Tensor:
+    """The gradient of h, given that of what _bordered makes of it; x: of the size of h."""
+    before, (height, width) = sides(padding)[0], x.shape[2:]
+    dh = dh[:, :, before : before + height * upsample, before : before + width * upsample]
+    if upsample == 1:
+        return dh
+    return dh.unflatten(3, (width, upsample)).unflatten(2, (height, upsample)).sum((3, 5))
 
 
 # ---- discretized_log_likelihood ------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastddpm import unet_walk
 from fastddpm.arguments import check_one_device, check_pixels
 from fastddpm.checkpoint import named, read_tensors, write_tensors
 from fastddpm.diffusion import Diffusion
@@ -132,7 +133,7 @@ class Trainer:
         self._unread: list[tuple[tuple[int, int], tuple[int, int]]] = []
         self.optimizer = torch.optim.Adam(self._masters, lr=self.lr, fused=True)
         self.copies = None
-        if self.precision == "bf16" and type(model) is UNet:
+        if self.precision == "bf16" and type(model) is UNet and unet_walk.takes_copies(self.device):
             self.copies = WorkingCopies(self.network)
         if record is cuda_graph.record and cuda_graph.unsupported(self.device) is not None:
             record = None

@@ -37,6 +37,8 @@ def take_step(
     x0: the images of this rank's `part` of the step, or one where that is empty;
     rate: Adam's;  share: of the weights in their average, 1 - ema_decay"""
     first, plain = run.example_count + part.start, is_plain(run.model)
+    if plain:  # in the network's own layout while an image is bytes: x_t and eps are made in it
+        x0 = x0.contiguous(memory_format=torch.channels_last)
     if plain and run.recordings.record is not None and not run.weights.has_halves:
         compute = functools.partial(_compute, run, part, plain=True)
         recorded = run.recordings.get(_alike(run, x0), compute, x0)
@@ -116,12 +118,13 @@ def _gradients(
     for start, stop in pieces:
         here, last = slice(start, stop), stop == len(x0)
         weight = run.replicas.weight(stop - start, part)
-        # Dropout and what reduces are for the backward, too: a checkpoint computes anew there.
-        with _dropout(run, index[here], part.start + start, plain), run.replicas.reducing(last):
-            with contextlib.ExitStack() as stack:
-                if copies is not None:
-                    stack.enter_context(copies.in_place())
-                stack.enter_context(autocast(run.precision, run.device))
+        # Dropout, copies and what reduces are for the backward, too: a checkpoint computes there.
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_dropout(run, index[here], part.start + start, plain))
+            stack.enter_context(run.replicas.reducing(last))
+            if copies is not None:
+                stack.enter_context(copies.in_place())
+            with autocast(run.precision, run.device):
                 loss = run.diffusion.loss(
                     run.model, x0[here], t=t[here], flip=flip[here] if run.flip else None,
                     seed=run.seed, sample_index=index[here],

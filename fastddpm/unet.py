@@ -9,12 +9,15 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from fastddpm import unet_walk
 from fastddpm.diffusion import Diffusion
 from fastddpm.memory import check_fits
+from fastddpm.options import check_flag
 from fastddpm.schedule import Variance
 from fastddpm.unet_config import check_config, fewest_parameters
+from fastddpm.unet_order import recomputed
 from fastddpm.unet_parts import (
     AttentionBlock,
     Downsample,
@@ -49,6 +52,8 @@ class UNet(nn.Module):
     dtype. Raises ValueError for an option or an input that does not fit, naming it and what is
     allowed. `diffusion` is the process the weights were trained for; `fastddpm.sample` uses it
     unless told otherwise."""
+
+    checkpointing = False  # see checkpoint_blocks
 
     def __init__(
         self,
@@ -150,29 +155,48 @@ class UNet(nn.Module):
         self.check_input(x, t)
         self._check_devices(x, t)
         dtype = self.conv_in.weight.dtype
-        temb = self.temb(self.sinusoids(t).to(dtype))
-
+        sinusoids = self.sinusoids(t).to(dtype)
         h = x.to(dtype, memory_format=torch.channels_last)
-        if unet_walk.is_taken(self, h):
-            return unet_walk.walk(self, h, temb).to(x.dtype)
+        if (way := unet_walk.way(self, h)) is not None:
+            temb = way.embedded(self.temb, sinusoids)
+            walk = way(temb, unet_walk.stream_of(self), again=self.checkpointing)
+            return walk.walk(self, h).to(x.dtype)
+
+        temb = self.temb(sinusoids)
         h = self.conv_in(h)
         skips = [h]
         for level in self.down:
             for j in range(len(level.block)):
-                h = level.run(j, h, temb)
+                h = self._kept(_block, level, j, temb, h)
                 skips.append(h)
             if level.downsample is not None:
                 h = level.downsample(h)
                 skips.append(h)
 
-        h = self.mid(h, temb)
+        h = self._kept(self.mid, h, temb)
 
         for level in reversed(self.up):
             for j in range(len(level.block)):
-                h = level.run(j, torch.cat((h, skips.pop()), dim=1), temb)
+                h = self._kept(_block, level, j, temb, h, skips.pop())
             if level.upsample is not None:
-                h = level.upsample(h)
+                h = self._kept(level.upsample, h)
         return self.conv_out(self.norm_out(h)).to(x.dtype)
+
+    def checkpoint_blocks(self, on: bool = True) -> UNet:
+        """Compute each residual block and its attention again in the backward, where only what they
+        get was kept: less memory for a longer step. Results and gradients are the same bits;
+        returns the model. Neither in its config nor saved."""
+        self.checkpointing = check_flag("on", on)
+        return self
+
+    def _kept(self, compute: Any, *arguments: Any) -> torch.Tensor:
+        """compute(*arguments), computed again in a backward where blocks are."""
+        transformed = not torch.compiler.is_compiling() and (
+            torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        )
+        if not self.checkpointing or not torch.is_grad_enabled() or transformed:
+            return compute(*arguments)
+        return recomputed(compute, *arguments)
 
     def sinusoids(self, t: torch.Tensor) -> torch.Tensor:
         """The time embedding's input at the steps t, (N, channels) float32."""
@@ -250,6 +274,13 @@ class UNet(nn.Module):
         from fastddpm.pretrained import save_model
 
         save_model(self, folder)
+
+
+def _block(
+    level: Level, j: int, temb: torch.Tensor, h: torch.Tensor, skip: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Block j of cat(h, skip) and the attention after it."""
+    return level.run(j, h if skip is None else torch.cat((h, skip), dim=1), temb)
 
 
 def _with_variance(variance: Variance, options: dict[str, Any]) -> dict[str, Any]:

@@ -159,41 +159,14 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double by nearest neighbour, then a 3x3 convolution.
-
-    In float32 on a CPU as one transposed 4x4 convolution of stride 2: the same sums with the
-    repeated pixels' weights added up first, so 4/9 of the products. Adding them up costs as much
-    as the products of some hundred pixels, whatever the channels, and forward and backward alike:
-    fewer pixels than FEW are convolved as they are. Pixels are a batch's in training and an image's
-    in eval mode, where its bits depend on no others."""
-
-    FEW = 4096  # one thread gains from 1024 on, many share the products only
+    """Double by nearest neighbour, then a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = convolution(channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._regroups(x):
-            return self._regrouped(x, self.conv.bias)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-    def convolved(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """forward's with another bias."""
-        if self._regroups(x):
-            return self._regrouped(x, bias)
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return self.conv._conv_forward(x, self.conv.weight, bias)
-
-    def _regroups(self, x: torch.Tensor) -> bool:
-        plain = x.device.type == "cpu" and x.dtype == self.conv.weight.dtype == torch.float32
-        images = x.shape[0] if self.training else 1
-        many = images * x.shape[2] * x.shape[3] >= self.FEW
-        return plain and many and not torch.is_autocast_enabled("cpu")
-
-    def _regrouped(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        weight = regrouped(self.conv.weight)
-        return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
 
 
 def regrouped(weight: torch.Tensor) -> torch.Tensor:

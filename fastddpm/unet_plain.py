@@ -53,6 +53,11 @@ _HELD: dict[type, tuple[str, ...]] = {  # of those types, by the parts of a plai
     nn.Dropout: ("p",),
     **dict.fromkeys((nn.Linear, nn.ModuleList, ResnetBlock, Level), ()),
 }
+_CONVOLUTION: dict[str, tuple] = {  # what one of the paper's may have
+    "kernel_size": ((3, 3),), "stride": ((1, 1),), "padding": ((1, 1),),
+    "dilation": ((1, 1),), "groups": (1,), "padding_mode": ("zeros",),
+}  # fmt: skip
+_HALVING = _CONVOLUTION | {"stride": ((2, 2),), "padding": ((0, 0), (1, 1))}
 _WEIGHTS = frozenset((torch.Tensor, nn.Parameter, FakeTensor))  # no quantised or sharded ones
 
 # As they are when nobody has replaced them for all of their class.
@@ -78,6 +83,24 @@ def foreign(model: nn.Module) -> str | None:
     part, what = found
     name = next((name for name, module in model.named_modules() if module is part), "")
     return f"{name or 'the model'} ({type(part).__name__}) {what}"
+
+
+def unusual(model: Any) -> str | None:
+    """What makes a convolution of a plain U-Net (`foreign`) another than the paper's, the layer
+    named: 3x3 with zeros around, of stride 1, or in a Downsample of stride 2 with zeros around or
+    after the end only. None where all are as they should; shortcuts are asked by `foreign`."""
+    levels = (*model.down, *model.up)
+    blocks = [block for level in levels for block in level.block]
+    convs = [c for b in (*blocks, model.mid.block_1, model.mid.block_2) for c in (b.conv1, b.conv2)]
+    convs += [level.upsample.conv for level in levels if level.upsample is not None]
+    halving = [level.downsample.conv for level in levels if level.downsample is not None]
+    for conv in (model.conv_in, *convs, model.conv_out, *halving):
+        is_halving = any(conv is other for other in halving)
+        for name, allowed in (_HALVING if is_halving else _CONVOLUTION).items():
+            if (value := getattr(conv, name)) not in allowed:
+                where = next(name for name, module in model.named_modules() if module is conv)
+                return f"{where} (Conv2d) has {name} {value!r}, not {allowed[0]!r}"
+    return None
 
 
 def settings(model: nn.Module) -> tuple[Any, ...]:

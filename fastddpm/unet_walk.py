@@ -1,18 +1,16 @@
-"""The fused walk through a U-Net: what stands between two convolutions is one pass over memory.
+"""The fused walk through a U-Net on a GPU, and which walk a forward takes. What stands between two
+convolutions is one pass over memory.
 
 Convolutions run without their bias; this, the time embedding and a residual are added by the
 group_norm_silu that reads the result (`before`, `residual`), which writes the sum where something
 else reads it, too. Skips are a second source of a norm (`x2`) and never concatenated: the 1x1
-shortcut of two sources is two products. UNet.forward goes this way where every part is plain."""
+shortcut of two sources is two products. On a CPU see unet_walk_cpu.py."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
-from collections.abc import Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,25 +20,33 @@ from torch.autograd import forward_ad
 
 from fastddpm import ops
 from fastddpm.ops import attention, dispatch
+from fastddpm.unet_order import Order, Stream, dropout_stream, stream_of
 from fastddpm.unet_parts import (
     AttentionBlock,
     Downsample,
-    Level,
     ResnetBlock,
+    TimeEmbedding,
     Upsample,
     attend,
     image,
     tokens,
 )
-from fastddpm.unet_plain import foreign
+from fastddpm.unet_plain import foreign, unusual
+from fastddpm.unet_walk_cpu import CpuWalk
 
 if TYPE_CHECKING:
     from fastddpm.unet import UNet
 
-DROPOUT_STEP = 2**32 - 2  # the RNG contract's step word of the first block's dropout, from there on
-# Where forward goes this way. On a CPU convolutions add their bias themselves: little is gained in
-# float32, nothing in bfloat16, and results would change in rounding.
-DEVICES = ("cuda",)
+__all__ = [
+    "CpuWalk",
+    "Image",
+    "Walk",
+    "dropout_stream",
+    "is_taken",
+    "stream_of",
+    "takes_copies",
+    "way",
+]
 
 
 class Image:
@@ -61,51 +67,58 @@ class Image:
     def set(self, u: Tensor) -> None:
         self.x, self.residual, self.before = u, None, None
 
+    def copy(self) -> Image:
+        """An image of the same parts, which is added up by itself."""
+        return Image(self.x, self.residual, self.before)
 
-class Walk:
+
+class Walk(Order):
     """One pass through a U-Net. The methods are what its layers compute; an engine that has
     prepared their weights overrides these.
 
     silu_temb: (N, channels of the embedding), what TimeEmbedding returns"""
 
-    def __init__(self, silu_temb: Tensor | None = None, stream: Stream | None = None):
-        self.silu_temb, self._stream, self._block = silu_temb, stream, 0
+    def __init__(
+        self, silu_temb: Tensor | None = None, stream: Stream | None = None, *, again: bool = False
+    ):
+        super().__init__(stream, again=again)
+        self.silu_temb = silu_temb
 
-    def walk(self, model: UNet, x: Tensor) -> Tensor:
-        """conv_out's result for conv_in's input x."""
-        h = self.first(model.conv_in, x)
-        skips = [h]
-        for level in model.down:
-            for block, attn in _blocks(level):
-                h = self.resnet(block, h, whole=attn is None)
-                h = h if attn is None else self.attention(attn, h)
-                skips.append(h)
-            if level.downsample is not None:
-                h = self.downsample(level.downsample, h.value())
-                skips.append(h)
+    @staticmethod
+    def embedded(temb: TimeEmbedding, sinusoids: Tensor) -> Tensor:
+        """What the blocks take of the steps' sinusoids, (N, channels)."""
+        return temb(sinusoids)
 
-        mid = cast(Any, model.mid)
-        h = self.attention(mid.attn_1, self.resnet(mid.block_1, h))
-        h = self.resnet(mid.block_2, h)
+    def _kept(self, compute: Callable[..., Image], *sources: Image, draws: bool = False) -> Image:
+        """Order's. What is kept of an image that the first norm adds up is the sum."""
+        kept: list[Image] = []
 
-        for level in reversed(model.up):
-            for block, attn in _blocks(level):
-                h = self.resnet(block, h, skips.pop().value())
-                h = h if attn is None else self.attention(attn, h)
-            if level.upsample is not None:
-                h = self.upsample(level.upsample, h.value())
-        return self.last(model.conv_out, self.normed(model.norm_out, h))
+        def run() -> Image:
+            again = [h.copy() for h in kept]
+            result = compute(*(again or sources))
+            if not kept:
+                kept.extend(h.copy() for h in sources)
+            return result
+
+        return super()._kept(run, draws=draws)
 
     # ---- blocks ---------------------------------------------------------------------------------
 
     def resnet(
-        self, block: ResnetBlock, h: Image, skip: Tensor | None = None, *, whole: bool = False
+        self,
+        block: ResnetBlock,
+        place: int,
+        h: Image,
+        skip_image: Image | None = None,
+        *,
+        whole: bool = False,
     ) -> Image:
         """ResnetBlock's of cat(h, skip). whole: a skip, whose sum the next norm is to write; else a
         shortcut is added to the convolution's own result."""
+        skip = None if skip_image is None else skip_image.value()
         c = Image(self.convolution(block.conv1, self.normed(block.norm1, h, skip)))
         c.before = self.time(block)
-        out = self.convolution(block.conv2, self.dropped(block, c))
+        out = self.convolution(block.conv2, self.dropped(block, place, c))
         if "nin_shortcut" not in block._modules:
             return Image(out, h.x, self.bias(block.conv2, h.before))
         weight = self.pointwise(block.nin_shortcut)
@@ -130,15 +143,11 @@ class Walk:
         out = F.linear(attend(qkv, block.num_heads), self.linear(block.proj_out)[0])
         return Image(image(out, y), h.x, self.bias(block.proj_out, h.before))
 
-    def dropped(self, block: ResnetBlock, h: Image) -> Tensor:
+    def dropped(self, block: ResnetBlock, place: int, h: Image) -> Tensor:
         """dropout(norm2(h))."""
-        dropout, place = block.dropout, self._block
-        self._block += 1
-        if not (dropout.training and dropout.p):
-            return self.normed(block.norm2, h)
-        if self._stream is None or dropout.p >= 1:
-            return dropout(self.normed(block.norm2, h))
-        return self.normed(block.norm2, h, dropout=dropout.p, **self._stream.of(place))
+        if self.torchs_dropout(block):
+            return block.dropout(self.normed(block.norm2, h))
+        return self.normed(block.norm2, h, **self.dropout(block, place))
 
     def normed(self, norm: Any, h: Image, x2: Tensor | None = None, **options: Any) -> Tensor:
         """group_norm_silu of cat(h, x2). A residual of h is added up from here on."""
@@ -165,18 +174,22 @@ class Walk:
     def first(self, conv: nn.Conv2d, x: Tensor) -> Image:
         return Image(conv(x))
 
-    def last(self, conv: nn.Conv2d, y: Tensor) -> Tensor:
+    def last(self, norm: Any, conv: nn.Conv2d, h: Image) -> Tensor:
+        return self.end(conv, self.normed(norm, h))
+
+    def end(self, conv: nn.Conv2d, y: Tensor) -> Tensor:
         return conv(y)
 
     def convolution(self, conv: Any, x: Tensor) -> Tensor:
         """Without the bias."""
         return conv._conv_forward(x, conv.weight, None)
 
-    def downsample(self, part: Downsample, x: Tensor) -> Image:
-        return Image(part(x))
+    def downsample(self, part: Downsample, h: Image) -> Image:
+        return Image(part(h.value()))
 
-    def upsample(self, part: Upsample, x: Tensor) -> Image:
-        return Image(part.convolved(x, None), None, self.bias(part.conv))
+    def upsample(self, part: Upsample, h: Image) -> Image:
+        doubled = F.interpolate(h.value(), scale_factor=2.0, mode="nearest")
+        return Image(self.convolution(part.conv, doubled), None, self.bias(part.conv))
 
     def time(self, block: Any) -> Tensor:
         """What is added to conv1's result: its bias and the time embedding."""
@@ -250,82 +263,39 @@ def sum_of(*terms: Tensor | None) -> Any:
     return functools.reduce(operator.add, given) if given else None
 
 
-def _blocks(level: Level) -> Iterator[tuple[Any, Any]]:
-    for j, block in enumerate(level.block):
-        yield block, level.attn[j] if level.attn else None
+# ---- which way is taken --------------------------------------------------------------------------
+
+WAYS: dict[str, type[Walk] | type[CpuWalk]] = {"cuda": Walk, "cpu": CpuWalk}  # by kind of device
 
 
-# ---- when it is taken, and with which dropout ----------------------------------------------------
+def way(model: UNet, x: Tensor) -> type[Walk] | type[CpuWalk] | None:
+    """The walk that forward takes for an x there, or None: one module after the other.
 
-
-@dataclass(frozen=True)
-class Stream:
-    """Where dropout's masks come from: block k's of sample n are words of (seed, DROPOUT_STEP - k,
-    sample_index[n]) of the RNG contract, blocks in the order of the walk."""
-
-    seed: int
-    sample_index: Tensor
-    steps: Tensor
-
-    def of(self, place: int) -> dict[str, Any]:
-        index = self.sample_index
-        return {
-            "seed": self.seed,
-            "step": self.steps[place].expand_as(index),
-            "sample_index": index,
-        }
-
-
-_stream: ContextVar[tuple[nn.Module, Stream] | None] = ContextVar("_stream", default=None)
-_backwards: dict[nn.Module, Stream] = {}  # for a forward that a backward repeats, in its own thread
-
-
-@contextlib.contextmanager
-def dropout_stream(model: UNet, *, seed: int, sample_index: Tensor) -> Iterator[None]:
-    """Within, the forwards of this very network in this thread, and those that a checkpoint repeats
-    in a backward, take their dropout from the counter RNG where they take the fused walk, which
-    they then do on a CPU as well. Where they can't (`foreign(model)` says why; torch.compile and
-    torch.func, too) it stays torch's own.
-
-    seed in [0, 2^64);  sample_index: (N,) int64 on the device of the batch, an index for each
-    example"""
-    blocks = 2 + sum(len(level.block) for level in (*model.down, *model.up))
-    steps = DROPOUT_STEP - torch.arange(blocks, device=sample_index.device)
-    stream, before = Stream(seed, sample_index, steps), _backwards.get(model)
-    token = _stream.set((model, stream))
-    _backwards[model] = stream
-    try:
-        yield
-    finally:
-        _stream.reset(token)
-        if before is None:
-            del _backwards[model]
-        else:
-            _backwards[model] = before
-
-
-def _stream_of(model: nn.Module) -> Stream | None:
-    found = _stream.get()
-    if found is None and torch._C._current_graph_task_id() >= 0:
-        return _backwards.get(model)
-    return found[1] if found is not None and found[0] is model else None
+    A walk is taken on a device where it is the faster way, or for dropout by a stream, through
+    plain parts, and with nothing that traces or transforms what runs."""
+    if torch.compiler.is_compiling():
+        return None
+    draws = stream_of(model) is not None  # for a step of training, whose weights have no tangents
+    found = WAYS.get(x.device.type)
+    if (
+        not (found or draws)
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or (forward_ad._current_level >= 0 and not draws)
+        or foreign(model) is not None
+    ):
+        return None
+    if found is CpuWalk and unusual(model) is not None:
+        found = None
+    return found or (Walk if draws else None)
 
 
 def is_taken(model: UNet, x: Tensor) -> bool:
-    """Whether forward goes this way for x: on a device where it is the faster one, through plain
-    parts, and with nothing that traces or transforms what runs."""
-    if torch.compiler.is_compiling():
-        return False
-    draws = _stream_of(model) is not None  # for a step of training, whose weights have no tangents
-    return (
-        (x.device.type in DEVICES or draws)
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
-        and (forward_ad._current_level < 0 or draws)
-        and foreign(model) is None
-    )
+    """Whether forward takes a walk for an x there."""
+    return way(model, x) is not None
 
 
-def walk(model: UNet, x: Tensor, silu_temb: Tensor) -> Tensor:
-    """forward's way from conv_in to conv_out: x is what conv_in takes."""
-    return Walk(silu_temb, _stream_of(model)).walk(model, x)
+def takes_copies(device: torch.device) -> bool:
+    """Whether the walk there multiplies by bfloat16 copies of weights (working_copies.py): a CPU's
+    ops round the weights themselves, and their gradients come in float32."""
+    return WAYS.get(device.type) is not CpuWalk

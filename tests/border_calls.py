@@ -157,6 +157,7 @@ def op_calls() -> dict:
     t, index = torch.tensor([0, 999]), torch.arange(2)
     c, nc = torch.randn(4), torch.randn(2, 4)
     qkv, proj = torch.randn(12, 4), torch.randn(4, 4)
+    w, f5 = torch.randn(5, 4, 3, 3), torch.randn(5)
     y, f = torch.empty_like(x), torch.empty
     flip = torch.tensor([True, False])
     attention = (2, c, c, qkv, torch.randn(12), proj, c, 2, 1e-6)
@@ -189,6 +190,27 @@ def op_calls() -> dict:
         "attention_block_backward": (
             *(z, x, *attention, y, f(4), f(4), f(12, 4), f(12), f(4, 4), f(4), 2),
         ),
+        "convolution": (
+            *(x, w, f5, None, c, c, f5, None, f(2, 5, 3, 5), 2, 1e-6, True, 1, 1, 1, 1, False),
+            *(0.0, None, None, None, _native.C.cpu.packed_weights(), 2),
+        ),
+        "convolution drawn": (
+            *(x1, w, f5, x2, c, c, f(2, 5), f(2, 5, 6, 10), f(2, 5, 6, 10), 2, 1e-6, True, 1),
+            *(1, 1, 2, True, 0.5, *drawn, None, 2),
+        ),
+        "convolution down": (
+            *(x, w, None, None, None, None, None, None, f(2, 5, 1, 2), 0, 1e-6, False, 2, 0, 1, 1),
+            *(False, 0.0, None, None, None, None, 2),
+        ),
+        "convolution_backward": (
+            *(f(2, 5, 3, 5), x, w, None, c, c, 2, 1e-6, True, 1, 1, 1, 1, False),
+            *(0.0, None, None, None, y, None, f(4), f(4), f(5, 4, 3, 3), f(5), f(2, 5), 2),
+        ),
+        "convolution_backward drawn": (
+            *(f(2, 5, 1, 2), x1, w, x2, c, c, 2, 1e-6, True, 2, 0, 1, 1, True, 0.5, *drawn),
+            *(f(2, 3, 3, 5), f(2, 1, 3, 5), f(4), f(4), f(5, 4, 3, 3), f(5), f(2, 5), 2),
+        ),
+        "packed_weights": (),
         "discretized_log_likelihood": (x, z, z, y, 2),
         "squared_error": (x, z, f(2), None, 2),
         "squared_error_backward": (torch.randn(2), x, z, y, 2),

@@ -19,6 +19,7 @@ OPS = (
     "group_norm_silu_fused",  # with what it takes in beside its norm
     "residual_sum",
     "attention_block",
+    "convolution",
     "discretized_log_likelihood",
     "squared_error",
 )

@@ -4,6 +4,8 @@
 //
 // It takes the place of csrc/cpu/parallel.cpp and isa.cpp, whose allocator and threads it needs for
 // itself, and knows one instruction set: that of its compiler flags.
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -166,6 +168,70 @@ void check(const Case& c, const std::string& algorithm) {
               long(c.width), long(c.channels[0]), long(c.channels[1]), long(c.c_out));
 }
 
+// What packing makes of a weight.
+std::vector<float> packed(const std::string& algorithm, const Weight& w) {
+  const int64_t m = algorithm == "winograd_2" ? 2 : algorithm == "winograd_4" ? 4 : 0;
+  std::vector<float> result;
+  if (algorithm != "bf16") {
+    result.assign(size_t(plain::packed_weight_size(Algorithm(m), w.c_in, w.c_out, w.kernel)), NAN);
+    plain::pack_weight(Algorithm(m), w, result.data(), 2);
+    return result;
+  }
+  for (bool repeated : {false, true}) {
+    if (repeated && w.kernel != 3) continue;
+    const int64_t size = plain::packed_weight_size_bf16(w.c_in, w.c_out, w.kernel, repeated);
+    std::vector<BF16> values(size_t(size), BF16{0x7fff});
+    plain::pack_weight_bf16(w, repeated, values.data(), 2);
+    for (BF16 value : values) result.push_back(to_float(value));
+  }
+  return result;
+}
+
+// A weight in any memory, of any type, as it is or transposed, gives what its contiguous float32
+// copy gives: in memory of just its size, as channels lie, and as a slice of a larger one.
+void check_packing(const std::string& algorithm) {
+  const int64_t sizes[][3] = {{1, 1, 3}, {37, 6, 3}, {6, 37, 1}, {66, 33, 3}, {33, 66, 1}};
+  for (const auto& [c_out, c_in, k] : sizes) {
+    if (k == 1 && algorithm[0] == 'w') continue;
+    const int64_t taps = k * k;
+    const int64_t strides[][4] = {{c_in * taps, taps, k, 1},
+                                  {c_in * taps, 1, k * c_in, c_in},
+                                  {(c_in + 2) * taps, taps, k, 1},
+                                  {2, taps * 2 * c_out + 3, 2 * c_out * k, 2 * c_out}};
+    for (const auto& stride : strides)
+      for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+        std::vector<float> as_it_is, flipped(size_t(c_out * c_in * taps));
+        int64_t size = 1;
+        for (int64_t i = 0; i < 4; ++i) size += stride[i] * (std::array{c_out, c_in, k, k}[i] - 1);
+        std::vector<float> floats(size_t(size), NAN);
+        std::vector<BF16> bf16(size_t(size), BF16{0x7fff});
+        std::vector<F16> f16(size_t(size), F16{0x7fff});
+        for (int64_t o = 0; o < c_out; ++o)
+          for (int64_t i = 0; i < c_in; ++i)
+            for (int64_t t = 0; t < taps; ++t) {
+              const float value = float(generator() % 255) / 64 - 2;  // every type holds it
+              const int64_t at =
+                  o * stride[0] + i * stride[1] + t / k * stride[2] + t % k * stride[3];
+              floats[at] = value, bf16[at] = from_float<BF16>(value);
+              f16[at] = from_float<F16>(value);
+              as_it_is.push_back(value);
+              flipped[(i * c_out + o) * taps + taps - 1 - t] = value;
+            }
+        const void* const data[] = {floats.data(), bf16.data(), f16.data()};
+        Weight w{data[int(dtype)], dtype, c_out, c_in, k, {}};
+        std::copy(stride, stride + 4, w.stride);
+        const Weight copy{as_it_is.data(), DType::f32, c_out, c_in, k, {c_in * taps, taps, k, 1}};
+        const Weight back{flipped.data(), DType::f32, c_in, c_out, k, {c_out * taps, taps, k, 1}};
+        if (packed(algorithm, w) == packed(algorithm, copy) &&
+            packed(algorithm, transposed(w)) == packed(algorithm, back))
+          continue;
+        ++failures;
+        std::printf("%s %ldx%ld of %ldx%ld is packed wrongly\n", algorithm.c_str(), long(c_out),
+                    long(c_in), long(k), long(k));
+      }
+  }
+}
+
 }  // namespace
 
 int main(int count, char** algorithms) {
@@ -178,8 +244,10 @@ int main(int count, char** algorithms) {
       {{64, 0}, 64, 3, 13, 2, 32, 1, 1, 1, 1, true}, {{40, 0}, 72, 3, 2, 32, 8, 1, 1, 1, 1, true},
       {{9, 0}, 40, 3, 3, 16, 0, 1, 1, 1, 2, false},  {{9, 0}, 20, 3, 4, 32, 0, 2, 0, 1, 1, false},
   };
-  for (int i = 1; i < count; ++i)
+  for (int i = 1; i < count; ++i) {
+    check_packing(algorithms[i]);
     for (const Case& c : cases) check(c, algorithms[i]);
+  }
   std::printf("%d of the plans are wrong\n", failures);
   return failures ? 1 : 0;
 }

@@ -386,6 +386,17 @@ def test_bad_input(changed, error, message):
         call(**changed)
 
 
+@pytest.mark.parametrize("name", [*LISTS, "lr", "share", "norm", "refused"])
+def test_an_operand_on_another_device(name):
+    value, where = torch.zeros((), device="meta"), name
+    if name in LISTS:
+        first = torch.zeros(()) if name == "steps" else torch.zeros(2, 3)
+        value = [first, value if name == "steps" else torch.zeros(4, device="meta")]
+        where = rf"{name}\[1\]"
+    with pytest.raises(ValueError, match=f"^{where} must be on cpu like .*; got meta"):
+        call(**{name: value})
+
+
 def test_interleaved_columns_lie_apart():
     """Exact for strided memory: two halves of rows."""
     wide = torch.randn(4, 6)

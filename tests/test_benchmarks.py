@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from script import script
 
 import fastddpm
 from fastddpm import reference
-from fastddpm.ops import dispatch
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-
-@contextlib.contextmanager
-def script(name: str):
-    """The module benchmarks/NAME.py."""
-    if dispatch.load("cpu").missing:
-        pytest.skip(dispatch.load("cpu").missing)
-    path = list(sys.path)
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-    sys.path[:] = path
 
 
 @pytest.fixture
@@ -125,7 +106,7 @@ def test_sizes_on_a_gpu_exceed_its_cache(benchmark):
         function, (shape, dtype, *_) = make.func.__name__, make.args
         size = torch.Size(shape).numel() * dtype.itemsize
         largest[function, dtype] = max(size, largest.get((function, dtype), 0))
-    assert len(largest) == 2 * 7
+    assert len(largest) == 2 * 8 + 2  # adam and grad_norm are of float32
     assert min(largest.values()) >= 50e6
 
 
@@ -141,17 +122,22 @@ RACE = ("--quick", "--repeats=2", "--least=0.001", "--threads=1", "--precisions=
 
 
 @pytest.fixture
-def in_process(throughput, monkeypatch):
+def processes(throughput):
+    return sys.modules["processes"]
+
+
+@pytest.fixture
+def in_process(throughput, processes, monkeypatch):
     """Contestants in this process, for tests that replace one."""
 
-    class Local(throughput.Remote.runs):
+    class Local(processes.Runner):
         def __init__(self, job, patience):
             super().__init__(job)
 
         def close(self):
             pass
 
-    monkeypatch.setattr(throughput, "Remote", Local)
+    monkeypatch.setattr(throughput.sampling_race, "Remote", Local)
     monkeypatch.setattr(throughput.contestants, "needs_preparing", lambda job: False)
     return throughput
 
@@ -168,7 +154,7 @@ def test_throughput(throughput, tmp_path, capsys):
     assert len(names) == len(set(names))
     for row in report["rows"]:
         assert (row["precision"], row["batch"]) == ("fp32", 3)
-        assert 0 < row["error"] < throughput.ALLOWED["fp32"]
+        assert 0 < row["error"] < throughput.sampling_race.ALLOWED["fp32"]
         assert len(row["seconds"]) == 2
         assert min(row["seconds"]) > 0
         assert row["ms"] == pytest.approx(1e3 * sum(row["seconds"]) / 2)
@@ -178,7 +164,7 @@ def test_throughput(throughput, tmp_path, capsys):
         # Equality comes first.
         said = f"{row['name']} fp32, batch 3: error {row['error']:.1e}"
         assert printed.index(said) < printed.index("ms an image-step")
-        assert ("x best peer" in row) == (row["name"] in throughput.OURS)
+        assert ("x best peer" in row) == (row["name"] in throughput.contestants.OURS)
     assert report["environment"]["torch"] == torch.__version__
     with Image.open(tmp_path / "x.png") as image:
         assert image.width > image.height > 100
@@ -197,7 +183,7 @@ def test_a_contestant_that_computes_something_else_is_not_timed(
     in_process, monkeypatch, capsys, wrong
 ):
     peer = in_process.contestants.Peer(lambda job: wrong, needs=())
-    monkeypatch.setitem(in_process.PEERS, "diffusers NCHW", peer)
+    monkeypatch.setitem(in_process.contestants.PEERS, "diffusers NCHW", peer)
     only = "--only=fastddpm eager,diffusers NCHW"
     assert in_process.main([*RACE, only, "--batches=2"]) == 1
     captured = capsys.readouterr()
@@ -229,12 +215,14 @@ def test_who_is_missing_is_named_with_the_reason(in_process, monkeypatch, capsys
     assert "not here: OpenVINO fp32: openvino not installed" in capsys.readouterr().out
 
 
-def test_a_contestant_that_fails_is_left_out_with_the_reason(in_process, monkeypatch, capsys):
+def test_a_contestant_that_fails_is_left_out_with_the_reason(
+    in_process, processes, monkeypatch, capsys
+):
     def failing(x, t):
-        raise in_process.Failed("no compiler was found")
+        raise processes.Failed("no compiler was found")
 
     peer = in_process.contestants.Peer(lambda job: failing, needs=())
-    monkeypatch.setitem(in_process.PEERS, "diffusers NCHW", peer)
+    monkeypatch.setitem(in_process.contestants.PEERS, "diffusers NCHW", peer)
     only = "--only=fastddpm eager,diffusers NCHW"
     assert in_process.main([*RACE, only, "--batches=1"]) == 0
     printed = capsys.readouterr().out
@@ -242,28 +230,28 @@ def test_a_contestant_that_fails_is_left_out_with_the_reason(in_process, monkeyp
     assert "fastddpm eager" in printed[printed.index("ms an image-step") :]
 
 
-def test_a_contestant_that_does_not_start_says_why(throughput, tmp_path):
+def test_a_contestant_that_does_not_start_says_why(throughput, processes, tmp_path):
     job = throughput.Job("fastddpm eager", "fp32", "nowhere", 1, "cpu", 1, (3, 8, 8), str(tmp_path))
-    with pytest.raises(throughput.Failed, match="FileNotFoundError: model 'nowhere'"):
-        throughput.Remote(job, 60.0)
+    with pytest.raises(processes.Failed, match="FileNotFoundError: model 'nowhere'"):
+        processes.Remote(job, 60.0)
 
 
-def test_a_contestant_that_keeps_silent_is_ended(throughput, monkeypatch, tmp_path):
+def test_a_contestant_that_keeps_silent_is_ended(throughput, processes, monkeypatch, tmp_path):
     started = []
-    start = throughput.Remote._start
+    start = processes.Remote._start
 
     def remember(self, role, job):
         started.append(start(self, role, job))
         return started[-1]
 
-    monkeypatch.setattr(throughput.Remote, "_start", remember)
+    monkeypatch.setattr(processes.Remote, "_start", remember)
     job = throughput.Job("fastddpm eager", "fp32", "nowhere", 1, "cpu", 1, (3, 8, 8), str(tmp_path))
     for preparing in (False, True):
         monkeypatch.setattr(
             sys.modules["contestants"], "needs_preparing", lambda job, answer=preparing: answer
         )
-        with pytest.raises(throughput.Failed, match=r"no answer within 0\.01 s"):
-            throughput.Remote(job, 0.01)
+        with pytest.raises(processes.Failed, match=r"no answer within 0\.01 s"):
+            processes.Remote(job, 0.01)
     assert [process.poll() for process in started] == [-9, -9]
 
 
@@ -278,7 +266,7 @@ def test_a_slow_contestant_takes_fewer_turns(in_process, monkeypatch, tmp_path):
         return lambda x, t: (time.sleep(0.1), eps(x, t))[1]
 
     monkeypatch.setitem(
-        in_process.PEERS, "diffusers NCHW", in_process.contestants.Peer(slow, needs=())
+        in_process.contestants.PEERS, "diffusers NCHW", in_process.contestants.Peer(slow, needs=())
     )
     file = tmp_path / "x.json"
     only = ("--only=fastddpm eager,diffusers NCHW", "--batches=1", f"--json={file}")
@@ -289,7 +277,7 @@ def test_a_slow_contestant_takes_fewer_turns(in_process, monkeypatch, tmp_path):
 
 
 def test_a_contestant_that_fails_in_its_turn_is_left_out_with_the_reason(
-    in_process, monkeypatch, capsys
+    in_process, processes, monkeypatch, capsys
 ):
     def failing(job):
         eps, calls = eps_of(job), []
@@ -297,13 +285,13 @@ def test_a_contestant_that_fails_in_its_turn_is_left_out_with_the_reason(
         def call(x, t):
             calls.append(t)
             if len(calls) > 4:  # two checks, a step to warm up, a turn
-                raise in_process.Failed("no memory was left")
+                raise processes.Failed("no memory was left")
             return eps(x, t)
 
         return call
 
     peer = in_process.contestants.Peer(failing, needs=())
-    monkeypatch.setitem(in_process.PEERS, "diffusers NCHW", peer)
+    monkeypatch.setitem(in_process.contestants.PEERS, "diffusers NCHW", peer)
     only = "--only=fastddpm eager,diffusers NCHW"
     assert in_process.main([*RACE, only, "--batches=1", "--least=0.000001"]) == 0
     printed = capsys.readouterr().out
@@ -321,7 +309,7 @@ def test_bf16_is_measured_by_torchs_own(in_process, monkeypatch, tmp_path, capsy
     peers = {"diffusers NCHW": off, "diffusers channels_last": eps_of}
     for name, build in peers.items():
         peer = in_process.contestants.Peer(build, needs=())
-        monkeypatch.setitem(in_process.PEERS, name, peer)
+        monkeypatch.setitem(in_process.contestants.PEERS, name, peer)
     file = tmp_path / "x.json"
     only = ("--only=fastddpm eager,diffusers", "--batches=1", f"--json={file}")
     assert in_process.main([*RACE, *only, "--precisions=bf16"]) == 1
@@ -339,7 +327,7 @@ def test_bf16_is_measured_by_torchs_own(in_process, monkeypatch, tmp_path, capsy
 
 def test_every_engine_of_a_gpu_takes_part_there(throughput):
     """The plan too, which runs U-Nets only."""
-    engines = [name for name in throughput.OURS if name != "fastddpm cpu_plan"]
+    engines = [name for name in throughput.contestants.OURS if name != "fastddpm cpu_plan"]
     missing = throughput.contestants.missing
     for precision in ("fp32", "bf16"):
         assert {name: missing(name, precision, "cuda") for name in engines} == dict.fromkeys(

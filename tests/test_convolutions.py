@@ -59,6 +59,7 @@ def test_every_layer_is_in_one_row(convolutions, tmp_path, capsys, precision):
         assert f"{row['height']}x{row['width']}" in printed
         if row["kernel"]:
             assert row["x torch"] == pytest.approx(row["torch ms"] / row["ms"])
+            assert row["alone x torch"] > 0
             own = "bf16" if row["algorithm"] == "bf16" else "fp32"
             for error, kind in ((row["torch error"], precision), (row["error"], own)):
                 assert {"fp32": 0, "bf16": 1e-3}[kind] < error < convolutions.ALLOWED[kind]
@@ -144,3 +145,32 @@ def test_mistakes_are_one_line(convolutions, capsys, arguments, message):
     with pytest.raises(SystemExit):
         convolutions.main([*QUICK, *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_shape_has_both_gradients(convolutions, tmp_path, capsys, precision):
+    file = tmp_path / "x.json"
+    arguments = [*QUICK, "--backward", f"--json={file}", f"--precision={precision}"]
+    assert convolutions.main(arguments) == 0
+    report = json.loads(file.read_text(encoding="utf-8"))
+    rows, printed = report["rows"], capsys.readouterr().out
+    model = convolutions.make_model("cifar10", quick=True)
+    plan = convolutions.build_plan(model, *model.image_size, precision=precision)
+    work = 2 * sum(layer[-1] for layer in plan.layers() if layer[-2])  # of two images
+    for kind in ("data", "weight"):
+        of_kind = [row for row in rows if row["kind"] == kind]
+        assert sum(row["GFLOP/s"] * row["ms"] * 1e6 for row in of_kind) == pytest.approx(work)
+        assert {(row["kernel"], row["stride"], row["repeat"]) for row in of_kind} == {
+            (3, 1, 1), (3, 2, 1), (3, 1, 2), (1, 1, 1),
+        }  # fmt: skip
+    for row in rows:
+        assert row["x torch"] == pytest.approx(row["torch ms"] / row["ms"])
+        assert f"{row['height']}x{row['width']}" in printed
+
+
+def test_a_wrong_gradient_is_not_shown(convolutions, monkeypatch, capsys):
+    gradients = convolutions.convolution_gradients
+    ours = gradients.Gradients.ours
+    monkeypatch.setattr(gradients.Gradients, "ours", lambda self, kind: ours(self, kind) * 1.01)
+    assert convolutions.main([*QUICK, "--backward"]) == 1
+    assert "ops.convolution is off by 0.01" in capsys.readouterr().err

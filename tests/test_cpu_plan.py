@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_exact
+from sanitized import BF16, EMULATED, FLAGS, KERNELS, Compiler, needs_compiler, run_checks
 from torch import nn
 from toy import SCHEDULE, generator, tiny_unet
 
@@ -509,83 +507,28 @@ def test_no_images():
 
 # ---- memory --------------------------------------------------------------------------------------
 
-FLAGS = {  # those of CMakeLists.txt
-    "plain": (),
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": (
-        *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512cd"),
-        *("-mavx512dq", "-mavx512vl"),
-    ),
-}
-
-
-SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-EMULATED = {"avx512_bf16": "__AVX512BF16__", "amx_bf16": "__AMX_BF16__"}
-TESTS = Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """compiled(stem, *flags): the object file of a source, made once, with sanitizers in it."""
-    folder, made = tmp_path_factory.mktemp("objects"), {}
-
-    def compile_(stem: str, *flags: str) -> Path:
-        if (stem, flags) not in made:
-            source = TESTS / f"{stem}.cpp"
-            if not source.exists():
-                source = TESTS.parent / f"csrc/cpu/{stem}.cpp"
-            made[stem, flags] = folder / f"{len(made)}.o"
-            subprocess.run(
-                [
-                    *("g++", "-std=c++17", "-O1", "-pthread", "-DFASTDDPM_ISA=plain", *SANITIZED),
-                    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", *flags),
-                    *("-c", source, "-o", made[stem, flags]),
-                ],
-                check=True, timeout=600,
-            )  # fmt: skip
-        return made[stem, flags]
-
-    return compile_
+    return Compiler(tmp_path_factory.mktemp("objects"))
 
 
-def run_checks(folder: Path, objects: list[Path], *algorithms: str) -> None:
-    subprocess.run(
-        ["g++", "-pthread", *SANITIZED, *objects, "-o", folder / "check"], check=True, timeout=600
-    )
-    run = subprocess.run(
-        [folder / "check", *algorithms], capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "0 of the plans are wrong" in run.stdout
+COMMON = ("plan_check", "plan/plan", "plan/run", *KERNELS)
 
 
-COMMON = (
-    "plan_check",
-    "plan/plan",
-    "plan/run",
-    "layers/input",
-    "layers/attention",
-    "layers/convolve",
-    "ops/posterior_step",
-)
-BF16 = ("layers/attention_bf16", "layers/convolve_bf16")
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+@needs_compiler
 @pytest.mark.parametrize("isa", sorted({"plain", _native.isa() or "plain"} & FLAGS.keys()))
 def test_nothing_is_read_that_was_not_written(isa, compiled, tmp_path):
     """Under AddressSanitizer and UndefinedBehaviorSanitizer, in memory full of NaN."""
-    run_checks(
-        tmp_path,
-        [compiled(stem, *FLAGS[isa]) for stem in (*COMMON, *BF16)],
-        *("direct", "winograd_2", "winograd_4", "bf16"),
-    )
+    objects = [compiled(stem, *FLAGS[isa]) for stem in (*COMMON, *BF16)]
+    printed = run_checks(tmp_path, objects, "direct", "winograd_2", "winograd_4", "bf16")
+    assert "0 of the plans are wrong" in printed
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+@needs_compiler
 @pytest.mark.parametrize("isa", EMULATED)
 def test_bf16_instructions(isa, compiled, tmp_path):
     """The same for kernels of bfloat16 instructions, which run on any processor here."""
-    emulator = ("-include", str(TESTS / "bf16_emulator.h"), "-Wno-psabi", f"-D{EMULATED[isa]}")
     objects = [compiled(stem) for stem in COMMON]
-    run_checks(tmp_path, objects + [compiled(stem, *emulator) for stem in BF16], "bf16")
+    objects += [compiled(stem, *EMULATED[isa]) for stem in BF16]
+    assert "0 of the plans are wrong" in run_checks(tmp_path, objects, "bf16")

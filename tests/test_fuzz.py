@@ -19,6 +19,7 @@ from fastddpm.ops import dispatch
 fuzz = hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 TABLE = table()
 dtypes, seeds = st.sampled_from(DTYPES), st.integers(0, 2**63)
+FLOATS = (torch.float32, torch.float16)  # which a convolution's operands are not rounded to
 
 
 @st.composite
@@ -224,6 +225,43 @@ def conditioning(function, inputs, grad, true) -> list[float]:
 
 @fuzz
 @hypothesis.given(st.data())
+def test_convolution(device, data):
+    kernel, stride, upsample = data.draw(
+        st.sampled_from(((1, 1, 1), (3, 1, 1), (3, 2, 1), (3, 1, 2)))
+    )
+    padding = data.draw(st.sampled_from((1, (0, 1), (1, 0), 0)))
+    groups = data.draw(st.sampled_from((None, 1, 2)))
+    c1, c2 = (data.draw(st.integers(*ends)) * (groups or 1) for ends in ((1, 4), (0, 3)))
+    n, outputs = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 9))
+    h, w = (data.draw(st.integers(3, 9)) for _ in "hw")
+    x = normals(data, (n, c1, h, w), data.draw(dtypes), device)
+    x2 = normals(data, (n, c2, h, w), data.draw(dtypes), device) if c2 else None
+    weight = normals(
+        data, (outputs, c1 + c2, kernel, kernel), data.draw(st.sampled_from(FLOATS)), device
+    )
+    options = {"stride": stride, "padding": padding, "upsample": upsample, "num_groups": groups}
+    options.update(silu=data.draw(st.booleans()), eps=0.1)
+    y = reference.convolved(x, weight, padding, upsample, stride)
+    parameters = [
+        normals(data, size, data.draw(dtypes), device) if data.draw(st.booleans()) else None
+        for size in ((outputs,), (n, outputs), y.shape)
+    ]
+    grad = normals(data, y.shape, x.dtype, device)
+
+    def function(op):
+        return lambda x, x2, weight, bias, shift, residual: op(
+            x, weight, bias, x2=x2, shift=shift, residual=residual, **options
+        )
+
+    inputs = (x, x2, weight, *parameters)
+    got = gradients(function(ops.convolution), inputs, grad)
+    true = gradients(function(reference.convolution), list(map(double, inputs)), double(grad))
+    for a, b in zip(got, true, strict=True):
+        assert_near(a, b, ulps=512)
+
+
+@fuzz
+@hypothesis.given(st.data())
 def test_discretized_log_likelihood(device, data):
     shape = data.draw(shapes())
     torch.manual_seed(data.draw(seeds))
@@ -261,6 +299,12 @@ CALLS = {  # op -> (the call, its arguments that are float tensors of one dtype 
             "qkv_weight": MATRIX.repeat(3, 1),
             "proj_weight": MATRIX,
         },
+    ),
+    "convolution": (
+        lambda x, weight, residual, shift: ops.convolution(
+            x, weight, residual=residual, shift=shift, padding=0
+        ),
+        {"x": IMAGE, "weight": MATRIX, "residual": IMAGE, "shift": IMAGE[..., 0, 0]},
     ),
     "discretized_log_likelihood": (
         ops.discretized_log_likelihood,

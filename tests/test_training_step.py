@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from toy import tiny_unet
 
-from fastddpm import host, training_graph, training_step, upload
+from fastddpm import host, training_graph, training_step, unet_walk, upload
 from fastddpm.guard import Guard
 from fastddpm.ops import library
 from fastddpm.trainer import Trainer
+from fastddpm.unet_parts import AttentionBlock
 
 SHAPE = (1, 8, 8)
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
@@ -66,6 +67,12 @@ def as_on_a_gpu(monkeypatch):
 
     yield operations
     monkeypatch.undo()
+
+
+@pytest.fixture
+def as_elsewhere(monkeypatch):
+    """A CPU's own walk is not taken: a UNet computes by its modules, or for dropout as on a GPU."""
+    monkeypatch.delitem(unet_walk.WAYS, "cpu")
 
 
 # ---- no waiting ----------------------------------------------------------------------------------
@@ -119,7 +126,7 @@ def kernels(run, x0, monkeypatch) -> collections.Counter:
     return collections.Counter({k: v for k, v in operations.counts.items() if k not in views})
 
 
-def test_how_many_operations_a_step_is(monkeypatch):
+def test_how_many_operations_a_step_is(monkeypatch, as_elsewhere):
     """Before there was an op for t and flips and one copy of all weights, 268 operations drew t and
     flips, and autocast cast each weight and each gradient by itself."""
     options = {"precision": "bf16", "read_every": 10}
@@ -145,6 +152,25 @@ def test_how_many_operations_a_step_is(monkeypatch):
     )
     rest = sum(v for name, v in own.items() if name not in outside)
     assert rest < parameters, own  # nothing is done parameter by parameter
+
+
+def test_a_cpus_step_is_the_convolutions_of_the_network(monkeypatch):
+    """x_t and eps are one pass over the bytes, the loss one and its gradient another."""
+    model = tiny_unet(in_channels=3, dropout=0.3)
+    own = kernels(
+        trainer(model, read_every=10), batches(1, size=2, shape=(3, 8, 8))[0], monkeypatch
+    )
+    ours = [m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    attentions = [m for m in model.modules() if isinstance(m, AttentionBlock)]
+    for name, count in {
+        "convolution": len(ours) - 2 * len(attentions),
+        "attention_block": len(attentions),
+        "squared_error": 1,
+    }.items():
+        assert own[name] == own[f"{name}_backward"] == count, name
+    assert (own["drawn_noise"], own["choices"], own["clone"]) == (1, 1, 1)  # the bytes' layout
+    torchs = ("cat", "silu", "mm", "addmm", "group_norm_silu", "residual_sum", "sub", "pow", "flip")
+    assert not [name for name in torchs if own[name] > 2], own
 
 
 # ---- what is not finite --------------------------------------------------------------------------
@@ -371,7 +397,7 @@ def test_a_state_of_steps_that_were_taken_in_another_way_says_so(tmp_path, monke
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_copies_of_all_weights_are_autocasts(dropout):
+def test_copies_of_all_weights_are_autocasts(dropout, as_elsewhere):
     """To the bit, but for a weight that the fused walk multiplies by twice: its two gradients are
     added up in bfloat16."""
     runs = [
@@ -397,7 +423,20 @@ def test_copies_of_all_weights_are_autocasts(dropout):
     assert runs[0].network.state_dict().keys() == tiny_unet().state_dict().keys()
 
 
-def test_copies_are_gone_after_a_forward_that_fails():
+def test_a_cpu_needs_no_copies():
+    """Its ops round the weights, and return the weights' gradients in float32."""
+    runs = [
+        trainer(wrap(tiny_unet(dropout=0.3)), precision="bf16") for wrap in (lambda m: m, Passing)
+    ]
+    assert runs[0].copies is None
+    for x0 in batches(3, size=2, shape=SHAPE):
+        assert torch.equal(*[run.step(x0) for run in runs])
+    assert_same(raw(runs[0]), raw(runs[1]))
+    gradient = runs[0].network.mid.block_1.conv1.weight.grad
+    assert not torch.equal(gradient, gradient.bfloat16().float())
+
+
+def test_copies_are_gone_after_a_forward_that_fails(as_elsewhere):
     run = trainer(tiny_unet(), precision="bf16")
     before = list(run.network.parameters())
     with pytest.raises(ValueError, match="7"):
@@ -406,7 +445,7 @@ def test_copies_are_gone_after_a_forward_that_fails():
     run.step(batches(1, size=2, shape=SHAPE)[0])
 
 
-def test_weights_that_are_frozen_or_written_between_steps():
+def test_weights_that_are_frozen_or_written_between_steps(as_elsewhere):
     runs = [trainer(wrap(tiny_unet()), precision="bf16") for wrap in (lambda m: m, Passing)]
     for k, x0 in enumerate(batches(3, size=2, shape=SHAPE)):
         for run in runs:
@@ -614,6 +653,19 @@ def test_a_checkpoint_around_a_network_changes_nothing():
     for x0 in batches(2, size=2, shape=SHAPE):
         for run in runs:
             run.step(x0)
+    assert_same(raw(runs[0]), raw(runs[1]))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_nor_do_checkpoints_of_blocks(precision, kind, monkeypatch):
+    if kind == "gpu":
+        monkeypatch.setattr(unet_walk, "WAYS", {"cpu": unet_walk.Walk})
+    model = tiny_unet(dropout=0.5)
+    runs = [trainer(m, precision=precision) for m in (model, tiny_unet(dropout=0.5))]
+    model.checkpoint_blocks()
+    for x0 in batches(2, size=2, shape=SHAPE):
+        assert torch.equal(*[run.step(x0) for run in runs])
     assert_same(raw(runs[0]), raw(runs[1]))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
@@ -178,32 +177,6 @@ def test_upsampling_repeats_pixels():
     assert torch.equal(up(x)[0, 0, :2, :2], torch.zeros(2, 2))
     assert up(x).shape == (1, 1, 4, 4)
     assert up(x)[0, 0, 3].tolist() == [2, 2, 3, 3]
-
-
-@pytest.mark.parametrize(
-    ("images", "pixels", "training", "regrouped"),
-    [(1, 4, True, False), (1, 64, False, True), (16, 16, True, True), (16, 16, False, False)],
-)
-def test_upsampling_regroups_its_weights_where_that_pays(
-    monkeypatch, images, pixels, training, regrouped
-):
-    """For few pixels the plain convolution is the faster by far; both are the same sums. In eval
-    mode an image's bits do not depend on how many there are."""
-    calls, transposed = [], F.conv_transpose2d
-    monkeypatch.setattr(
-        F, "conv_transpose2d", lambda *a, **k: calls.append(1) or transposed(*a, **k)
-    )
-    up = Upsample(3).train(training)
-    x = torch.randn(images, 3, pixels, pixels, requires_grad=True)
-    grad = torch.randn(images, 3, 2 * pixels, 2 * pixels)
-    got = [y := up(x), *torch.autograd.grad(y, [x, *up.parameters()], grad)]
-    assert bool(calls) == regrouped
-    double = copy.deepcopy(up).double()
-    wide = x.detach().double().requires_grad_()
-    y = double.conv(F.interpolate(wide, scale_factor=2.0, mode="nearest"))
-    truth = [y, *torch.autograd.grad(y, [wide, *double.parameters()], grad.double())]
-    for a, b in zip(got, truth, strict=True):
-        assert (a.double() - b).abs().max() < 1e-5 * b.abs().max()
 
 
 def test_dropout_is_on_in_training_only():

@@ -1,5 +1,5 @@
-"""The fused walk of a U-Net: what it computes is what its modules compute one by one, and what is
-not plain is left to them."""
+"""The walks through a U-Net, a GPU's and a CPU's: what they compute is what its modules compute one
+by one, and what is not plain is left to them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ import contextvars
 import copy
 import io
 import pickle
+import re
 from collections import Counter
 
 import pytest
 import torch
+from compare import assert_same_for_any_thread_count
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from toy import generator, tiny_unet
 
-from fastddpm import UNet, reference, unet_walk
+from fastddpm import UNet, ops, reference, sample, unet_walk
+from fastddpm.ops import dispatch
 from fastddpm.unet_parts import AttentionBlock, ResnetBlock
-from fastddpm.unet_plain import foreign
-from fastddpm.unet_walk import Walk, dropout_stream, is_taken
+from fastddpm.unet_plain import foreign, unusual
+from fastddpm.unet_walk import CpuWalk, Walk, dropout_stream, is_taken, stream_of, way
 
 NETWORKS = [
     {},
@@ -32,17 +35,23 @@ NETWORKS = [
 ]
 
 
-@pytest.fixture
-def walking(monkeypatch):
-    """forward takes the fused walk on a CPU, too."""
-    monkeypatch.setattr(unet_walk, "DEVICES", ("cpu",))
+KINDS = {"gpu": Walk, "cpu": CpuWalk}
 
 
-@pytest.fixture(params=["at once", "in parts"])
-def attention(request, monkeypatch):
-    """How an attention is computed: as one op, or as norm, products and torch's attention."""
-    whole = request.param == "at once"
-    monkeypatch.setattr(Walk, "attends_at_once", lambda *_: whole)
+@pytest.fixture(params=KINDS)
+def walking(request, monkeypatch):
+    """forward takes this walk on a CPU."""
+    monkeypatch.setattr(unet_walk, "WAYS", {"cpu": KINDS[request.param]})
+    return KINDS[request.param]
+
+
+@pytest.fixture(params=["gpu", "gpu, attention in parts", "cpu"])
+def attending(request, monkeypatch):
+    """`walking`, and how a GPU's attention is computed: as one op, or as norm, products and torch's
+    attention."""
+    kind, _, parts = request.param.partition(", ")
+    monkeypatch.setattr(unet_walk, "WAYS", {"cpu": KINDS[kind]})
+    monkeypatch.setattr(Walk, "attends_at_once", lambda *_: not parts)
 
 
 def inputs(model, n=3, seed=1):
@@ -52,11 +61,11 @@ def inputs(model, n=3, seed=1):
 
 @contextlib.contextmanager
 def one_by_one():
-    before, unet_walk.DEVICES = unet_walk.DEVICES, ()
+    before, unet_walk.WAYS = unet_walk.WAYS, {}
     try:
         yield
     finally:
-        unet_walk.DEVICES = before
+        unet_walk.WAYS = before
 
 
 def results(model, x, t, **options):
@@ -78,7 +87,7 @@ def assert_as_exact(got, expected, truth, factor=1.5):
 
 
 @pytest.mark.parametrize("options", NETWORKS, ids=str)
-def test_it_says_what_the_modules_say(options, walking, attention):
+def test_it_says_what_the_modules_say(options, attending):
     """Output and all gradients, in float64, whose rounding hides no mistake."""
     model = tiny_unet(**options).double()
     x, t = inputs(model)
@@ -94,7 +103,7 @@ def test_it_says_what_the_modules_say(options, walking, attention):
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("options", NETWORKS[1:3], ids=str)
-def test_it_is_as_exact_as_the_modules(options, kind, walking, attention):
+def test_it_is_as_exact_as_the_modules(options, kind, attending):
     model = tiny_unet(**options)
     x, t = inputs(model)
     truth = results(copy.deepcopy(model).double(), x.double(), t)
@@ -124,7 +133,7 @@ def test_images_in_the_other_layout(walking):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-def test_parts_may_have_no_bias_and_norms_no_weights(walking, attention):
+def test_parts_may_have_no_bias_and_norms_no_weights(attending):
     model = tiny_unet().double()
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -173,6 +182,103 @@ def test_nothing_stands_between_convolutions_but_norms_and_sums(walking):
     with one_by_one(), torch.no_grad(), Images(4 * 8 * 8 * 8) as seen:
         model(x, t)
     assert {"cat", "add"} <= seen.calls.keys()
+
+
+def test_a_cpu_takes_a_step_in_convolutions_and_blocks_of_attention():
+    """Forward and backward; where an image goes to several places, autograd adds its gradients."""
+    model = tiny_unet(image_size=16, dropout=0.1).train()
+    x, t, index = torch.randn(4, 1, 16, 16), torch.arange(4), torch.arange(4)
+    with dropout_stream(model, seed=1, sample_index=index), Images(4 * 8 * 8 * 8) as seen:
+        y = model(x, t)
+    convolutions = seen.calls.pop("convolution")
+    assert convolutions + 1 == sum(isinstance(m, nn.Conv2d) for m in model.modules())  # conv_out
+    assert seen.calls == {"attention_block": 4}
+    with Images(4 * 8 * 8 * 8) as seen:
+        torch.autograd.grad(y.sum(), list(model.parameters()))
+    assert seen.calls.pop("convolution_backward") == convolutions
+    assert seen.calls.keys() <= {"attention_block_backward", "add", "add_"}
+
+
+# ---- what a backward keeps -----------------------------------------------------------------------
+
+
+class Kept:
+    """The images that autograd keeps, by their memory."""
+
+    def __init__(self, pixels):
+        self.pixels, self.memory = pixels, set()
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda x: x)
+
+    def pack(self, x):
+        if x.numel() >= self.pixels and x.dim() == 4 and not isinstance(x, nn.Parameter):
+            self.memory.add(x.untyped_storage().data_ptr())
+        return x
+
+
+def images_kept(model, x, t, pixels):
+    kept = Kept(pixels)
+    with kept.hooks:
+        y = model(x, t)
+    assert y.requires_grad
+    return len(kept.memory)
+
+
+def test_a_block_keeps_what_goes_into_its_convolutions(walking):
+    """Of a CPU's block its input and the image inside, of a checkpoint's its input alone."""
+    model = tiny_unet(channel_mult=(1,), attention_levels=(), num_res_blocks=3).train()
+    x, t = inputs(model)
+    blocks, one = 3 + 2 + 4, 3 * 8 * 8 * 8
+    kept = images_kept(model, x, t, one)
+    with one_by_one():
+        by_modules = images_kept(model, x, t, one)
+    of_checkpoints = images_kept(model.checkpoint_blocks(), x, t, one)
+    if walking is CpuWalk:  # beside the blocks' what the attention and conv_out get
+        assert kept == 2 * blocks + 2 < by_modules / 1.5
+    # What comes out of the last block, and on a GPU its norm, is conv_out's.
+    assert of_checkpoints <= blocks + 2 + (walking is Walk)
+
+
+@pytest.mark.parametrize("drops", ["not", "by the stream", "by torch"])
+@pytest.mark.parametrize("kind", ["float32", "autocast"])
+@pytest.mark.parametrize("options", NETWORKS[1:3], ids=str)
+def test_blocks_that_are_computed_again_are_the_same_bits(options, kind, drops, attending):
+    model = tiny_unet(**options, dropout=0.0 if drops == "not" else 0.3).train()
+    assert_checkpoint_is_the_same(model, kind, drops)
+
+
+@pytest.mark.parametrize("drops", ["not", "by torch"])
+def test_so_are_those_of_modules(drops):
+    model = tiny_unet(dropout=0.0 if drops == "not" else 0.3).train()
+    with one_by_one():
+        assert_checkpoint_is_the_same(model, "float32", drops)
+
+
+def assert_checkpoint_is_the_same(model, kind, drops):
+    x, t = inputs(model)
+    found = []
+    for on in (False, True):
+        assert model.checkpoint_blocks(on) is model
+        own = {"enabled": True} if kind == "autocast" else {}
+        torch.manual_seed(3)
+        with contextlib.ExitStack() as stack:
+            if drops == "by the stream":
+                index = torch.tensor([5, 2**40, 7])
+                stack.enter_context(dropout_stream(model, seed=4, sample_index=index))
+            found.append(results(model, x, t, **own))
+    assert all(map(torch.equal, *found))
+
+
+def test_a_checkpoint_is_no_part_of_the_architecture(tmp_path):
+    model = tiny_unet()
+    before = dict(model.config)
+    model.checkpoint_blocks()
+    assert copy.deepcopy(model).checkpointing
+    model.save_pretrained(tmp_path)
+    loaded = UNet.from_pretrained(tmp_path)
+    assert loaded.config == model.config == before
+    assert not loaded.checkpointing
+    with pytest.raises(ValueError, match="on must be True or False; got 2"):
+        model.checkpoint_blocks(2)
 
 
 # ---- what is not plain ---------------------------------------------------------------------------
@@ -309,12 +415,85 @@ def test_convolutions_keep_their_own_way_around_the_border(walking):
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
             module.padding_mode = "circular"
     x, t = inputs(model)
-    assert is_taken(model, x)
+    assert is_taken(model, x) == (walking is Walk)  # ops.convolution has zeros around it
     got = results(model, x.double(), t)
     with one_by_one():
         expected = results(model, x.double(), t)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+ODD = {
+    "padding": ("conv_in", (0, 0)),
+    "stride": ("down.0.block.0.conv2", (2, 2)),
+    "dilation": ("up.1.block.1.conv1", (2, 2)),
+    "kernel_size": ("mid.block_2.conv1", (5, 5)),
+    "groups": ("conv_out", 2),
+    "padding_mode": ("down.0.downsample.conv", "reflect"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_convolution_that_is_not_the_papers_is_named(name):
+    model = tiny_unet()
+    assert unusual(model) is None
+    assert way(model, torch.zeros(())) is CpuWalk
+    where, value = ODD[name]
+    setattr(model.get_submodule(where), name, value)
+    assert re.match(rf"{where} \(Conv2d\) has {name} .*{value}.*, not ", unusual(model))
+    assert way(model, torch.zeros(())) is None
+    with dropout_stream(model, seed=1, sample_index=torch.zeros(3, dtype=torch.int64)):
+        assert way(model, torch.zeros(())) is Walk
+
+
+# ---- bits ----------------------------------------------------------------------------------------
+
+native = pytest.mark.skipif(
+    dispatch.load("cpu").missing is not None, reason=str(dispatch.load("cpu").missing)
+)
+
+
+@native
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("options", [NETWORKS[1], NETWORKS[2]], ids=str)
+def test_an_images_bits_depend_on_no_others_and_no_threads(options, kind):
+    model = tiny_unet(**options)
+    x, t = inputs(model)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast")
+    if kind == "bfloat16":
+        model = model.bfloat16()
+    with torch.no_grad(), autocast:
+        whole = model(x, t)
+        for rows in ([0], [1, 2], [2, 1, 0]):
+            assert torch.equal(model(x[rows], t[rows]), whole[rows])
+        assert_same_for_any_thread_count(lambda: model(x, t))
+
+
+@native
+@pytest.mark.parametrize("kind", ["float32", "autocast"])
+def test_gradients_have_the_same_bits_with_any_number_of_threads(kind):
+    model = tiny_unet(**NETWORKS[2], dropout=0.1).train()
+    x, t = inputs(model)
+    own = {"enabled": True} if kind == "autocast" else {}
+
+    def flat():
+        with dropout_stream(model, seed=4, sample_index=torch.tensor([5, 2**40, 7])):
+            return torch.cat([y.detach().flatten() for y in results(model, x, t, **own)])
+
+    assert_same_for_any_thread_count(flat)
+
+
+@native
+@pytest.mark.parametrize("options", [NETWORKS[1], NETWORKS[2]], ids=str)
+def test_eager_sampling_is_the_plans_to_rounding(options):
+    model = tiny_unet(**options)
+    run = {"n": 3, "seed": 3, "progress": False, "precision": "fp32"}
+    plan, eager, twos = (
+        sample(model, **run, engine=engine, batch_size=size)
+        for engine, size in (("cpu_plan", 3), ("eager", 3), ("eager", 2))
+    )
+    torch.testing.assert_close(eager, plan, atol=2e-5, rtol=0)
+    assert torch.equal(eager, twos)
 
 
 # ---- around it -----------------------------------------------------------------------------------
@@ -347,6 +526,18 @@ def test_what_traces_or_transforms_goes_module_by_module(walking):
         expected = model(x, t)
         compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
         torch.testing.assert_close(compiled(x, t), expected)
+    model.checkpoint_blocks()
+    again = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    got, expected = (
+        torch.autograd.grad(f(x, t).square().sum(), list(model.parameters()))
+        for f in (again, model)
+    )
+    by_func = torch.func.grad(
+        lambda p: torch.func.functional_call(model, p, (x, t)).square().sum()
+    )(dict(model.named_parameters()))
+    for a, b, c in zip(got, expected, by_func.values(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(c, b, atol=2e-5, rtol=1e-4)
     tangent = torch.randn_like(x)
     double = copy.deepcopy(model).double()
     _, slope = torch.func.jvp(lambda a: double(a, t), (x.double(),), (tangent.double(),))
@@ -411,7 +602,7 @@ def test_a_checkpoint_draws_the_same_masks_again(reentrant):
                 y = around(x, t)
             around.again = checkpointed
             gradients.append(torch.autograd.grad(y.sum(), [x]) if not reentrant else backward(y, x))
-        assert not is_taken(model, x)
+        assert stream_of(model) is None
     torch.testing.assert_close(*gradients)
 
 
@@ -426,32 +617,64 @@ def test_each_block_has_a_mask_of_its_own(monkeypatch):
     model = tiny_unet(dropout=0.5).train()
     x, t = inputs(model)
     seen = []
-    plain = Walk.normed
+    plain = ops.convolution
 
-    def normed(self, norm, h, x2=None, **options):
-        y = plain(self, norm, h, x2, **options)
+    def convolution(h, weight, *arguments, **options):
         if options.get("dropout"):
-            seen.append((options["step"].tolist(), y.eq(0)))
-            assert options["dropout"] == 0.5
-        return y
+            weight_of = next(name for name, p in model.named_parameters() if p is weight)
+            seen.append((weight_of, options["step"].tolist(), options["sample_index"].tolist()))
+            assert (options["dropout"], options["seed"]) == (0.5, 9)
+        return plain(h, weight, *arguments, **options)
 
-    monkeypatch.setattr(Walk, "normed", normed)
-    index = torch.tensor([3, 1, 2])
-    with dropout_stream(model, seed=9, sample_index=index):
+    monkeypatch.setattr(ops, "convolution", convolution)
+    with dropout_stream(model, seed=9, sample_index=torch.tensor([3, 1, 2])):
         model(x, t)
-    assert [step for step, _ in seen] == [[2**32 - 2 - k] * 3 for k in range(8)]
-    for step, dropped in seen:
-        kept = reference.dropout_factors(
-            torch.ones(dropped.shape), 0.5, seed=9, step=step[0], sample_index=index
-        )
-        assert torch.equal(dropped, kept.eq(0))
+    blocks = [f"{w}.{i}.block.{j}" for w, i, j in (("down", 0, 0), ("down", 1, 0))]
+    blocks += ["mid.block_1", "mid.block_2"]
+    blocks += [f"up.{i}.block.{j}" for i in (1, 0) for j in (0, 1)]
+    expected = [(f"{b}.conv2.weight", [2**32 - 2 - k] * 3, [3, 1, 2]) for k, b in enumerate(blocks)]
+    assert seen == expected
+
+
+def test_masks_are_the_same_on_a_gpu(monkeypatch):
+    """As a network whose dropout is those masks computes it, too."""
+    model = tiny_unet(dropout=0.3).double().train()
+    x, t = inputs(model)
+    index = torch.tensor([5, 2**40, 7])
+    found = []
+    for kind in (*KINDS.values(), None):
+        monkeypatch.setattr(unet_walk, "WAYS", {} if kind is None else {"cpu": kind})
+        with contextlib.ExitStack() as stack:
+            if kind is None:
+                monkeypatch.setattr(unet_walk, "way", lambda *_: None)
+                place_masks(model, 4, index)
+            stream = dropout_stream(model, seed=4, sample_index=index)
+            stack.enter_context(stream)
+            found.append(results(model, x.double(), t))
+    for gpu, cpu, modules in zip(*found, strict=True):
+        torch.testing.assert_close(gpu, modules, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(cpu, modules, rtol=1e-11, atol=1e-12)
+
+
+def place_masks(model, seed, index):
+    """In the place of each dropout, the masks that the contract says, of p = 0.3."""
+    order = [b for level in model.down for b in level.block]
+    order += [model.mid.block_1, model.mid.block_2]
+    order += [b for level in reversed(model.up) for b in level.block]
+    for k, block in enumerate(order):
+
+        def masked(y, step=2**32 - 2 - k):
+            return y * reference.dropout_factors(y, 0.3, seed=seed, step=step, sample_index=index)
+
+        block.dropout.forward = masked
 
 
 def test_a_stream_is_for_its_network_and_its_block_of_code():
     model, other = tiny_unet(dropout=0.5).train(), tiny_unet(dropout=0.5).train()
     x, t = inputs(model)
     with dropout_stream(model, seed=1, sample_index=torch.arange(3)):
-        assert is_taken(model, x)
-        assert not is_taken(other, x)
+        assert stream_of(model) is not None
+        assert stream_of(other) is None
+        assert torch.equal(model(x, t), model(x, t))
         assert not torch.equal(other(x, t), other(x, t))
-    assert not is_taken(model, x)
+    assert stream_of(model) is None

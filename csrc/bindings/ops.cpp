@@ -326,6 +326,7 @@ void def_cpu_ops(py::module_& m) {
   def_attention_block<cpu::attention_block>(m);
   def_attention_block_backward(m);
   def_discretized_log_likelihood<cpu::discretized_log_likelihood>(m);
+  def_convolution(m);
   def_squared_error<cpu::squared_error>(m);
   def_squared_error_backward<cpu::squared_error_backward>(m);
   def_adam<cpu::adam>(m);

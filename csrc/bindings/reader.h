@@ -95,6 +95,13 @@ class Reader {
     return shape;
   }
 
+  // The same for images, (N, C, H, W).
+  Shape set_images(py::handle x, const char* name) {
+    const Shape images = set_shape(x, name);
+    if (dims != 4) refuse(name, "must be (N, C, H, W)");
+    return images;
+  }
+
   Tensor tensor(py::handle x, const char* name, bool bytes = false) {
     require(x, name);
     const Numbers sizes = shape_of(x, name);
@@ -481,6 +488,7 @@ PosteriorStep posterior_step_of(bool cuda, py::handle xt, py::handle model_outpu
                                 py::handle table, const std::string& prediction, bool clip);
 
 void def_cpu_ops(py::module_& m);
+void def_convolution(py::module_& m);
 void def_plan(py::module_& m);
 void def_cuda(py::module_& m);
 

@@ -48,16 +48,16 @@ bool has_avx512() {
 // Products of small whole numbers, which are exact: an instruction set whose kernels get them wrong
 // here is not used.
 bool multiplies(void (*convolve)(const ConvolveBf16&, int),
-                void (*pack)(const float*, int64_t, int64_t, int64_t, bool, BF16*)) {
+                void (*pack)(const Weight&, bool, BF16*, int)) {
   constexpr int64_t PIXELS = 48, C_IN = 64, C_OUT = 40;
   float weight[C_OUT * C_IN], bias[C_OUT] = {};
   static BF16 x[PIXELS * C_IN], packed[2 * 32 * C_IN];
   static float y[PIXELS * C_OUT];
   for (int64_t i = 0; i < PIXELS * C_IN; ++i) x[i] = from_float<BF16>(float(i * 7 % 11 - 5));
   for (int64_t i = 0; i < C_OUT * C_IN; ++i) weight[i] = float(i * 5 % 13 - 6);
-  pack(weight, C_IN, C_OUT, 1, false, packed);
+  pack({weight, DType::f32, C_OUT, C_IN, 1, {C_IN, 1, 1, 1}}, false, packed, 1);
   convolve({1, C_IN, C_OUT, 1, 1, false, 1, PIXELS, C_IN, PIXELS * C_IN, 1, PIXELS, x, packed, bias,
-            nullptr, y},
+            nullptr, y, 0},
            1);
   for (int64_t i = 0; i < PIXELS; ++i)
     for (int64_t o = 0; o < C_OUT; ++o) {

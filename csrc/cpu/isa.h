@@ -5,6 +5,7 @@
 // no library templates.
 #pragma once
 #include "../ops.h"
+#include "layers/images.h"
 #include "layers/layers.h"
 
 // Calls X(namespace, namespace of the kernels without bfloat16 products) for each compiled
@@ -41,6 +42,7 @@ namespace fastddpm {
 
 FASTDDPM_EACH_ISA(FASTDDPM_DECLARE_OPS)
 FASTDDPM_EACH_ISA(FASTDDPM_DECLARE_PLAN_OPS)
+FASTDDPM_EACH_ISA(FASTDDPM_DECLARE_IMAGE_OPS)
 
 namespace cpu {
 

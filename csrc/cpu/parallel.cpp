@@ -8,7 +8,9 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
+#include <vector>
 
 namespace fastddpm {
 namespace cpu {
@@ -110,20 +112,105 @@ void parallel_run(int64_t jobs, int threads, void (*body)(void*, int64_t, int), 
 
 const char* threading() { return runtime() ? "libgomp" : "none (libgomp.so.1 not found)"; }
 
+namespace {
+
+constexpr size_t HUGE_PAGE = 2 * 1024 * 1024, LEAST = 128 * 1024;
+
+// Blocks of LEAST bytes or more that were freed, up to LIMIT bytes of them, the oldest first: what
+// an op needs is about what the next one needs, and the system clears every page that it hands out,
+// which takes as long as an op's own pass over the memory.
+class Kept {
+ public:
+  // A block that a call had before, that is not much too large and lies right, or null.
+  void* take(size_t size, size_t alignment) {
+    const std::lock_guard<std::mutex> turn(mutex);
+    size_t best = free.size();
+    for (size_t i = 0; i < free.size(); ++i)
+      if (free[i].size >= size && free[i].size <= size + size / 2 &&
+          uintptr_t(free[i].data) % alignment == 0 &&
+          (best == free.size() || free[i].size < free[best].size))
+        best = i;
+    if (best == free.size()) return nullptr;
+    const Block block = free[best];
+    free.erase(free.begin() + ptrdiff_t(best));
+    total -= block.size;
+    used.push_back(block);
+    return block.data;
+  }
+
+  void add(void* data, size_t size) {
+    const std::lock_guard<std::mutex> turn(mutex);
+    used.push_back({data, size});
+  }
+
+  // Whether it is one of these blocks, which then are taken care of.
+  bool give(void* data) {
+    const std::lock_guard<std::mutex> turn(mutex);
+    for (size_t i = used.size(); i-- > 0;)
+      if (used[i].data == data) {
+        free.push_back(used[i]);
+        total += used[i].size;
+        used.erase(used.begin() + ptrdiff_t(i));
+        shrink(LIMIT);
+        return true;
+      }
+    return false;
+  }
+
+  void clear() {
+    const std::lock_guard<std::mutex> turn(mutex);
+    shrink(0);
+  }
+
+ private:
+  static constexpr size_t LIMIT = 32 * HUGE_PAGE;
+  struct Block {
+    void* data;
+    size_t size;
+  };
+  std::mutex mutex;
+  std::vector<Block> free, used;
+  size_t total = 0;
+
+  void shrink(size_t limit) {
+    while (total > limit) {
+      total -= free.front().size;
+      std::free(free.front().data);
+      free.erase(free.begin());
+    }
+  }
+};
+
+Kept& kept() {
+  static Kept& instance = *new Kept;  // outlives whatever frees memory at the very end
+  return instance;
+}
+
+}  // namespace
+
 // Large memory in huge pages where the system grants them: weights that stream past would miss the
 // TLB once for every 4 KiB, and prefetchers stop at the end of a page.
 void* scratch_alloc(int64_t bytes, bool zeroed) {
-  constexpr size_t HUGE_PAGE = 2 * 1024 * 1024;
   const size_t size = (size_t(bytes) + 127) / 64 * 64, whole = size / HUGE_PAGE * HUGE_PAGE;
-  void* data = nullptr;
-  if (posix_memalign(&data, whole ? HUGE_PAGE : 64, size)) throw std::bad_alloc();
+  const size_t alignment = whole ? HUGE_PAGE : 64;
+  const bool large = size >= LEAST;
+  void* data = large ? kept().take(size, alignment) : nullptr;
+  if (!data) {
+    if (posix_memalign(&data, alignment, size)) {
+      kept().clear();
+      if (posix_memalign(&data, alignment, size)) throw std::bad_alloc();
+    }
 #ifdef MADV_HUGEPAGE
-  if (whole) madvise(data, whole, MADV_HUGEPAGE);  // a hint: small pages do as well
+    if (whole) madvise(data, whole, MADV_HUGEPAGE);  // a hint: small pages do as well
 #endif
+    if (large) kept().add(data, size);
+  }
   return zeroed ? std::memset(data, 0, size) : data;
 }
 
-void scratch_free(void* data) { std::free(data); }
+void scratch_free(void* data) {
+  if (data && !kept().give(data)) std::free(data);
+}
 
 }  // namespace cpu
 }  // namespace fastddpm

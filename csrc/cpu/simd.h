@@ -41,5 +41,22 @@ inline Vector vector_madd(Vector a, Vector b, Vector c) {
 #endif
 }
 
+// As many bytes of float64, for what is rounded once from it.
+constexpr int64_t HALF_WIDTH = WIDTH / 2;
+
+typedef float HalfVector __attribute__((vector_size(2 * WIDTH)));
+typedef double Doubles __attribute__((vector_size(4 * WIDTH)));
+
+inline Doubles load_doubles(const float* x) {
+  HalfVector v;
+  __builtin_memcpy(&v, x, sizeof v);
+  return __builtin_convertvector(v, Doubles);
+}
+
+inline void store_doubles(float* x, Doubles v) {
+  const HalfVector rounded = __builtin_convertvector(v, HalfVector);
+  __builtin_memcpy(x, &rounded, sizeof rounded);
+}
+
 }  // namespace
 }  // namespace fastddpm

@@ -1,6 +1,6 @@
 """The native engine of the CPU: a `UNet` as a list of native calls, replayed for every step.
 
-Here stands what a U-Net becomes; lifetimes, arena and kernels are csrc/cpu/plan/plan.h's."""
+Here stands what a U-Net becomes; lifetimes and the arena are csrc/cpu/plan/plan.h's."""
 
 from __future__ import annotations
 
@@ -184,8 +184,8 @@ def build_plan(
             h = level_block(level, j, [h])
             skips.append(h)
         if level.downsample is not None:
-            before = model.config["downsample_padding"]
-            h = conv([h], level.downsample.conv, stride=2, before=before, after=1)
+            layer = cast(Any, level.downsample.conv)
+            h = conv([h], layer, stride=2, before=layer.padding[0], after=1)
             skips.append(h)
     h = resnet(model.mid.block_1, [h])
     h = attention(model.mid.attn_1, h)

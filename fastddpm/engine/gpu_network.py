@@ -79,7 +79,7 @@ class Network(Walk):
         self._input[:, :c].copy_(x)
         return self._input
 
-    def dropped(self, block: Any, h: Image) -> Tensor:
+    def dropped(self, block: Any, place: int, h: Image) -> Tensor:
         return self.normed(block.norm2, h)  # in whatever mode the model is
 
     # ---- layers ---------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ class Network(Walk):
 
         return Image(F.conv2d(x, self._weight(conv, make), padding=conv.padding))
 
-    def last(self, conv: Any, y: Tensor) -> Tensor:
+    def end(self, conv: Any, y: Tensor) -> Tensor:
         c = conv.out_channels
         more = _up(c) - c
         weight = self._weight(conv, lambda: F.pad(conv.weight, (0,) * 7 + (more,)))
@@ -127,7 +127,7 @@ class Network(Walk):
             bias = self._kept(layer, "bias", self.dtype, lambda: layer.bias)
         return self._weight(layer), bias
 
-    def downsample(self, part: Downsample, x: Tensor) -> Image:
+    def downsample(self, part: Downsample, h: Image) -> Image:
         conv: Any = part.conv
         weight = self._weight(
             conv,
@@ -136,12 +136,12 @@ class Network(Walk):
         bias = None
         if conv.bias is not None:
             bias = self._kept(conv, "bias", self.dtype, lambda: conv.bias)
-        return Image(F.conv2d(x, weight, bias, stride=2, padding=1))
+        return Image(F.conv2d(h.value(), weight, bias, stride=2, padding=1))
 
-    def upsample(self, part: Upsample, x: Tensor) -> Image:
+    def upsample(self, part: Upsample, h: Image) -> Image:
         conv: Any = part.conv
         weight = self._weight(conv, lambda: regrouped(conv.weight))
-        y = F.conv_transpose2d(x, weight, None, stride=2, padding=1)
+        y = F.conv_transpose2d(h.value(), weight, None, stride=2, padding=1)
         return Image(y, None, self.bias(conv))
 
     def time(self, block: Any) -> Tensor:

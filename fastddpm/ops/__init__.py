@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.ops import checks, library
+from fastddpm.ops.convolve import convolution
 from fastddpm.ops.dispatch import use_backend
 from fastddpm.ops.sweep import adam, grad_norm
 from fastddpm.options import check_flag, shown
@@ -28,6 +29,7 @@ __all__ = [
     "adam",
     "attention_block",
     "choices",
+    "convolution",
     "discretized_log_likelihood",
     "grad_norm",
     "group_norm_silu",
@@ -260,7 +262,7 @@ def group_norm_silu(
     plain = before is None and x2 is None and residual is None
     if plain and isinstance(dropout, float) and dropout == 0.0:
         return library.group_norm_silu(x, *norm)
-    checks.before(before, n, c1, device)
+    checks.per_channel("before", before, n, c1, device)
     stream = checks.dropout_stream(dropout, seed, step, sample_index, n, device)
     if residual is None:
         return library.group_norm_silu(x, *norm, before, x2, *stream)
@@ -282,7 +284,7 @@ def residual_sum(x: Tensor, residual: Tensor | None = None, before: Tensor | Non
         raise ValueError(f"x must be (N, C, ...); got {tuple(x.shape)}")
     if residual is not None:
         checks.operand("residual", residual, "x", x)
-    checks.before(before, x.shape[0], x.shape[1], x.device)
+    checks.per_channel("before", before, x.shape[0], x.shape[1], x.device)
     return library.residual_sum(x, residual, before)
 
 

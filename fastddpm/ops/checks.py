@@ -95,6 +95,16 @@ def operand(name: str, x: Any, like_name: str, like: Tensor) -> None:
             f"{name} must have the shape of {like_name}, {_shape(like)}; got {_shape(x)}"
         )
     on_device(name, x, like.device)
+    _both_double(name, x, like_name, like)
+
+
+def operand_dtype(name: str, x: Any, like_name: str, like: Tensor) -> None:
+    """A float tensor, float64 exactly where `like` is."""
+    floating(name, x)
+    _both_double(name, x, like_name, like)
+
+
+def _both_double(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     if x.dtype != like.dtype and torch.float64 in (x.dtype, like.dtype) and like.dtype in FLOATS:
         raise TypeError(
             f"{name} and {like_name} must both be float64 or neither; "
@@ -166,16 +176,16 @@ def parameter(name: str, x: Any, shape: tuple[int, ...], device: torch.device) -
     on_device(name, x, device)
 
 
-def before(x: Any, n: int, channels: int, device: torch.device) -> None:
+def per_channel(name: str, x: Any, n: int, channels: int, device: torch.device) -> None:
     """None, or what is added to the channels of N samples: (C,) or (N, C)."""
     if x is None:
         return
-    floating("before", x)
+    floating(name, x)
     if x.shape != (channels,) and x.shape != (n, channels):
         raise ValueError(
-            f"before must have shape ({channels},) or ({n}, {channels}); got {_shape(x)}"
+            f"{name} must have shape ({channels},) or ({n}, {channels}); got {_shape(x)}"
         )
-    on_device("before", x, device)
+    on_device(name, x, device)
 
 
 def second_source(x2: Any, x: Tensor) -> int:

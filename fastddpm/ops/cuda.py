@@ -1,5 +1,5 @@
 """The CUDA backend, on torch's current stream. attention_block is its norm, cuBLAS and torch's
-fused attention.
+fused attention, convolution its norm and cuDNN.
 
 No CUDA call happens at import.
 """
@@ -11,13 +11,15 @@ import functools
 import torch
 
 from fastddpm import _native
-from fastddpm.ops import attention
+from fastddpm.ops import attention, composite
 from fastddpm.ops.native import Native, unbuilt
 
 # Whose kernels an op runs on that has none of its own.
 _KERNELS_OF = {
     "attention_block": "group_norm_silu",
     "attention_block_backward": "group_norm_silu_backward",
+    "convolution": "group_norm_silu",
+    "convolution_backward": "group_norm_silu_backward",
 }
 
 
@@ -66,6 +68,16 @@ class _Cuda(Native):
             norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, eps,
         )  # fmt: skip
 
+    def convolution(self, x, weight, bias=None, **options):
+        return composite.convolution(
+            self.group_norm_silu, self.residual_sum, x, weight, bias, **options
+        )
+
+    def convolution_backward(self, grad, x, weight, **options):
+        return composite.convolution_backward(
+            self.group_norm_silu, self.group_norm_silu_backward, grad, x, weight, **options
+        )
+
     def unsupported(self, op, *tensors, **options):
         reason = super().unsupported(_KERNELS_OF.get(op, op), *tensors, **options)
         if reason is None and len({x.device for x in tensors if x is not None}) > 1:
@@ -105,6 +117,8 @@ group_norm_silu_backward = _cuda.group_norm_silu_backward
 attention_block = _cuda.attention_block
 attention_block_backward = _cuda.attention_block_backward
 residual_sum = _cuda.residual_sum
+convolution = _cuda.convolution
+convolution_backward = _cuda.convolution_backward
 discretized_log_likelihood = _cuda.discretized_log_likelihood
 squared_error = _cuda.squared_error
 squared_error_backward = _cuda.squared_error_backward

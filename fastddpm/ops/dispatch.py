@@ -24,6 +24,8 @@ OPS = (
     "residual_sum",
     "attention_block",
     "attention_block_backward",
+    "convolution",
+    "convolution_backward",
     "discretized_log_likelihood",
     "squared_error",
     "squared_error_backward",

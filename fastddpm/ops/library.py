@@ -32,7 +32,8 @@ class Op:
 
     setup(ctx, inputs, output) and backward(ctx, *grads) are those of torch.autograd.Function.
     `run` takes beside the op's arguments what chooses the backend. Where it returns None among
-    other tensors, `kernel` is what is registered: it may not.
+    other tensors, `kernel` is what is registered: it may not. `recorded`
+    runs in its place where a gradient is recorded.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Op:
         setup: Callable | None = None,
         backward: Callable | None = None,
         kernel: Callable | None = None,
+        recorded: Callable | None = None,
     ):
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
         _library.define(name + schema, tags=tags)
@@ -56,7 +58,7 @@ class Op:
             torch_library.register_autograd(
                 f"fastddpm::{name}", backward, setup_context=setup, lib=_library
             )
-            self.differentiable = _function(name, run, setup, backward)
+            self.differentiable = _function(name, recorded or run, setup, backward)
 
     def __call__(self, *arguments: Any) -> Any:
         if (
@@ -123,7 +125,7 @@ def _function(name: str, run: Callable, setup: Callable | None, backward: Callab
     return type(name, (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
 
 
-def _check_draw(t: Tensor | None, step: Tensor, sample_index: Tensor) -> None:
+def check_draw(t: Tensor | None, step: Tensor, sample_index: Tensor) -> None:
     if step is not t:
         values_in("step", step, STEP_END, "2^32 - 1")
     values_in("sample_index", sample_index, INDEX_END, "2^63 - 1")
@@ -216,7 +218,7 @@ noise = Op(
 
 def _drawn_noise(x0, t, table, seed, step, sample_index, flip, dtype, choose=choose):
     _check_t(t, table)
-    _check_draw(t, step, sample_index)
+    check_draw(t, step, sample_index)
     backend = choose("noise", x0, t, table, step, sample_index, flip, dtype=dtype)
     return backend.noise(
         x0, t, table, seed=seed, step=step, sample_index=sample_index, flip=flip, dtype=dtype
@@ -259,7 +261,7 @@ def _posterior_step(
 ):  # fmt: skip
     _check_t(t, table)
     if z is None:
-        _check_draw(t, step, sample_index)
+        check_draw(t, step, sample_index)
     backend = choose(
         "posterior_step", xt, model_output, t, table, z, step, sample_index, log_variance,
         device_seed,
@@ -370,7 +372,7 @@ def _group_norm_silu(
     *, residual=None, choose=choose,
 ):  # fmt: skip
     if dropout:
-        _check_draw(None, step, sample_index)
+        check_draw(None, step, sample_index)
     backend = _norm_backend(
         "group_norm_silu", choose, x, weight, bias, scale, shift, step, sample_index,
         before=before, residual=residual, x2=x2, dropout=dropout,

@@ -1,4 +1,5 @@
-"""The Triton backend: every op, on a GPU, or under Triton's interpreter on CPU tensors.
+"""The Triton backend: every op, on a GPU, or under Triton's interpreter on CPU tensors; convolution
+by its norm and torch's convolution.
 
 The functions of `reference` stand in kernels/, one file per op. Here is which device they run on
 and what they can't do.
@@ -25,6 +26,7 @@ from fastddpm.kernels import residual_sum as _residual
 from fastddpm.kernels import squared_error as _squared_error
 from fastddpm.kernels.storage import INTERPRETED
 from fastddpm.kernels.tiles import MAX_PIXELS
+from fastddpm.ops import composite
 from fastddpm.ops.checks import is_lazy
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool)
@@ -53,6 +55,10 @@ posterior_step = _on_device(_posterior.posterior_step)
 group_norm_silu = _on_device(_group_norm.group_norm_silu)
 group_norm_silu_backward = _on_device(_group_norm_backward.group_norm_silu_backward)
 residual_sum = _on_device(_residual.residual_sum)
+convolution = functools.partial(composite.convolution, group_norm_silu, residual_sum)
+convolution_backward = functools.partial(
+    composite.convolution_backward, group_norm_silu, group_norm_silu_backward
+)
 attention_block = _on_device(_attention.attention_block)
 attention_block_backward = _on_device(_attention.attention_block_backward)
 discretized_log_likelihood = _on_device(_likelihood.discretized_log_likelihood)

@@ -1,12 +1,13 @@
 // Convolutions of a plan, 1x1 and 3x3, from an input that has its border already.
 //
-// The direct sum walks rows of pixels with register tiles of 6 pixels by 2 vectors of output
+// The direct sum walks rows of pixels with register tiles of 6 pixels by a panel of output
 // channels. The Winograd forms turn the products of a 3x3 filter into TILE^2 small matrix products
 // over blocks of tiles that stay in the cache. Bias and residual are added as the results leave the
 // registers. An element's sum runs over the input in the layer's order, whatever block it is in.
 #include "../isa.h"
 #include "../parallel.h"
 #include "gemm.h"
+#include "place.h"
 #include "winograd.h"
 
 namespace fastddpm {
@@ -18,17 +19,15 @@ constexpr int64_t TILES_MIN = 24, TILES_MAX = 48;  // tiles in a block, whole st
 constexpr int64_t TRANSFORMED = 48 * 1024;         // floats of a block's transformed input, about
 constexpr int64_t STEP_BF16 = 32;  // channels: those of a bfloat16 pixel are whole steps
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// y = sum + bias (+ residual) for a vector of a pixel's channels, as many as there are.
+// y = sum + bias (+ residual) for a vector of a pixel's channels, as many as there are; bias: that
+// of the pixel's image.
 struct Epilogue {
-  const float *bias, *residual;
+  const float* residual;
   float* y;
   int64_t c_out;
 
-  void operator()(int64_t pixel, int64_t c, Vector sum) const {
+  void operator()(const float* bias, int64_t pixel, int64_t c, Vector sum) const {
+    if (c >= c_out) return;
     const int64_t at = pixel * c_out + c;
     if (c + WIDTH <= c_out) {
       sum += load_vector(bias + c);
@@ -44,77 +43,87 @@ struct Epilogue {
   }
 };
 
-// Where pixel or tile i of all images lies, counted up without a division.
-struct Place {
-  int64_t width, height, image, y, x;
+// ---- the direct sum ----------------------------------------------------------------------------
 
-  Place(int64_t i, int64_t width, int64_t height)
-      : width(width),
-        height(height),
-        image(i / (width * height)),
-        y(i / width % height),
-        x(i % width) {}
+// Of a block of pixels: where each one's filter begins, its second source and its image's bias.
+struct Pixels {
+  const float *x[PIXELS], *second[PIXELS], *bias[PIXELS];
 
-  void next() {
-    if (++x < width) return;
-    x = 0;
-    if (++y < height) return;
-    y = 0, ++image;
+  Pixels(const Convolve& op, int64_t first, int64_t count) {
+    Place place(first, op.width, op.height);
+    for (int64_t i = 0; i < count; ++i, place.next()) {
+      const int64_t row = place.image * op.rows + place.y * op.stride;
+      x[i] = op.x + (row * op.columns + place.x * op.stride) * op.pixel;
+      second[i] = op.x_2 ? op.x_2 + (first + i) * op.c_in_2 : nullptr;
+      bias[i] = op.bias + place.image * op.bias_image;
+    }
   }
 };
 
-// ---- the direct sum ----------------------------------------------------------------------------
+// Part of a panel of weights: the output channels c ..
+struct Filters {
+  const float* weight;
+  int64_t width, rows, c;  // of the panel; the first channel
+};
 
-// `strips` strips of ROWS pixels. x[i]: where pixel i's filter begins, `kernel` runs of kernel *
-// c_in floats, `line` apart; second: the pixels of the second source, or null.
-template <int ROWS>
-void direct_strips(const Convolve& op, const float* const* x, const float* const* second,
-                   const float* panel, int64_t pixel, int64_t c, const Epilogue& epilogue,
-                   int64_t strips, Ahead& ahead) {
-  const int64_t length = op.kernel * op.c_in, line = op.columns * op.pixel;
-  for (; strips > 0; --strips, x += ROWS, pixel += ROWS) {
-    Vector sum[ROWS][2];
-    for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = Vector{};
-    for (int64_t run = 0; run < op.kernel; ++run) {
+// `strips` strips of ROWS pixels from pixel `at` of the block on, which is pixel first + at of all.
+template <int ROWS, int VECTORS>
+void direct_strips(const Convolve& op, const Pixels& pixels, int64_t at, const Filters& filters,
+                   int64_t first, const Epilogue& epilogue, int64_t strips, Ahead& ahead) {
+  // A filter is `kernel` runs of kernel * c_in floats, `line` apart.
+  const int64_t length = op.kernel * op.c_in, line = op.columns * op.pixel, width = filters.width;
+  for (; strips > 0; --strips, at += ROWS) {
+    Vector sum[ROWS][VECTORS];
+    for (int i = 0; i < ROWS; ++i)
+      for (int j = 0; j < VECTORS; ++j) sum[i][j] = Vector{};
+    const float* weight = filters.weight;
+    for (int64_t run = 0; run < op.kernel; ++run, weight += length * width) {
       const float* row[ROWS];
-      for (int i = 0; i < ROWS; ++i) row[i] = x[i] + run * line;
-      add_products<ROWS>(row, length, panel + run * length * PANEL, ahead, sum);
+      for (int i = 0; i < ROWS; ++i) row[i] = pixels.x[at + i] + run * line;
+      add_products<ROWS, VECTORS>(row, length, weight, width, ahead, sum);
     }
-    if (second) {
-      add_products<ROWS>(second, op.c_in_2, panel + op.kernel * length * PANEL, ahead, sum);
-      second += ROWS;
-    }
-    for (int i = 0; i < ROWS; ++i) {
-      epilogue(pixel + i, c, sum[i][0]);
-      epilogue(pixel + i, c + WIDTH, sum[i][1]);
-    }
+    if (op.x_2)
+      add_products<ROWS, VECTORS>(pixels.second + at, op.c_in_2, weight, width, ahead, sum);
+    for (int i = 0; i < ROWS; ++i)
+      for (int j = 0; j < VECTORS; ++j)
+        epilogue(pixels.bias[at + i], first + at + i, filters.c + j * WIDTH, sum[i][j]);
+  }
+}
+
+template <int VECTORS>
+void direct_block(const Convolve& op, const Pixels& pixels, const Filters& filters, int64_t first,
+                  int64_t count, const Epilogue& epilogue) {
+  using Strips = void (*)(const Convolve&, const Pixels&, int64_t, const Filters&, int64_t,
+                          const Epilogue&, int64_t, Ahead&);
+  static constexpr Strips last[STRIP - 1] = {direct_strips<1, VECTORS>, direct_strips<2, VECTORS>,
+                                             direct_strips<3, VECTORS>, direct_strips<4, VECTORS>,
+                                             direct_strips<5, VECTORS>};
+  const int64_t whole = count / STRIP, rest = count % STRIP, rows = filters.rows;
+  Ahead ahead = ahead_of<VECTORS>(filters.weight, rows, filters.width, (whole + (rest > 0)) * rows);
+  direct_strips<STRIP, VECTORS>(op, pixels, 0, filters, first, epilogue, whole, ahead);
+  if (rest) last[rest - 1](op, pixels, whole * STRIP, filters, first, epilogue, 1, ahead);
+}
+
+// Calls body(first channel, its panel's first channel, the panel's width, whether the whole of a
+// wide panel is meant) for the output channels c_first .. c_last, whole times MIN_PANEL.
+template <class Body>
+void for_panels(const Convolve& op, int64_t c_first, int64_t c_last, const Body& body) {
+  for (int64_t c = c_first; c < c_last;) {
+    const int64_t panel = c / PANEL * PANEL, width = panel_width(op.c_out - panel);
+    const bool whole = c == panel && width == PANEL && c + PANEL <= c_last;
+    body(c, panel, width, whole);
+    c += whole ? PANEL : MIN_PANEL;
   }
 }
 
 void direct(const Convolve& op, const Epilogue& epilogue, int64_t first, int64_t count,
             int64_t c_first, int64_t c_last) {
-  using Strips = void (*)(const Convolve&, const float* const*, const float* const*, const float*,
-                          int64_t, int64_t, const Epilogue&, int64_t, Ahead&);
-  static constexpr Strips last[STRIP - 1] = {direct_strips<1>, direct_strips<2>, direct_strips<3>,
-                                             direct_strips<4>, direct_strips<5>};
-  const float *x[PIXELS], *second[PIXELS];
-  const int64_t line = op.columns * op.pixel;
-  Place place(first, op.width, op.height);
-  for (int64_t i = 0; i < count; ++i, place.next()) {
-    x[i] = op.x + (place.image * op.rows + place.y * op.stride) * line +
-           place.x * op.stride * op.pixel;
-    second[i] = op.x_2 ? op.x_2 + (first + i) * op.c_in_2 : nullptr;
-  }
+  const Pixels pixels(op, first, count);
   const int64_t rows = op.kernel * op.kernel * op.c_in + op.c_in_2;
-  const int64_t whole = count / STRIP, done = whole * STRIP, rest = count - done;
-  for (int64_t c = c_first; c < c_last; c += PANEL) {
-    const float* panel = op.weight + c * rows;
-    Ahead ahead(panel + rows * PANEL, rows * PANEL, (whole + (rest > 0)) * rows);
-    direct_strips<STRIP>(op, x, op.x_2 ? second : nullptr, panel, first, c, epilogue, whole, ahead);
-    if (rest)
-      last[rest - 1](op, x + done, op.x_2 ? second + done : nullptr, panel, first + done, c,
-                     epilogue, 1, ahead);
-  }
+  for_panels(op, c_first, c_last, [&](int64_t c, int64_t panel, int64_t width, bool whole) {
+    const Filters filters{op.weight + panel * rows + c - panel, width, rows, c};
+    (whole ? direct_block<WIDE> : direct_block<SLIM>)(op, pixels, filters, first, count, epilogue);
+  });
 }
 
 // ---- Winograd ----------------------------------------------------------------------------------
@@ -149,23 +158,26 @@ struct Block {
       for (int64_t c = 0; c < op.c_in; c += WIDTH)
         transform_input<m>(x + c, line, op.pixel, inputs + i * op.pixel + c, plane);
     }
-    const int64_t size = op.c_in * PANEL;
-    for (int64_t c = c_first; c < c_last; c += PANEL) {
-      const float* weight = op.weight + c / PANEL * POINTS * size;
+    for_panels(op, c_first, c_last, [&](int64_t c, int64_t panel, int64_t width, bool whole) {
+      const float* weight = op.weight + panel * POINTS * op.c_in + c - panel;
+      const int64_t size = op.c_in * width, columns = whole ? PANEL : MIN_PANEL;
       for (int64_t p = 0; p < POINTS; ++p)
-        multiply(inputs + p * plane, op.pixel, weight + p * size, count, op.c_in, PANEL, nullptr,
-                 products + p * part, PANEL);
-      place = start;
+        (whole ? multiply_panel<WIDE> : multiply_panel<SLIM>)(inputs + p * plane, op.pixel,
+                                                              weight + p * size, width, count,
+                                                              op.c_in, nullptr, products + p * part,
+                                                              PANEL, columns);
+      Place place = start;
       for (int64_t i = 0; i < count; ++i, place.next()) {
+        const float* bias = op.bias + place.image * op.bias_image;
         const int64_t top = place.y * m, left = place.x * m;
-        const int64_t rows = op.height - top, columns = op.width - left;
+        const int64_t below = op.height - top, right = op.width - left;
         const int64_t corner = (place.image * op.height + top) * op.width + left;
-        for (int64_t half = 0; half < PANEL && c + half < op.c_out; half += WIDTH)
-          transform_output<m>(products + i * PANEL + half, part, [&](int a, int b, Vector y) {
-            if (a < rows && b < columns) epilogue(corner + a * op.width + b, c + half, y);
+        for (int64_t j = 0; j < columns && c + j < op.c_out; j += WIDTH)
+          transform_output<m>(products + i * PANEL + j, part, [&](int a, int b, Vector y) {
+            if (a < below && b < right) epilogue(bias, corner + a * op.width + b, c + j, y);
           });
       }
-    }
+    });
   }
 };
 
@@ -173,14 +185,14 @@ struct Block {
 // pixels or tiles, the channels of a block in parts where there are fewer blocks than threads.
 template <class Body>
 void for_blocks(const Convolve& op, int64_t total, int64_t block, int threads, const Body& body) {
-  const int64_t blocks = ceil_div(total, block), panels = ceil_div(op.c_out, PANEL);
+  const int64_t blocks = ceil_div(total, block), panels = packed_columns(op.c_out) / MIN_PANEL;
   const int64_t parts = blocks >= 2 * threads ? 1 : least(panels, ceil_div(2 * threads, blocks));
   const int64_t work = op.images * op.height * op.width * op.c_out *
                        (op.c_in * op.kernel * op.kernel + op.c_in_2) / 64;
   parallel_for(blocks * parts, work, threads, [&](int64_t job, int thread) {
     const int64_t first = job / parts * block, part = job % parts;
-    body(first, least(block, total - first), panels * part / parts * PANEL,
-         panels * (part + 1) / parts * PANEL, thread);
+    body(first, least(block, total - first), panels * part / parts * MIN_PANEL,
+         panels * (part + 1) / parts * MIN_PANEL, thread);
   });
 }
 
@@ -195,29 +207,19 @@ void winograd(const Convolve& op, const Epilogue& epilogue, float* workspace, in
              });
 }
 
-template <int m>
-void pack_winograd(const float* weight, int64_t c_in, int64_t c_out, float* packed) {
-  constexpr int64_t POINTS = Block<m>::POINTS;
-  double u[POINTS];
-  for (int64_t o = 0; o < c_out; ++o)
-    for (int64_t i = 0; i < c_in; ++i) {
-      transform_weight<m>(weight + (o * c_in + i) * 9, u);
-      for (int64_t p = 0; p < POINTS; ++p)
-        packed[((o / PANEL * POINTS + p) * c_in + i) * PANEL + o % PANEL] = float(u[p]);
-    }
-}
-
 }  // namespace
 
 // The fewest cycles for one image by a count of vector operations and of the bytes of weights that
 // stream past where they are too many for the cache. Shapes alone decide, so that results depend on
-// neither batch nor threads: a large batch, whose images share the stream, gives up a little.
+// neither batch nor threads: two images are taken to share a stream, which costs one alone, and a
+// large batch, a little.
 // rate_bf16: products of bfloat16 in the time of one of float32, whose direct sum then takes the
 // place of float32's; 0: everything is float32.
 Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t width,
                          double rate_bf16) {
   constexpr double BYTES = 8, CACHE = 2 * 1024 * 1024;  // bytes a cycle; bytes that stay
-  const double outputs = double(ceil_div(c_out, PANEL) * 2);
+  constexpr double SHARED = 2;                          // images
+  const double outputs = double(packed_columns(c_out) / WIDTH);
   const auto cost = [&](int64_t m) {
     const bool bf16 = !m && rate_bf16 > 0;
     const double inputs = double(bf16 ? round_up(c_in, STEP_BF16) : c_in);
@@ -227,30 +229,12 @@ Algorithm best_algorithm(int64_t c_in, int64_t c_out, int64_t height, int64_t wi
     const double transforms =
         m ? tiles * points * 3 * (double(ceil_div(c_in, WIDTH)) + outputs) : 0.0;
     const double bytes = points * inputs * outputs * WIDTH * (bf16 ? 2 : 4);
-    const double streaming = bytes > CACHE ? bytes / BYTES : 0.0;
+    const double streaming = bytes > CACHE ? bytes / BYTES / SHARED : 0.0;
     return products + transforms + streaming;
   };
   const double direct = cost(0), two = cost(2), four = cost(4);
   if (direct <= two && direct <= four) return rate_bf16 > 0 ? Algorithm::bf16 : Algorithm::direct;
   return two <= four ? Algorithm::winograd_2 : Algorithm::winograd_4;
-}
-
-int64_t packed_weight_size(Algorithm algorithm, int64_t c_in, int64_t c_out, int64_t kernel) {
-  const int64_t m = int64_t(algorithm);
-  return packed_size(c_in * (m ? (m + 2) * (m + 2) : kernel * kernel), c_out);
-}
-
-// weight: (c_out, c_in, kernel, kernel); packed: zero where it stays empty.
-void pack_weight(Algorithm algorithm, const float* weight, int64_t c_in, int64_t c_out,
-                 int64_t kernel, float* packed) {
-  if (algorithm == Algorithm::winograd_2) return pack_winograd<2>(weight, c_in, c_out, packed);
-  if (algorithm == Algorithm::winograd_4) return pack_winograd<4>(weight, c_in, c_out, packed);
-  const int64_t taps = kernel * kernel, size = taps * c_in * PANEL;
-  for (int64_t o = 0; o < c_out; ++o)
-    for (int64_t i = 0; i < c_in; ++i)
-      for (int64_t tap = 0; tap < taps; ++tap)
-        packed[o / PANEL * size + (tap * c_in + i) * PANEL + o % PANEL] =
-            weight[(o * c_in + i) * taps + tap];
 }
 
 int64_t convolve_workspace(const Convolve& op, int threads) {
@@ -260,7 +244,7 @@ int64_t convolve_workspace(const Convolve& op, int threads) {
 }
 
 void convolve(const Convolve& op, float* workspace, int threads) {
-  const Epilogue epilogue{op.bias, op.residual, op.y, op.c_out};
+  const Epilogue epilogue{op.residual, op.y, op.c_out};
   if (op.algorithm == Algorithm::winograd_2) return winograd<2>(op, epilogue, workspace, threads);
   if (op.algorithm == Algorithm::winograd_4) return winograd<4>(op, epilogue, workspace, threads);
   for_blocks(op, op.images * op.height * op.width, PIXELS, threads,

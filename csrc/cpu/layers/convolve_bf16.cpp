@@ -10,17 +10,14 @@
 #include "../isa.h"
 #include "../parallel.h"
 #include "bf16.h"
+#include "pack.h"
+#include "place.h"
 
 namespace fastddpm {
 namespace FASTDDPM_ISA {
 namespace {
 
 constexpr int64_t ROWS = 512;  // in a block of work: whole tiles
-constexpr int64_t TAPS = 9;    // at most
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // An image's rows of the product: `length` outputs before repetition in rows of `pitch`, the first
 // `width` of each wanted, and what fills the last tile.
@@ -37,9 +34,11 @@ struct Tiling {
 };
 
 // Where the inputs of a block's rows begin, and their outputs, as pixels of y; -1: not wanted.
+// bias: that of the row's image.
 struct Rows {
   const BF16* x[ROWS];
   int64_t y[ROWS];
+  const float* bias[ROWS];
 
   Rows(const ConvolveBf16& op, const Tiling& tiling, int64_t first, int64_t count) {
     int64_t image = first / tiling.rows, at = first % tiling.rows;
@@ -49,6 +48,7 @@ struct Rows {
       const bool wanted = j < tiling.width && at < tiling.length;
       y[row] =
           wanted ? ((image * op.height + i * tiling.repeat) * op.width + j * tiling.repeat) : -1;
+      bias[row] = op.bias + image * op.bias_image;
       if (++j == tiling.pitch) j = 0, ++i;
       if (++at == tiling.rows) at = i = j = 0, ++image;
     }
@@ -86,7 +86,6 @@ void run_rows(const ConvolveBf16& op, const Rows& rows, int64_t count, int64_t p
   alignas(64) float c[BLOCK * BLOCK];
   for (int64_t p = panel_first; p < panel_last; ++p) {
     const int64_t channel = p * BLOCK, channels = least(BLOCK, op.c_out - channel);
-    const float* bias = op.bias + channel;
     Ahead ahead = ahead_of(weight + p * panel, taps.count * steps, count);
     for (int64_t first = 0; first < count; first += BLOCK) {
       const int64_t some = least(BLOCK, count - first);
@@ -96,6 +95,7 @@ void run_rows(const ConvolveBf16& op, const Rows& rows, int64_t count, int64_t p
         if (rows.y[first + i] < 0) continue;
         const int64_t at = (rows.y[first + i] + shift) * op.c_out + channel;
         const float *sum = c + i * BLOCK, *residual = op.residual ? op.residual + at : nullptr;
+        const float* bias = rows.bias[first + i] + channel;
         if (channels == BLOCK)
           write_pixel(sum, bias, residual, BLOCK, op.y + at);  // a count that the compiler knows
         else
@@ -105,20 +105,32 @@ void run_rows(const ConvolveBf16& op, const Rows& rows, int64_t count, int64_t p
   }
 }
 
-// The 2x2 filter of one phase: what a 3x3 filter does to an image whose pixels are repeated.
-void fold(const float* weight, int64_t filters, int64_t phase, float* folded) {
-  for (int64_t f = 0; f < filters; ++f)
-    for (int64_t i = 0; i < 3; ++i)
-      for (int64_t j = 0; j < 3; ++j) {
-        const int64_t y = (i + 1 - phase / 2) / 2, x = (j + 1 - phase % 2) / 2;
-        folded[f * 4 + y * 2 + x] += weight[f * 9 + i * 3 + j];
-      }
+// The 2x2 filters of one phase: what 3x3 filters do to an image whose pixels are repeated.
+void fold(const float* taps, int64_t phase, float* folded) {
+  __builtin_memset(folded, 0, 4 * STEP * sizeof(float));
+  for (int64_t i = 0; i < 3; ++i)
+    for (int64_t j = 0; j < 3; ++j) {
+      const int64_t y = (i + 1 - phase / 2) / 2, x = (j + 1 - phase % 2) / 2;
+      const float* __restrict tap = taps + (i * 3 + j) * STEP;
+      float* __restrict sum = folded + (y * 2 + x) * STEP;
+      for (int64_t k = 0; k < STEP; ++k) sum[k] += tap[k];
+    }
 }
 
-void pack_taps(const float* weight, int64_t c_in, int64_t c_out, int64_t taps, BF16* packed) {
-  const int64_t tap = blocks_of(c_in) * STEP;
-  for (int64_t t = 0; t < taps; ++t)
-    pack_bf16(weight + t, c_in, c_out, taps, c_in * taps, packed + t * tap, taps * tap);
+// A step of B from its rows as they are.
+void pack_step(const float* rows, BF16* step) {
+  for (int64_t half = 0; half < BLOCK; half += TILE)
+    for (int64_t i = 0; i < BLOCK; i += 2, step += 2 * TILE) {
+      const float *low = rows + i * BLOCK + half, *high = low + BLOCK;
+      uint32_t pairs[TILE];
+      for (int64_t j = 0; j < TILE; ++j) pairs[j] = pair_of(low[j], high[j]);
+      __builtin_memcpy(step, pairs, sizeof pairs);
+    }
+}
+
+// A step of every tap; `panel`: values of a panel of all of them.
+void pack_steps(const float* taps, int64_t count, int64_t tap, BF16* packed) {
+  for (int64_t t = 0; t < count; ++t) pack_step(taps + t * STEP, packed + t * tap);
 }
 
 }  // namespace
@@ -132,15 +144,21 @@ int64_t packed_weight_size_bf16(int64_t c_in, int64_t c_out, int64_t kernel, boo
   return packed_size_bf16(c_in, c_out) * (repeated ? 4 * 4 : kernel * kernel);
 }
 
-// weight: (c_out, c_in, kernel, kernel)
-void pack_weight_bf16(const float* weight, int64_t c_in, int64_t c_out, int64_t kernel,
-                      bool repeated, BF16* packed) {
-  if (!repeated) return pack_taps(weight, c_in, c_out, kernel * kernel, packed);
-  for (int64_t phase = 0; phase < 4; ++phase) {
-    const Scratch<float> folded(c_out * c_in * 4);
-    fold(weight, c_out * c_in, phase, folded.data);
-    pack_taps(folded.data, c_in, c_out, 4, packed + phase * 4 * packed_size_bf16(c_in, c_out));
-  }
+void pack_weight_bf16(const Weight& weight, bool repeated, BF16* packed, int threads) {
+  const int64_t steps = blocks_of(weight.c_in), panels = blocks_of(weight.c_out);
+  const int64_t taps = weight.kernel * weight.kernel, tap = steps * STEP;
+  parallel_for(panels * steps, panels * taps * tap, threads, [&](int64_t job, int) {
+    const int64_t p = job / steps, o = p * BLOCK, s = job % steps, i = s * BLOCK;
+    const Part part{o, least(BLOCK, weight.c_out - o), i, least(BLOCK, weight.c_in - i)};
+    alignas(64) float planes[TAPS * STEP], folded[4 * STEP];
+    if (part.rows < BLOCK) __builtin_memset(planes, 0, sizeof planes);
+    gather(weight, part, planes, BLOCK, STEP);
+    if (!repeated) return pack_steps(planes, taps, tap, packed + p * taps * tap + s * STEP);
+    for (int64_t phase = 0; phase < 4; ++phase) {
+      fold(planes, phase, folded);
+      pack_steps(folded, 4, tap, packed + (phase * panels + p) * 4 * tap + s * STEP);
+    }
+  });
 }
 
 void convolve_bf16(const ConvolveBf16& op, int threads) {

@@ -1,6 +1,7 @@
 // What stands between two convolutions of a plan: channel statistics, GroupNorm's coefficients and
 // the input of the next convolution. No products.
 #include "../isa.h"
+#include "../ops/dropout.h"
 #include "../parallel.h"
 #include "../simd.h"
 #include "../view.h"
@@ -83,9 +84,11 @@ void coefficients_of(const GroupCoefficients& op, int64_t image) {
     }
     const double rstd = 1.0 / sqrt(squares / double(width * op.pixels) + double(op.eps));
     for (int64_t c = first; c < first + width; ++c) {
+      // What rounding the centre leaves of the mean is part of the shift.
+      const double scale = double(op.weight[c]) * rstd, rest = double(float(mean)) - mean;
       op.centre[image * channels + c] = float(mean);
-      op.scale[image * channels + c] = float(double(op.weight[c]) * rstd);
-      op.shift[image * channels + c] = op.bias[c];
+      op.scale[image * channels + c] = float(scale);
+      op.shift[image * channels + c] = float(double(op.bias[c]) + rest * scale);
     }
   }
 }
@@ -110,25 +113,50 @@ void silu_run(float* x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) x[i] = silu(x[i]);
 }
 
-// `channels` of a pixel with their coefficients from `coefficient` on. What stays float32 gets silu
-// by whole rows.
-void prepare_pixel(const PrepareInput& op, const float* x, int64_t channels, int64_t coefficient,
-                   float* out) {
-  if (op.centre)
-    normalise(x, channels, op.centre + coefficient, op.scale + coefficient, op.shift + coefficient,
-              out);
-  else
-    __builtin_memcpy(out, x, size_t(channels) * sizeof(float));
+// Elements `first` and on of an image's, before repetition.
+void drop_run(const PrepareInput& op, int64_t image, int64_t first, int64_t count, float* x) {
+  const Philox random = stream(op.dropout.random, image);
+  uint32_t mask[CHUNK];
+  for (int64_t done = 0; done < count; done += CHUNK) {
+    const int64_t some = count - done < CHUNK ? count - done : CHUNK;
+    draw_mask(random, op.dropout.threshold, first + done, 1, some, mask);
+    for (int64_t i = 0; i < some; ++i)
+      x[done + i] = drop(x[done + i], op.dropout.keep_scale, mask[i]);
+  }
 }
 
-void prepare_pixel(const PrepareInput& op, const float* x, int64_t channels, int64_t coefficient,
-                   BF16* out) {
-  for (int64_t first = 0; first < channels; first += PIECE) {
-    const int64_t count = channels - first < PIECE ? channels - first : PIECE;
+// Channels of a pixel: where their coefficients are, whose image, which of its elements.
+struct Run {
+  int64_t channels, coefficient, image, element;
+};
+
+// What stays float32 gets silu and dropout by whole rows.
+void prepare_pixel(const PrepareInput& op, const float* x, const Run& run, float* out) {
+  if (op.centre)
+    normalise(x, run.channels, op.centre + run.coefficient, op.scale + run.coefficient,
+              op.shift + run.coefficient, out);
+  else
+    __builtin_memcpy(out, x, size_t(run.channels) * sizeof(float));
+}
+
+void prepare_pixel(const PrepareInput& op, const float* x, const Run& run, BF16* out) {
+  for (int64_t first = 0; first < run.channels; first += PIECE) {
+    const int64_t count = run.channels - first < PIECE ? run.channels - first : PIECE;
     float piece[PIECE];
-    prepare_pixel(op, x + first, count, coefficient + first, piece);
+    prepare_pixel(op, x + first, {count, run.coefficient + first, run.image, 0}, piece);
     if (op.silu) silu_run(piece, count);
+    if (op.dropout.threshold) drop_run(op, run.image, run.element + first, count, piece);
     narrow(piece, count, out + first);
+  }
+}
+
+// Row y of an image that stays float32, each pixel `step` floats after the one before.
+void activate_row(const PrepareInput& op, int64_t image, int64_t y, int64_t step, float* out) {
+  const int64_t all = op.channels[0] + op.channels[1], first = y * op.width * all;
+  const int64_t pixels = step == all ? op.width : 1, count = pixels * all;
+  for (int64_t i = 0; i < op.width; i += pixels) {
+    if (op.silu) silu_run(out + i * step, count);
+    if (op.dropout.threshold) drop_run(op, image, first + i * all, count, out + i * step);
   }
 }
 
@@ -139,18 +167,18 @@ void prepare_row(const PrepareInput& op, int64_t image, int64_t y, T* out) {
   for (int64_t s = 0, c = 0; s < SOURCES && op.channels[s]; c += op.channels[s], ++s) {
     const float* x = op.source[s] + (image * op.height + y) * op.width * op.channels[s];
     for (int64_t i = 0; i < op.width; ++i)
-      prepare_pixel(op, x + i * op.channels[s], op.channels[s], image * all + c,
+      prepare_pixel(op, x + i * op.channels[s],
+                    {op.channels[s], image * all + c, image, (y * op.width + i) * all + c},
                     out + c + i * step);
   }
   if (op.pixel > all)
     for (int64_t i = 0; i < op.width; ++i) fill_zero(out + i * step + all, op.pixel - all);
+  if constexpr (sizeof(T) == sizeof(float)) activate_row(op, image, y, step, out);
   if (op.repeat > 1)
     for (int64_t i = 0; i < op.width; ++i)
       for (int64_t r = 1; r < op.repeat; ++r)
         __builtin_memcpy(out + i * step + r * op.pixel, out + i * step,
                          size_t(op.pixel) * sizeof(T));
-  if constexpr (sizeof(T) == sizeof(float))
-    if (op.silu) silu_run(out, op.width * step);
 }
 
 template <class T>

@@ -29,15 +29,15 @@ class Block {
         key_size(packed_size(depth, pixels)),
         value_size(packed_size(pixels, depth)),
         images(images_at_once()),
-        normed(images * pixels * channels),
-        qkv(images * pixels * 3 * channels),
-        keys(images * op.heads * key_size),
-        values(images * op.heads * value_size),
-        qkv_weight(packed_size(channels, 3 * channels)),
-        proj_weight(packed_size(channels, channels)),
+        normed(images * pixels * channels, false),
+        qkv(images * pixels * 3 * channels, false),
+        keys(images * op.heads * key_size, false),
+        values(images * op.heads * value_size, false),
+        qkv_weight(packed_size(channels, 3 * channels), false),
+        proj_weight(packed_size(channels, channels), false),
         qkv_bias(round_up(3 * channels, PANEL)),
         proj_bias(round_up(channels, PANEL)),
-        scratch(threads * scratch_size()) {
+        scratch(threads * scratch_size(), false) {
     pack_matrix(op.qkv_weight, 3 * channels, channels, qkv_weight.data);
     pack_matrix(op.proj_weight, channels, channels, proj_weight.data);
     pack_row(op.qkv_bias, 3 * channels, qkv_bias.data);

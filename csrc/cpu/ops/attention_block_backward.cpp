@@ -33,19 +33,19 @@ class Backward {
         depth(channels / heads),
         tiles((pixels + ROWS - 1) / ROWS),
         images(images_at_once()),
-        normed(images * pixels * channels),
-        qkv(3 * images * pixels * channels),
-        grad(images * pixels * channels),
-        dmixed(images * pixels * channels),
-        mixed(images * pixels * channels),
-        dqkv(3 * images * pixels * channels),
-        panels(packed_size(images * pixels, channels)),
-        dnormed(shape.n * pixels * channels),
-        qkv_weight(packed_size(channels, 3 * channels)),
-        qkv_transposed(packed_size(3 * channels, channels)),
-        proj_transposed(packed_size(channels, channels)),
+        normed(images * pixels * channels, false),
+        qkv(3 * images * pixels * channels, false),
+        grad(images * pixels * channels, false),
+        dmixed(images * pixels * channels, false),
+        mixed(images * pixels * channels, false),
+        dqkv(3 * images * pixels * channels, false),
+        panels(packed_size(images * pixels, channels), false),
+        dnormed(shape.n * pixels * channels, false),
+        qkv_weight(packed_size(channels, 3 * channels), false),
+        qkv_transposed(packed_size(3 * channels, channels), false),
+        proj_transposed(packed_size(channels, channels), false),
         qkv_bias(round_up(3 * channels, PANEL)),
-        scratch(threads * head_scratch()) {
+        scratch(threads * head_scratch(), false) {
     const AttentionBlock& forward = op.forward;
     pack_matrix(forward.qkv_weight, 3 * channels, channels, qkv_weight.data);
     pack_matrix(transposed(forward.qkv_weight), channels, 3 * channels, qkv_transposed.data);
@@ -221,10 +221,11 @@ class Backward {
         for (int64_t l = 0; l < length; ++l)
           __builtin_memcpy(columns + l * width, a + (first + l) * m + i,
                            size_t(width) * sizeof(float));
-        for (int64_t j = 0; j < count; ++j)
-          add_transposed(columns, width, panels.data + (j * rows + first) * PANEL, width, length,
-                         least(PANEL, channels - j * PANEL), out + i * channels + j * PANEL,
-                         channels);
+        for (int64_t j = 0; j < count; ++j) {
+          const int64_t some = least(PANEL, channels - j * PANEL);
+          add_transposed(columns, width, panels.data + j * rows * PANEL + first * panel_width(some),
+                         width, length, some, out + i * channels + j * PANEL, channels);
+        }
       }
     });
   }
@@ -243,7 +244,7 @@ class Backward {
 
   // dx = grad + the norm's gradient.
   void norm_backward() {
-    Scratch<float> result(shape.n * pixels * channels);
+    Scratch<float> result(shape.n * pixels * channels, false);
     GroupNormSiluBackward backward{};
     backward.forward = norm();
     backward.grad = by_pixels(dnormed.data), backward.dx = by_pixels(result.data);

@@ -12,31 +12,6 @@ namespace fastddpm {
 namespace cpu {
 namespace {
 
-#define FASTDDPM_PLAN_ROW(isa, base) \
-  {#isa,                             \
-   base::channel_statistics,         \
-   base::group_coefficients,         \
-   base::prepare_input,              \
-   base::convolve,                   \
-   base::attention,                  \
-   base::convolve_workspace,         \
-   base::attention_workspace,        \
-   base::best_algorithm,             \
-   base::packed_weight_size,         \
-   base::pack_weight,                \
-   base::vector_width,               \
-   isa::convolve_bf16,               \
-   isa::attention_bf16,              \
-   isa::attention_workspace_bf16,    \
-   isa::packed_weight_size_bf16,     \
-   isa::product_rate_bf16,           \
-   isa::pack_weight_bf16,            \
-   base::posterior_step},
-
-const PlanKernels table[] = {FASTDDPM_EACH_ISA(FASTDDPM_PLAN_ROW)};
-
-constexpr int64_t STEP = 32;                        // channels: bfloat16 pixels are whole steps
-constexpr int64_t OVERREAD = 15;                    // pixels: see ConvolveBf16
 constexpr int64_t STREAMS = 2;                      // that an activation is read and written, about
 constexpr int64_t MAX_CHANNELS = int64_t(1) << 24;  // of one activation, or time embeddings in all
 constexpr int64_t MAX_FLOATS = int64_t(1) << 40;    // of one image: no product of sizes overflows
@@ -54,12 +29,6 @@ void check_size(const std::string& name, int64_t height, int64_t width, int64_t 
 }
 
 }  // namespace
-
-const PlanKernels& kernels_in_use() {
-  for (const PlanKernels& row : table)
-    if (!std::strcmp(row.isa, isa())) return row;
-  return table[0];
-}
 
 // ---- the state's own ---------------------------------------------------------------------------
 
@@ -94,54 +63,26 @@ void Plan::State::need_statistics(int64_t id) {
   activations[activations[id].statistics].last = int64_t(layers.size());
 }
 
-// Sets what follows from the algorithm: how the input has to lie.
-void Plan::State::choose_algorithm(Layer& layer, const std::string& asked, int64_t height,
-                                   int64_t width) {
-  const bool square = layer.kernel == 3 && layer.stride == 1;
-  if (bf16 && asked != "auto" && asked != "bf16")
-    refuse(layer.name, "algorithm must be 'auto' or 'bf16' in bfloat16; got '" + asked + "'");
-  const bool folded =
-      square && layer.repeat == 2 && layer.before == 1 && layer.after == 1;  // in bf16: 4 taps of 9
-  const double rate = bf16 ? kernels.product_rate_bf16() * (folded ? 9.0 / 4.0 : 1.0) : 0.0;
-  if (asked == "bf16" && bf16)
-    layer.algorithm = Algorithm::bf16;
-  else if (asked == "auto" && square)
-    layer.algorithm = kernels.best_algorithm(layer.c_in, layer.c_out, height, width, rate);
-  else if (asked == "auto")
-    layer.algorithm = bf16 ? Algorithm::bf16 : Algorithm::direct;
-  else if (asked == "winograd_2" || asked == "winograd_4")
-    layer.algorithm = square ? Algorithm(asked.back() - '0') : Algorithm::direct;
-  else if (asked != "direct")
-    refuse(layer.name,
-           "algorithm must be 'auto', 'direct', 'winograd_2' or 'winograd_4'; got '" + asked + "'");
-  if (layer.algorithm == Algorithm::bf16) {
-    layer.pixel = (layer.c_in + STEP - 1) / STEP * STEP;
-    layer.repeated = folded;
-    if (folded) layer.repeat = 1;
-    return;
-  }
-  layer.pixel = layer.c_in;
-  if (const int64_t m = int64_t(layer.algorithm)) {
-    // Whole tiles and whole vectors can be read: what the image lacks is zeros.
-    const int64_t vector = kernels.vector_width();
-    layer.pixel = (layer.c_in + vector - 1) / vector * vector;
-    layer.after += std::max((height + m - 1) / m * m - height, (width + m - 1) / m * m - width);
-  }
+Asked Plan::State::asked(const Layer& layer, const std::string& algorithm) const {
+  if (bf16 && algorithm != "auto" && algorithm != "bf16")
+    refuse(layer.name, "algorithm must be 'auto' or 'bf16' in bfloat16; got '" + algorithm + "'");
+  if (algorithm == "auto") return Asked::automatic;
+  if (algorithm == "bf16" && bf16) return Asked::bf16;
+  if (algorithm == "direct") return Asked::direct;
+  if (algorithm == "winograd_2") return Asked::winograd_2;
+  if (algorithm == "winograd_4") return Asked::winograd_4;
+  refuse(layer.name, "algorithm must be 'auto', 'direct', 'winograd_2' or 'winograd_4'; got '" +
+                         algorithm + "'");
 }
 
 void Plan::State::pack(Layer& layer, const float* weight) {
-  const int64_t c_in = layer.c_in, c_out = layer.c_out, kernel = layer.kernel;
-  const bool rounded = layer.algorithm == Algorithm::bf16;
-  layer.weight_floats =
-      rounded ? kernels.packed_weight_size_bf16(c_in, c_out, kernel, layer.repeated) / 2
-              : kernels.packed_weight_size(layer.algorithm, c_in, c_out, kernel);
-  layer.weight = allocate(layer.weight_floats, true);
-  if (rounded)
-    kernels.pack_weight_bf16(weight, c_in, c_out, kernel, layer.repeated,
-                             reinterpret_cast<BF16*>(layer.weight.get()));
-  else
-    kernels.pack_weight(layer.algorithm, weight, c_in, c_out, kernel, layer.weight.get());
-  weights += layer.weight_floats * int64_t(sizeof(float));
+  const Geometry& is = layer.way.is;
+  const int64_t taps = is.kernel * is.kernel;
+  layer.weight = allocate(layer.way.weight_floats, false);
+  const Weight given{weight,  DType::f32, is.c_out,
+                     is.c_in, is.kernel,  {is.c_in * taps, taps, is.kernel, 1}};
+  cpu::pack(kernels, layer.way, given, layer.weight.get(), 1);
+  weights += layer.way.weight_floats * int64_t(sizeof(float));
 }
 
 int64_t Plan::State::layer_floats(
@@ -164,7 +105,7 @@ void Plan::State::divide() {
     int64_t streamed = 0, touched = 0;
     for (last = first; last < count; ++last) {
       if (activations[layers[last].y].height != activations[layers[first].y].height) break;
-      streamed += layers[last].weight_floats, touched += layer_floats(layers[last]);
+      streamed += layers[last].way.weight_floats, touched += layer_floats(layers[last]);
     }
     const bool by_image = streamed <= STREAMS * touched;
     if (segments.empty() || segments.back().by_image != by_image)
@@ -235,11 +176,12 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
   layer.kind = Layer::CONVOLUTION;
   layer.name = name, layer.sources = spec.sources, layer.residual = spec.residual;
   const Activation x = s.read(name, spec.sources[0]);
+  int64_t c_in = 0;
   for (int64_t id : spec.sources) {
     const Activation& source = s.read(name, id);
     if (source.height != x.height || source.width != x.width)
       refuse(name, "its sources differ in height or width");
-    layer.c_in += source.channels;
+    c_in += source.channels;
   }
   if (spec.kernel != 1 && spec.kernel != 3) refuse(name, "kernel must be 1 or 3");
   if (spec.stride < 1 || spec.stride > 2 || spec.repeat < 1 || spec.repeat > 2)
@@ -248,24 +190,21 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
     refuse(name, "a border must be 0 or 1");
   if (spec.c_out < 1 || int64_t(spec.bias.size()) != spec.c_out)
     refuse(name, "bias must have a value for each output channel");
-  layer.c_out = spec.c_out, layer.kernel = spec.kernel, layer.stride = spec.stride;
-  layer.before = spec.before, layer.after = spec.after, layer.repeat = spec.repeat;
   layer.norm = spec.norm, layer.bias = spec.bias, layer.time_offset = spec.time_offset;
-  const int64_t rows = x.height * spec.repeat + spec.before + spec.after - spec.kernel;
-  const int64_t columns = x.width * spec.repeat + spec.before + spec.after - spec.kernel;
-  if (rows < 0 || columns < 0) refuse(name, "the input is smaller than the kernel");
-  const int64_t height = rows / spec.stride + 1, width = columns / spec.stride + 1;
+  const Geometry is{x.height,    x.width,     c_in,       spec.c_out, spec.kernel,
+                    spec.stride, spec.before, spec.after, spec.repeat};
+  const int64_t height = is.rows(), width = is.columns();
+  if (height < 1 || width < 1) refuse(name, "the input is smaller than the kernel");
   check_size(name, height, width, spec.c_out);
   if (spec.time_offset < -1 || spec.time_offset > MAX_CHANNELS)
     refuse(name, "time_offset must be -1 or lie in 0 .. 2^24");
   const Norm& norm = spec.norm;
   if (!(norm.eps >= 0.0f)) refuse(name, "eps must be a number of at least 0");
-  if (norm.groups < 0 || (norm.groups && layer.c_in % norm.groups))
-    refuse(name, "num_groups must divide the " + std::to_string(layer.c_in) + " channels");
-  if (norm.groups &&
-      (int64_t(norm.weight.size()) != layer.c_in || int64_t(norm.bias.size()) != layer.c_in))
+  if (norm.groups < 0 || (norm.groups && c_in % norm.groups))
+    refuse(name, "num_groups must divide the " + std::to_string(c_in) + " channels");
+  if (norm.groups && (int64_t(norm.weight.size()) != c_in || int64_t(norm.bias.size()) != c_in))
     refuse(name, "the norm must have a weight and a bias for each channel");
-  if (!all_finite(spec.weight, spec.c_out * layer.c_in * spec.kernel * spec.kernel) ||
+  if (!all_finite(spec.weight, spec.c_out * c_in * spec.kernel * spec.kernel) ||
       !all_finite(spec.bias.data(), spec.c_out) ||
       !all_finite(norm.weight.data(), int64_t(norm.weight.size())) ||
       !all_finite(norm.bias.data(), int64_t(norm.bias.size())))
@@ -276,23 +215,16 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
       refuse(name, "the residual must be like the result");
   }
 
-  s.choose_algorithm(layer, spec.algorithm, height, width);
+  layer.way = way_of(s.kernels, is, s.bf16, s.asked(layer, spec.algorithm));
   s.pack(layer, spec.weight);
   if (norm.groups) {
     for (int64_t id : layer.sources) s.need_statistics(id);
-    layer.coefficients = s.add_scratch(3 * layer.c_in);
+    layer.coefficients = s.add_scratch(3 * c_in);
   }
-  const bool rounded = layer.algorithm == Algorithm::bf16;
-  const bool as_it_is = !rounded && layer.kernel == 1 && layer.stride == 1 && !norm.groups &&
-                        !norm.silu && !layer.before && !layer.after && layer.repeat == 1;
-  if (!as_it_is) {
-    layer.image = (x.height * layer.repeat + layer.before + layer.after) *
-                  (x.width * layer.repeat + layer.before + layer.after) * layer.pixel;
-    if (rounded) layer.image += OVERREAD * layer.stride * layer.pixel;
-    layer.prepared = s.add_scratch(rounded ? layer.image / 2 : layer.image);
-  }
-  if (layer.time_offset >= 0) s.time_size = std::max(s.time_size, layer.time_offset + layer.c_out);
-  layer.y = s.add_image(height, width, layer.c_out);
+  if (!layer.way.reads_sources() || norm.groups || norm.silu)
+    layer.prepared = s.add_scratch(layer.way.prepared_floats());
+  if (layer.time_offset >= 0) s.time_size = std::max(s.time_size, layer.time_offset + spec.c_out);
+  layer.y = s.add_image(height, width, spec.c_out);
   s.layers.push_back(std::move(layer));
   return s.layers.back().y;
 }
@@ -331,15 +263,15 @@ std::vector<LayerReport> Plan::layers() const {
   std::vector<LayerReport> reports;
   for (const Layer& layer : state->layers) {
     const Activation& y = state->activations[layer.y];
+    const Geometry& is = layer.way.is;
     const double pixels = double(y.height * y.width);
     if (layer.kind == Layer::ATTENTION)
       reports.push_back({layer.name, "attention", y.channels, y.channels, y.height, y.width, 0,
                          4.0 * pixels * pixels * double(y.channels)});
     else
-      reports.push_back(
-          {layer.name, names[int(layer.algorithm)], layer.c_in, layer.c_out, y.height, y.width,
-           layer.kernel,
-           2.0 * pixels * double(layer.c_in * layer.c_out * layer.kernel * layer.kernel)});
+      reports.push_back({layer.name, names[int(layer.way.algorithm)], is.c_in, is.c_out, y.height,
+                         y.width, is.kernel,
+                         2.0 * pixels * double(is.c_in * is.c_out * is.kernel * is.kernel)});
   }
   return reports;
 }

@@ -13,8 +13,6 @@
 namespace fastddpm {
 namespace cpu {
 
-struct PlanKernels;  // one instruction set's
-
 // GroupNorm of a layer's input, then SiLU if `silu`.
 struct Norm {
   int64_t groups = 0;  // 0: none

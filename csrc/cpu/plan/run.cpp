@@ -20,52 +20,27 @@ constexpr int64_t MAX_ARENA = int64_t(1) << 52;   // floats: what is more would 
 
 }  // namespace
 
-Convolve Plan::State::convolution(const Layer& layer, int64_t images) const {
-  const Activation &y = activations[layer.y], &x = activations[layer.sources[0]];
-  Convolve op{};
-  op.algorithm = layer.algorithm;
-  op.images = images, op.c_in = layer.c_in, op.c_out = layer.c_out;
-  if (layer.prepared < 0 && layer.sources.size() == 2) {
-    op.c_in_2 = activations[layer.sources[1]].channels;
-    op.c_in -= op.c_in_2;
-  }
-  op.kernel = layer.kernel, op.stride = layer.stride,
-  op.pixel = layer.prepared < 0 ? op.c_in : layer.pixel;
-  op.rows = x.height * layer.repeat + layer.before + layer.after;
-  op.columns = x.width * layer.repeat + layer.before + layer.after;
-  op.height = y.height, op.width = y.width;
-  op.weight = layer.weight.get();
-  return op;
-}
-
-ConvolveBf16 Plan::State::convolve_bf16(const Layer& layer, int64_t images) const {
-  const Activation &y = activations[layer.y], &x = activations[layer.sources[0]];
-  ConvolveBf16 op{};
-  op.images = images, op.c_in = layer.c_in, op.c_out = layer.c_out;
-  op.kernel = layer.kernel, op.stride = layer.stride, op.repeated = layer.repeated;
-  op.rows = x.height * layer.repeat + layer.before + layer.after;
-  op.columns = x.width * layer.repeat + layer.before + layer.after;
-  op.pixel = layer.pixel, op.image = layer.image;
-  op.height = y.height, op.width = y.width;
-  op.weight = reinterpret_cast<const BF16*>(layer.weight.get());
-  return op;
-}
-
 Attention Plan::State::attention(const Layer& layer, int64_t images) const {
   const Activation& y = activations[layer.y];
   return {images, y.height * y.width, y.channels, layer.heads, nullptr, nullptr};
+}
+
+// The channels of a second source that is read as it is.
+int64_t Plan::State::c_in_2(const Layer& layer) const {
+  if (layer.prepared >= 0 || layer.sources.size() < 2) return 0;
+  return activations[layer.sources[1]].channels;
 }
 
 // Per thread of an outer loop, or of all threads of an inner one: biases, then what kernels need.
 int64_t Plan::State::workspace(int64_t images, int threads) const {
   int64_t most = 0, bias = 0;
   for (const Layer& layer : layers) {
-    bias = std::max(bias, layer.c_out);
+    bias = std::max(bias, layer.way.is.c_out);
     if (layer.kind == Layer::ATTENTION) {
       const auto needs = bf16 ? kernels.attention_workspace_bf16 : kernels.attention_workspace;
       most = std::max(most, needs(attention(layer, images), threads));
-    } else if (layer.algorithm != Algorithm::bf16) {
-      most = std::max(most, kernels.convolve_workspace(convolution(layer, images), threads));
+    } else {
+      most = std::max(most, cpu::workspace(kernels, layer.way, images, c_in_2(layer), threads));
     }
   }
   return lines(bias) + lines(most) + LINE;
@@ -157,8 +132,7 @@ struct Run {
 
   void run_input(const Layer& layer) const {
     const Activation& x = plan.activations[layer.sources[0]];
-    PrepareInput op{};
-    op.images = images, op.height = x.height, op.width = x.width;
+    PrepareInput op = preparation(layer.way, images);
     for (size_t s = 0; s < layer.sources.size(); ++s) {
       op.channels[s] = plan.activations[layer.sources[s]].channels;
       op.source[s] = memory(layer.sources[s]);
@@ -173,15 +147,13 @@ struct Run {
       norm.eps = layer.norm.eps;
       norm.weight = layer.norm.weight.data(), norm.bias = layer.norm.bias.data();
       norm.centre = memory(layer.coefficients);
-      norm.scale = norm.centre + images * layer.c_in;
-      norm.shift = norm.scale + images * layer.c_in;
+      norm.scale = norm.centre + images * layer.way.is.c_in;
+      norm.shift = norm.scale + images * layer.way.is.c_in;
       plan.kernels.group_coefficients(norm, threads);
       op.centre = norm.centre, op.scale = norm.scale, op.shift = norm.shift;
     }
     op.silu = layer.norm.silu;
-    op.repeat = layer.repeat, op.before = layer.before, op.after = layer.after;
-    op.pixel = layer.pixel, op.image = layer.image;
-    if (layer.algorithm == Algorithm::bf16)
+    if (layer.way.rounded())
       op.out_bf16 = reinterpret_cast<BF16*>(memory(layer.prepared));
     else
       op.out = memory(layer.prepared);
@@ -195,27 +167,23 @@ struct Run {
   }
 
   void run_convolution(const Layer& layer) const {
-    const float* bias = layer.bias.data();
+    Operands operands{};
+    operands.bias = layer.bias.data();
     float* scratch = workspace;
     if (layer.time_offset >= 0) {
-      for (int64_t c = 0; c < layer.c_out; ++c)
-        scratch[c] = layer.bias[c] + time[layer.time_offset + c];
-      bias = scratch;
-      scratch += lines(layer.c_out);
+      const int64_t c_out = layer.way.is.c_out;
+      for (int64_t c = 0; c < c_out; ++c) scratch[c] = layer.bias[c] + time[layer.time_offset + c];
+      operands.bias = scratch;
+      scratch += lines(c_out);
     }
     if (layer.prepared >= 0) run_input(layer);
-    const float* x = memory(layer.prepared >= 0 ? layer.prepared : layer.sources[0]);
-    const float* residual = layer.residual >= 0 ? memory(layer.residual) : nullptr;
-    if (layer.algorithm == Algorithm::bf16) {
-      ConvolveBf16 op = plan.convolve_bf16(layer, images);
-      op.x = reinterpret_cast<const BF16*>(x);
-      op.bias = bias, op.residual = residual, op.y = memory(layer.y);
-      return plan.kernels.convolve_bf16(op, threads);
-    }
-    Convolve op = plan.convolution(layer, images);
-    op.x = x, op.bias = bias, op.residual = residual, op.y = memory(layer.y);
-    if (op.c_in_2) op.x_2 = memory(layer.sources[1]);
-    plan.kernels.convolve(op, scratch, threads);
+    operands.x = memory(layer.prepared >= 0 ? layer.prepared : layer.sources[0]);
+    operands.c_in_2 = plan.c_in_2(layer);
+    if (operands.c_in_2) operands.x_2 = memory(layer.sources[1]);
+    operands.weight = layer.weight.get();
+    if (layer.residual >= 0) operands.residual = memory(layer.residual);
+    operands.y = memory(layer.y);
+    convolve(plan.kernels, layer.way, images, operands, scratch, threads);
   }
 
   void run_layer(const Layer& layer) const {

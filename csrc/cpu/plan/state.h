@@ -7,45 +7,11 @@
 #include <utility>
 #include <vector>
 
-#include "../isa.h"
-#include "../parallel.h"
+#include "../layers/way.h"
 #include "plan.h"
 
 namespace fastddpm {
 namespace cpu {
-
-struct PlanKernels {
-  const char* isa;
-  decltype(&plain::channel_statistics) channel_statistics;
-  decltype(&plain::group_coefficients) group_coefficients;
-  decltype(&plain::prepare_input) prepare_input;
-  decltype(&plain::convolve) convolve;
-  decltype(&plain::attention) attention;
-  decltype(&plain::convolve_workspace) convolve_workspace;
-  decltype(&plain::attention_workspace) attention_workspace;
-  decltype(&plain::best_algorithm) best_algorithm;
-  decltype(&plain::packed_weight_size) packed_weight_size;
-  decltype(&plain::pack_weight) pack_weight;
-  decltype(&plain::vector_width) vector_width;
-  decltype(&plain::convolve_bf16) convolve_bf16;
-  decltype(&plain::attention_bf16) attention_bf16;
-  decltype(&plain::attention_workspace_bf16) attention_workspace_bf16;
-  decltype(&plain::packed_weight_size_bf16) packed_weight_size_bf16;
-  decltype(&plain::product_rate_bf16) product_rate_bf16;
-  decltype(&plain::pack_weight_bf16) pack_weight_bf16;
-  decltype(&plain::posterior_step) posterior_step;
-};
-
-using Buffer = std::unique_ptr<float, void (*)(void*)>;
-
-inline Buffer allocate(int64_t floats, bool zeroed) {
-  return {static_cast<float*>(scratch_alloc(floats * int64_t(sizeof(float)), zeroed)),
-          scratch_free};
-}
-
-constexpr int64_t LINE = 16;  // floats: activations begin at cache lines
-
-inline int64_t lines(int64_t floats) { return (floats + LINE - 1) / LINE * LINE; }
 
 struct Activation {                         // or any other memory that a layer hands on or needs
   int64_t height, width, channels, floats;  // floats of an image
@@ -61,22 +27,17 @@ struct Layer {
   std::vector<int64_t> sources;
   int64_t y, prepared = -1, coefficients = -1, residual = -1;
   // A convolution's:
-  Algorithm algorithm = Algorithm::direct;
-  int64_t c_in = 0, c_out = 0, kernel = 1, stride = 1, before = 0, after = 0, repeat = 1;
-  int64_t time_offset = -1, pixel = 0, image = 0;  // values of the prepared input
-  bool repeated = false;                           // the kernel repeats the pixels, not `repeat`
+  Way way{};
+  int64_t time_offset = -1;
   Norm norm;
   std::vector<float> bias;
   Buffer weight{nullptr, scratch_free};
-  int64_t weight_floats = 0;
   // An attention's:
   int64_t heads = 1;
 };
 
-const PlanKernels& kernels_in_use();
-
 struct Plan::State {
-  const PlanKernels& kernels = kernels_in_use();
+  const Kernels& kernels = kernels_in_use();
   std::vector<Activation> activations;
   std::vector<Layer> layers;
   bool bf16 = false;
@@ -98,7 +59,7 @@ struct Plan::State {
   int64_t add_scratch(int64_t floats);
   Activation& read(const std::string& name, int64_t id);
   void need_statistics(int64_t id);
-  void choose_algorithm(Layer& layer, const std::string& asked, int64_t height, int64_t width);
+  Asked asked(const Layer& layer, const std::string& algorithm) const;
   void pack(Layer& layer, const float* weight);
   int64_t layer_floats(const Layer& layer) const;
   void divide();
@@ -107,8 +68,7 @@ struct Plan::State {
   void place_all();
 
   // Running, in run.cpp.
-  Convolve convolution(const Layer& layer, int64_t images) const;
-  ConvolveBf16 convolve_bf16(const Layer& layer, int64_t images) const;
+  int64_t c_in_2(const Layer& layer) const;
   Attention attention(const Layer& layer, int64_t images) const;
   int64_t workspace(int64_t images, int threads) const;
   void reserve(int64_t n, int64_t share, int threads);
