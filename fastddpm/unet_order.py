@@ -64,7 +64,7 @@ class Order:
             for block, attn in _blocks(level):
                 h = self.unit(block, attn, next(places), h, skips.pop())
             if level.upsample is not None:
-                h = self._kept(functools.partial(self.upsample, level.upsample), h)
+                h = self.passed(functools.partial(self.upsample, level.upsample), h)
         return self.last(model.norm_out, model.conv_out, h)
 
     def unit(
@@ -84,9 +84,9 @@ class Order:
             return h if attn is None else self.attention(attn, h)
 
         sources = (h,) if skip is None else (h, skip)
-        return self._kept(compute, *sources, draws=self.torchs_dropout(block))
+        return self.passed(compute, *sources, draws=self.torchs_dropout(block))
 
-    def _kept(self, compute: Callable[..., Any], *sources: Any, draws: bool = False) -> Any:
+    def passed(self, compute: Callable[..., Any], *sources: Any, draws: bool = False) -> Any:
         """compute(*sources), of which a backward keeps the sources and computes the rest again,
         where it does so. draws: of torch's random numbers"""
         if not (self.again and torch.is_grad_enabled()):

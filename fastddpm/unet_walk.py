@@ -89,7 +89,7 @@ class Walk(Order):
         """What the blocks take of the steps' sinusoids, (N, channels)."""
         return temb(sinusoids)
 
-    def _kept(self, compute: Callable[..., Image], *sources: Image, draws: bool = False) -> Image:
+    def passed(self, compute: Callable[..., Image], *sources: Image, draws: bool = False) -> Image:
         """Order's. What is kept of an image that the first norm adds up is the sum."""
         kept: list[Image] = []
 
@@ -100,7 +100,7 @@ class Walk(Order):
                 kept.extend(h.copy() for h in sources)
             return result
 
-        return super()._kept(run, draws=draws)
+        return super().passed(run, draws=draws)
 
     # ---- blocks ---------------------------------------------------------------------------------
 

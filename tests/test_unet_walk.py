@@ -52,6 +52,7 @@ def attending(request, monkeypatch):
     kind, _, parts = request.param.partition(", ")
     monkeypatch.setattr(unet_walk, "WAYS", {"cpu": KINDS[kind]})
     monkeypatch.setattr(Walk, "attends_at_once", lambda *_: not parts)
+    return KINDS[kind]
 
 
 def inputs(model, n=3, seed=1):
@@ -115,7 +116,8 @@ def test_it_is_as_exact_as_the_modules(options, kind, attending):
         expected = results(model, x, t, **own)
     assert [y.dtype for y in got] == [y.dtype for y in expected]
     if kind == "float32":
-        assert_as_exact(got, expected, truth, factor=3)
+        factor = 8 if attending is CpuWalk else 3  # as F(4x4) errs more, see test_cpu_plan's FACTOR
+        assert_as_exact(got, expected, truth, factor=factor)
         return
     whole = [torch.cat([y.detach().double().flatten() for y in r]) for r in (got, expected, truth)]
     assert (whole[0] - whole[2]).norm() <= 1.1 * (whole[1] - whole[2]).norm()
