@@ -216,7 +216,7 @@ def started(folder: Path, run: str, world: int, *arguments: str, only: int | Non
 
 def ended(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
     """What each said on stderr when it ended as it should."""
-    said = [process.communicate(timeout=300)[1] for process in processes]
+    said = [process.communicate(timeout=900)[1] for process in processes]
     assert [process.returncode for process in processes] == [code] * len(processes), said
     return said
 
@@ -290,10 +290,10 @@ def test_a_rank_whose_partner_never_starts_ends(folder, only):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["both", "one"])
-def test_ranks_that_are_killed_twenty_times_are_the_uninterrupted_run(folder, whom):
-    """At random moments: while they start, read, compute, wait for one another, and write."""
-    options = ("--steps=400", "--save-every=1")
+def test_ranks_that_are_killed_twenty_times_are_the_uninterrupted_run(folder):
+    """Both or one, at random moments: while they start, read, compute, wait for one another, and
+    write."""
+    options = ("--steps=250", "--save-every=1")
     ended(started(folder, "a", 2, *options))
     random = np.random.default_rng(1)
     for kill in range(20):
@@ -301,13 +301,13 @@ def test_ranks_that_are_killed_twenty_times_are_the_uninterrupted_run(folder, wh
         before = steps_done(folder / "b")
         until(lambda before=before: steps_done(folder / "b") > before, processes)
         time.sleep(float(random.random()) * 0.3)
-        for process in processes if whom == "both" else processes[kill % 2 : kill % 2 + 1]:
+        for process in (processes, processes[:1], processes[1:])[kill % 3]:
             process.send_signal(signal.SIGKILL)
         for process in processes:
             _, said = process.communicate(timeout=120)
             assert process.returncode in (-signal.SIGKILL, 2), said
             assert "Traceback" not in said
-        assert steps_done(folder / "b") < 400, "too few steps for so many kills"
+        assert steps_done(folder / "b") < 250, "too few steps for so many kills"
     ended(started(folder, "b", 2, *options))
     assert_same(*states(folder))
     assert not list((folder / "b").rglob(".*"))
