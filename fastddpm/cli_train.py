@@ -60,6 +60,7 @@ def _train(a: argparse.Namespace) -> None:
         options = recipe.section("training")
         steps, batch_size = options.pop("steps"), options.pop("batch_size")
         held_out = _held_out(recipe, source, dataset)
+        model.checkpoint_blocks(options.pop("checkpoint_blocks"))
         trainer = Trainer(model.to(a.device), **options)
     rank, world = ranks.place()
     parameters = sum(p.numel() for p in model.parameters())

@@ -153,6 +153,8 @@ OPTIONS = (
     Option("training", "batch_size", INTEGER, OF_THE_PRESET),
     Option("training", "accumulate", INTEGER, "pieces of a batch, computed one after the other for "
            "less memory (default: 1)", 1),
+    Option("training", "checkpoint_blocks", FLAG, "compute each block again on the way back: less "
+           "memory for a longer step, the same bits", False),
     Option("training", "lr", NUMBER, f"learning rate {OF_THE_PRESET}"),
     Option("training", "warmup", INTEGER, f"steps to reach it {OF_THE_PRESET}"),
     Option("training", "ema_decay", NUMBER, f"of the averaged weights {OF_THE_PRESET}"),

@@ -125,6 +125,7 @@ def fit(
     ranks.agree(
         "must train alike", steps=steps, batch_size=batch_size, save_every=save_every,
         sample_every=sample_every, resume=resume, **run, **recipe,
+        held_out=held_out and (held_out.every, held_out.steps, len(held_out.indices)),
     )  # fmt: skip
     if world > 1:
         trainer.replicate()

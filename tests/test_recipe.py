@@ -74,7 +74,7 @@ def test_every_option_of_the_library_is_one_of_a_recipe():
     assert numbers == {"T", *NUMBERS_OF_SCHEDULES}
     assert sections["diffusion"] == names(Diffusion) | numbers
     of_trainer = names(Trainer, "model", "diffusion", "read_every", "record")
-    assert sections["training"] == of_trainer | {"steps", "batch_size"}
+    assert sections["training"] == of_trainer | {"steps", "batch_size", "checkpoint_blocks"}
     evaluate = {f"evaluate_{name}" for name in ("every", "images", "steps")}
     of_fit = names(fit, "trainer", "dataset", "out", "held_out", "record", "resume", "progress")
     assert sections["run"] == of_fit - {"steps", "batch_size"} | evaluate
@@ -121,6 +121,7 @@ WORDS = {
     "--steps=7": ("training.steps", 7),
     "--batch-size=9": ("training.batch_size", 9),
     "--accumulate=3": ("training.accumulate", 3),
+    "--checkpoint-blocks": ("training.checkpoint_blocks", True),
     "--lr=1": ("training.lr", 1),
     "--warmup=0": ("training.warmup", 0),
     "--ema-decay=0.5": ("training.ema_decay", 0.5),
@@ -349,6 +350,23 @@ def test_a_damaged_recipe_of_a_run_is_named(small, call, refused):  # noqa: F811
     call("train", "--recipe=small.toml", "--out=a", "--quiet")
     (small.parent / "a" / "recipe.json").write_text("{")
     assert "a/recipe.json: " in refused("train", "--out=a", "--resume", "--steps=3")
+
+
+def test_blocks_that_are_computed_again_take_the_same_steps(small, call, monkeypatch):  # noqa: F811
+    asked = []
+    own = UNet.checkpoint_blocks
+    monkeypatch.setattr(UNet, "checkpoint_blocks", lambda m, on: asked.append(on) or own(m, on))
+    call("train", "--recipe=small.toml", "--out=a", "--quiet", "--dropout=0.1")
+    call(
+        "train", "--recipe=small.toml", "--out=b", "--quiet", "--dropout=0.1", "--checkpoint-blocks"
+    )
+    assert asked == [False, True]
+    same_run(small.parent / "a", small.parent / "b")
+    # And a run may go on in either way.
+    call("train", "--resume", "--out=b", "--quiet", "--no-checkpoint-blocks", "--steps=3")
+    call("train", "--resume", "--out=a", "--quiet", "--steps=3")
+    assert asked == [False, True, False, False]
+    same_run(small.parent / "a", small.parent / "b")
 
 
 def test_the_report(small, call):  # noqa: F811
