@@ -470,7 +470,7 @@ def test_interpolate_names_a_picture_that_is_none(refused, model, tmp_path):
         (["--data=data.npz", "--resume"], "nothing to resume"),
         (["--data=data.npz", "--steps=0"], "steps must be at least 1; got 0"),
         (["--data=data.npz", "--batch-size=0"], "batch_size must be at least 1; got 0"),
-        (["--data=data.npz", f"--batch-size={10**12}"], "out of memory (it takes 320,000,"),
+        (["--data=data.npz", f"--batch-size={10**12}"], "out of memory (it takes 448,000,"),
         (["--data=data.npz", f"--batch-size={2**62}"], "give a smaller --batch-size"),
         (["--data=data.npz", "--save-every=0"], "save_every must be at least 1; got 0"),
         (["--data=data.npz", "--sample-every=-1"], "sample_every must be at least 0; got -1"),
