@@ -170,15 +170,30 @@ def _torch_step(
     clip: float,
     refused: torch.Tensor,
 ) -> None:
-    """The optimiser's own. It divides the gradients by what clips them, and leaves all as it is in
-    a step that is refused: torch's grad scaler speaks to it in the same way."""
+    """The optimiser's own. A fused one divides the gradients by what clips them, and leaves all as
+    it is in a step that is refused: torch's grad scaler speaks to it in the same way. For one that
+    doesn't, the host does both."""
     divisor = ((norm + 1e-6) / clip).clamp(min=1) * weights.loss_scale
-    optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
-    optimizer.found_inf = refused  # type: ignore[attr-defined]
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    for p in params:  # a fused one walks over memory, whatever the order of the elements there
+        p.grad = _laid_out(p.grad, p)
+        for key, value in optimizer.state[p].items():
+            if isinstance(value, torch.Tensor) and value.shape == p.shape:
+                optimizer.state[p][key] = _laid_out(value, p)
     for group in optimizer.param_groups:
         group["lr"] = rate
         on_gpu = any(p.is_cuda for p in group["params"])
-        group["capturable"] = on_gpu and torch.cuda.is_current_stream_capturing()
+        if "capturable" in group:
+            group["capturable"] = on_gpu and torch.cuda.is_current_stream_capturing()
+    if all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
+        optimizer.found_inf = refused  # type: ignore[attr-defined]
+    elif refused:
+        return
+    else:
+        optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
+        for p in params:
+            p.grad.div_(_on(divisor, p.device))  # type: ignore[union-attr]
     optimizer.step()
 
 

@@ -250,6 +250,12 @@ def test_what_is_kept_is_not_fooled(kept):
     assert right()
     weight.data[3, 1, 0, 2] += 1e-3
     assert right()
+    for changed in (weight, weight[5], weight[:2], weight.data.view(-1)[7::64]):  # signs alone
+        assert right()
+        assert right()
+        with torch.no_grad():
+            changed.neg_()
+        assert right()
     weight.data = torch.randn_like(weight)
     assert right()
     weight.data = weight.data.contiguous(memory_format=torch.channels_last)

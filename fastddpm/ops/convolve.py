@@ -54,10 +54,11 @@ def convolution(
     returns y, (N, O, H', W') of the dtype and memory format of x,
             H' = floor((upsample H + before + after - k) / stride) + 1
 
-    Gradients for all tensors, and theirs. Sums are float32. Operands are rounded to bfloat16 where
-    weight is bfloat16 or autocast asks for it, else they are float32; on a GPU they have the dtype
-    of weight or autocast's. Only inputs are kept for a gradient: what is normalised, activated and
-    dropped is computed again. Parameters may have another dtype than x.
+    Gradients for all tensors, and theirs. Sums are float32. Operands may be rounded to bfloat16
+    where weight is bfloat16 or autocast asks for it (a CPU keeps float32 where that is the faster
+    way), else they are float32; on a GPU they have the dtype of weight or autocast's. Only inputs
+    are kept for a gradient: what is normalised, activated and dropped is computed again. Parameters
+    may have another dtype than x.
     """
     checks.images("x", x)
     device, (n, c, height, width) = x.device, x.shape
