@@ -47,7 +47,8 @@ def named(path: str | os.PathLike) -> Path:
 def atomic_write(path: str | os.PathLike) -> Iterator[Any]:
     """A binary file that takes the name `path` only when it was written whole and is on the disk.
 
-    Whatever happens before that, a file that was there stays as it was.
+    Whatever happens before that, a file that was there stays as it was. An OSError of the writing,
+    such as a full disk's, names `path`.
     """
     path = Path(path)
     handle, temporary = locked_temporary(path)
@@ -57,9 +58,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Any]:
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)  # before it is closed: until then it is locked
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
     _fsync_folder(path.parent)
 

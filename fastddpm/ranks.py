@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -90,14 +91,21 @@ def launched(device: torch.device, timeout: float | None = None) -> Iterator[tor
         )
         _presence = presence
         try:
-            yield device
+            with warnings.catch_warnings():
+                if presence.rank:
+                    warnings.simplefilter("ignore")  # what all would say alike, rank 0 says
+                yield device
         except BaseException as error:
             if not isinstance(error, RankError):
-                presence.say(f"{type(error).__name__}: {error}")
+                presence.say(_said(error))
             raise
         finally:
             _presence = None
             dist.destroy_process_group()
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _seconds(timeout: float | None) -> float:
@@ -169,7 +177,7 @@ def together() -> Iterator[None]:
         error = raised
     failures: list[Any] = [None] * place()[1]
     if len(failures) > 1:
-        mine = None if error is None else f"{type(error).__name__}: {error}"
+        mine = None if error is None else _said(error)
         with _meeting():
             dist.all_gather_object(failures, mine)
     if error is not None:

@@ -64,7 +64,10 @@ def _is_integers(value: Any) -> bool:
 
 
 def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and value != "" and "\0" not in value
+    try:
+        return isinstance(value, str) and value != "" and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def _choice(choices: tuple[str, ...]) -> Kind:

@@ -143,7 +143,7 @@ def fit(
                     check_new(out)  # once more: another run may have ended meanwhile
         with ranks.together():
             if resume:
-                _resume(trainer, out, run, batch_size)
+                _resume(trainer, out, run, batch_size, steps)
             log = Log(out, trainer.step_count, trainer.diffusion.objective)
             if held_out is not None and resume:
                 held_out.resume(out, trainer.diffusion.T)
@@ -183,9 +183,14 @@ def identity(dataset: Dataset, progress: bool = False) -> dict[str, Any]:
     }
 
 
-def _resume(trainer: Trainer, out: Path, run: dict[str, Any], batch_size: int) -> None:
+def _resume(trainer: Trainer, out: Path, run: dict[str, Any], batch_size: int, steps: int) -> None:
     """The trainer where the run was stopped."""
     trainer.load(out, run)
+    if trainer.step_count > steps:
+        raise ValueError(
+            f"steps must be at least {trainer.step_count}, which the run in {out} has taken; got "
+            f"{steps}"
+        )
     if trainer.example_count != trainer.step_count * batch_size:
         before = trainer.example_count // max(trainer.step_count, 1)
         raise ValueError(f"{out / STATE} has batches of {before}; got batch_size {batch_size}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import warnings
@@ -411,6 +412,13 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
         fail(file)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_is_full_names_the_file(tmp_path):
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match="No space left on device") as error, atomic_write(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(path) in str(error.value)
 
 
 def test_what_a_killed_write_left_is_removed_and_what_is_being_written_is_not(tmp_path):

@@ -248,6 +248,7 @@ def test_a_mistake_in_a_file_is_one_line_that_names_it(small, refused, text, mes
         (b"\xff\xfe", "can't decode byte 0xff"),
         (b'{"model": {"channels": 1e400}}', "channels must be an integer; got inf"),
         (b'{"model": {"channels": null}}', "channels must be an integer; got None"),
+        (b'{"data": {"path": "\\ud800"}}', "path must be a path"),
         (b" " * 2**21, "it is longer than 1048576 bytes"),
     ],
 )

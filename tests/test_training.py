@@ -596,8 +596,10 @@ def test_fit_resumes_to_the_bit_and_without_repeating_the_log(tmp_path, dataset,
     assert_same(state(resumed), state(straight))
     assert log(tmp_path / "b") == log(tmp_path / "a")
     assert [step for step, _ in log(tmp_path / "b")] == [2, 4, 6, 8, 9]
-    # A finished run resumed takes no step, and a longer one goes on.
+    # A finished run resumed takes no step, one of fewer is refused, and a longer one goes on.
     before = (tmp_path / "b" / STATE).read_bytes()
+    with pytest.raises(ValueError, match="steps must be at least 9, which the run in"):
+        fit(resumed, dataset, tmp_path / "b", **{**SHORT, "steps": 8, "resume": True})
     fit(resumed, dataset, tmp_path / "b", **{**SHORT, "steps": 9, "resume": True})
     assert (tmp_path / "b" / STATE).read_bytes() == before
     fit(resumed, dataset, tmp_path / "b", **{**SHORT, "steps": 10, "resume": True})
