@@ -116,7 +116,8 @@ def test_it_is_as_exact_as_the_modules(options, kind, attending):
         expected = results(model, x, t, **own)
     assert [y.dtype for y in got] == [y.dtype for y in expected]
     if kind == "float32":
-        factor = 8 if attending is CpuWalk else 3  # as F(4x4) errs more, see test_cpu_plan's FACTOR
+        # A layer of F(4x4) errs by 8 times the plain sum, forward and backward.
+        factor = 12 if attending is CpuWalk else 3
         assert_as_exact(got, expected, truth, factor=factor)
         return
     whole = [torch.cat([y.detach().double().flatten() for y in r]) for r in (got, expected, truth)]
