@@ -281,13 +281,19 @@ def way(model: UNet, x: Tensor) -> type[Walk] | type[CpuWalk] | None:
         not (found or draws)
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
-        or (forward_ad._current_level >= 0 and not draws)
+        or (forward_ad._current_level >= 0 and not draws and _has_tangents(model, x))
         or foreign(model) is not None
     ):
         return None
     if found is CpuWalk and unusual(model) is not None:
         found = None
     return found or (Walk if draws else None)
+
+
+def _has_tangents(model: UNet, x: Tensor) -> bool:
+    """Whether forward-mode AD has anything to do here."""
+    tensors = (x, *model.parameters())
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def is_taken(model: UNet, x: Tensor) -> bool:
