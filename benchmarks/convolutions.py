@@ -296,14 +296,24 @@ def backward(
         for kind in convolution_gradients.KINDS
         for who, key in (("ours", "ms"), ("torch's", "torch ms"))
     }
-    print("\nms an image: " + ", ".join(f"{name} {ms:.3g}" for name, ms in totals.items()))
-    if options.json:
-        report = {
-            "environment": facts, "ceiling GFLOP/s": rate and rate / 1e9,
-            "ms an image": totals, "rows": rows,
-        }  # fmt: skip
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    _report("ms an image", totals, rows, facts, rate, options.json)
     return 0
+
+
+def _report(
+    unit: str,
+    totals: dict[str, float],
+    rows: list[dict[str, Any]],
+    facts: dict[str, Any],
+    rate: float | None,
+    path: Path | None,
+) -> None:
+    """The totals under a table, and all of it into a file, if there is to be one."""
+    print(f"\n{unit}: " + ", ".join(f"{name} {ms:.3g}" for name, ms in totals.items()))
+    if path is not None:
+        ceiling = rate and rate / 1e9
+        report = {"environment": facts, "ceiling GFLOP/s": ceiling, unit: totals, "rows": rows}
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -361,13 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
         "whole plan": statistics.median(whole) * 1e3 / options.batch,
         "conv2d of all": sum(row.get("torch ms", 0.0) for row in rows) / options.batch,
     }
-    print("\nms an image-step: " + ", ".join(f"{name} {ms:.3g}" for name, ms in totals.items()))
-    if options.json:
-        report = {
-            "environment": facts, "ceiling GFLOP/s": rate and rate / 1e9,
-            "ms an image-step": totals, "rows": rows,
-        }  # fmt: skip
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    _report("ms an image-step", totals, rows, facts, rate, options.json)
     return 0
 
 

@@ -1,9 +1,6 @@
 // Runs convolution and its gradient under a sanitizer, with memory that is full of NaN when it is
 // handed out, against the definition in float64: gradients by what a small step changes. Prints
 // what is wrong; exit code 1 if anything is.
-//
-// It takes the place of csrc/cpu/parallel.cpp and isa.cpp, whose allocator and threads it needs for
-// itself, and knows one instruction set: that of its compiler flags.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -11,46 +8,14 @@
 #include <cstring>
 #include <functional>
 #include <map>
-#include <new>
-#include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
-#include "../csrc/cpu/isa.h"
-#include "../csrc/cpu/parallel.h"
-
-namespace fastddpm {
-namespace cpu {
-
-const char* isa() { return "plain"; }
-
-void parallel_run(int64_t jobs, int threads, void (*body)(void*, int64_t, int), void* context) {
-  std::vector<std::thread> team;
-  for (int thread = 0; thread < threads; ++thread)
-    team.emplace_back([=] {
-      for (int64_t job = jobs - 1 - thread; job >= 0; job -= threads) body(context, job, thread);
-    });
-  for (std::thread& member : team) member.join();
-}
-
-void* scratch_alloc(int64_t bytes, bool zeroed) {
-  void* data = nullptr;
-  if (posix_memalign(&data, 64, size_t(bytes ? bytes : 1))) throw std::bad_alloc();
-  return std::memset(data, zeroed ? 0 : 0xff, size_t(bytes));
-}
-
-void scratch_free(void* data) { std::free(data); }
-
-}  // namespace cpu
-}  // namespace fastddpm
+#include "check.h"
 
 using namespace fastddpm;
 
 namespace {
-
-std::mt19937 generator(0);
-int failures = 0;
 
 struct Case {
   int64_t n, c1, c2, c_out, h, w, kernel, stride, before, after, upsample, groups;
@@ -58,13 +23,6 @@ struct Case {
 };
 
 using Values = std::map<std::string, std::vector<float>>;
-
-std::vector<float> normals(int64_t count) {
-  std::normal_distribution<float> normal;
-  std::vector<float> x;
-  for (int64_t i = 0; i < count; ++i) x.push_back(normal(generator));
-  return x;
-}
 
 // Memory of exactly the size, so that a step out of it is seen.
 Tensor tensor(std::vector<float>& x, int64_t c, int64_t h, int64_t w, bool last) {

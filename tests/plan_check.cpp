@@ -1,63 +1,20 @@
 // Runs native plans under a sanitizer, with memory that is full of NaN when it is handed out: a
 // read of what nothing wrote shows in the result, which has to be that of the plain sum in float32.
 // The arguments are algorithms. Prints what is wrong; exit code 1 if anything is.
-//
-// It takes the place of csrc/cpu/parallel.cpp and isa.cpp, whose allocator and threads it needs for
-// itself, and knows one instruction set: that of its compiler flags.
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <new>
-#include <random>
-#include <thread>
 
-#include "../csrc/cpu/isa.h"
-#include "../csrc/cpu/parallel.h"
 #include "../csrc/cpu/plan/plan.h"
-
-namespace fastddpm {
-namespace cpu {
-
-const char* isa() { return "plain"; }
-
-void parallel_run(int64_t jobs, int threads, void (*body)(void*, int64_t, int), void* context) {
-  std::vector<std::thread> team;
-  for (int thread = 0; thread < threads; ++thread)
-    team.emplace_back([=] {
-      for (int64_t job = thread; job < jobs; job += threads) body(context, job, thread);
-    });
-  for (std::thread& member : team) member.join();
-}
-
-void* scratch_alloc(int64_t bytes, bool zeroed) {
-  void* data = nullptr;
-  if (posix_memalign(&data, 64, size_t(bytes ? bytes : 1))) throw std::bad_alloc();
-  return std::memset(data, zeroed ? 0 : 0xff, size_t(bytes));
-}
-
-void scratch_free(void* data) { std::free(data); }
-
-}  // namespace cpu
-}  // namespace fastddpm
+#include "check.h"
 
 using namespace fastddpm;
 using cpu::Plan;
 
 namespace {
-
-std::mt19937 generator(0);
-int failures = 0;
-
-std::vector<float> normals(int64_t count) {
-  std::normal_distribution<float> normal;
-  std::vector<float> x;
-  for (int64_t i = 0; i < count; ++i) x.push_back(normal(generator));
-  return x;
-}
 
 struct Case {
   int64_t channels[2], c_out, kernel, height, width, groups, stride, before, after, repeat;

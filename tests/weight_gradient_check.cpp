@@ -1,55 +1,23 @@
 // Runs the gradients of convolutions' weights under a sanitizer, with memory that is full of NaN
 // when it is handed out, against the sums in float64. The arguments are algorithms. Prints what is
 // wrong; exit code 1 if anything is.
-//
-// It takes the place of csrc/cpu/parallel.cpp, whose threads it needs for itself, and knows one
-// instruction set: that of its compiler flags.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
-#include "../csrc/cpu/isa.h"
-#include "../csrc/cpu/parallel.h"
-
-namespace fastddpm {
-namespace cpu {
-
-// Jobs of one thread in reverse order, so that none may wait for another.
-void parallel_run(int64_t jobs, int threads, void (*body)(void*, int64_t, int), void* context) {
-  std::vector<std::thread> team;
-  for (int thread = 0; thread < threads; ++thread)
-    team.emplace_back([=] {
-      for (int64_t job = jobs - 1 - thread; job >= 0; job -= threads) body(context, job, thread);
-    });
-  for (std::thread& member : team) member.join();
-}
-
-}  // namespace cpu
-}  // namespace fastddpm
+#include "check.h"
 
 using namespace fastddpm;
 
 namespace {
 
-std::mt19937 generator(0);
-int failures = 0;
-
 // extra: rows, columns and values of a pixel that x has beyond what is needed.
 struct Case {
   int64_t images, c_in, c_out, height, width, kernel, extra;
 };
-
-std::vector<float> normals(int64_t count) {
-  std::normal_distribution<float> normal;
-  std::vector<float> x;
-  for (int64_t i = 0; i < count; ++i) x.push_back(normal(generator));
-  return x;
-}
 
 WeightGradient shape_of(const Case& c, Algorithm algorithm) {
   const int64_t border = c.kernel - 1 + c.extra;

@@ -3,7 +3,7 @@
 // what a tensor's elements share; the sweep then reads and writes every element once.
 #include <cmath>
 
-#include "access.h"
+#include "block_sum.h"
 
 namespace fastddpm {
 namespace {
@@ -130,17 +130,6 @@ __global__ void __launch_bounds__(THREADS) adam_sweep(const AdamStep op, const A
     if (t.average) t.average[i] = moved_average(t.average[i], p, share);
     if (t.copy) store(t.copy, t.copy_type, i, p);
   }
-}
-
-__device__ double block_sum(double x) {
-  __shared__ double warps[THREADS / 32];
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
-  __syncthreads();
-  double sum = 0.0;
-  if (threadIdx.x == 0)
-    for (int i = 0; i < THREADS / 32; ++i) sum += warps[i];
-  return sum;
 }
 
 __global__ void __launch_bounds__(THREADS) grad_norm_squares(const NormList list, double* sums) {

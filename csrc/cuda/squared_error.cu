@@ -1,22 +1,9 @@
 // squared_error and its gradient. A block sums the squares of a chunk of one sample in float64;
 // where a sample has several, a second kernel adds their sums in order.
-#include "access.h"
+#include "block_sum.h"
 
 namespace fastddpm {
 namespace {
-
-// The sum over the block, for thread 0 to read, in a fixed order.
-__device__ double block_sum(double x) {
-  __shared__ double warps[THREADS / 32];
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
-  __syncthreads();
-  double sum = 0.0;
-  if (threadIdx.x == 0)
-    for (int i = 0; i < THREADS / 32; ++i) sum += warps[i];
-  __syncthreads();
-  return sum;
-}
 
 __device__ void write_sum(const SquaredError& op, int64_t n, int64_t chunk, int64_t chunks,
                           double sum) {

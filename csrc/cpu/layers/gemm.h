@@ -9,6 +9,7 @@
 
 #include "../../types.h"
 #include "../simd.h"
+#include "../sizes.h"
 #include "ahead.h"
 #include "transpose.h"
 
@@ -22,8 +23,6 @@ constexpr int64_t STRIP = 6;
 constexpr int WIDE = WIDTH == 16 ? 4 : 2, SLIM = 2;
 constexpr int64_t PACKED_AT_ONCE = 64;  // rows: they stay in the L1 cache
 constexpr int64_t PANEL = WIDE * WIDTH, MIN_PANEL = SLIM * WIDTH;
-
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // Columns of the panel that begins where `columns` are left.
 inline int64_t panel_width(int64_t columns) { return columns > MIN_PANEL ? PANEL : MIN_PANEL; }

@@ -4,6 +4,7 @@
 #include "../isa.h"
 #include "../ops/dropout.h"
 #include "../parallel.h"
+#include "../sizes.h"
 #include "../view.h"
 
 namespace fastddpm {
@@ -13,8 +14,6 @@ namespace {
 constexpr int64_t SQUARE = 16;    // channels and pixels that are turned around at once
 constexpr int64_t RUN = 64;       // pixels in a partial sum
 constexpr int64_t COLUMNS = 256;  // channels of a job of sums
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 int64_t elements(const Shape& shape) { return shape.n * numel(shape); }
 

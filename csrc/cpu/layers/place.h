@@ -1,13 +1,9 @@
 // Where the pixels or tiles of a batch of images lie. No arithmetic of values.
 #pragma once
-#include <cstdint>
+#include "../sizes.h"
 
 namespace fastddpm {
 namespace {
-
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Where pixel or tile i of all images lies, counted up without a division.
 struct Place {

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../sizes.h"
+
 namespace fastddpm {
 namespace cpu {
 namespace {
@@ -50,8 +52,6 @@ const Kernels table[] = {FASTDDPM_EACH_ISA(FASTDDPM_KERNELS_ROW)};
 
 constexpr int64_t CHANNELS_BF16 = 32;  // bfloat16 pixels are whole steps
 constexpr int64_t OVERREAD = 15;       // pixels: see ConvolveBf16
-
-int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 Convolve arguments(const Way& way, int64_t images, int64_t c_in_2) {
   const Geometry& is = way.is;

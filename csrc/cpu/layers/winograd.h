@@ -108,51 +108,48 @@ struct Winograd<4> {
   }
 };
 
+// F d F^T of a tile for a matrix F: f(x, y) is y = F x, of IN values OUT; columns first. d[i][j] is load(i, j);
+// store(i, j, value) gets the OUT^2 results.
+template <int IN, int OUT, class V, class F, class Load, class Store>
+__attribute__((always_inline)) inline void transform(const F& f, const Load& load,
+                                                     const Store& store) {
+  V half[IN][OUT];  // half[j]: column j of F d
+#pragma GCC unroll 6
+  for (int j = 0; j < IN; ++j) {
+    V x[IN];
+#pragma GCC unroll 6
+    for (int i = 0; i < IN; ++i) x[i] = load(i, j);
+    f(x, half[j]);
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < OUT; ++i) {
+    V x[IN], y[OUT];
+#pragma GCC unroll 6
+    for (int j = 0; j < IN; ++j) x[j] = half[j][i];
+    f(x, y);
+#pragma GCC unroll 6
+    for (int j = 0; j < OUT; ++j) store(i, j, y[j]);
+  }
+}
+
 // B^T d B of a tile of pixels: rows `line` floats apart, pixels `pixel`. Value p of the TILE^2 goes
 // to v + p plane.
 template <int m>
 inline void transform_input(const float* d, int64_t line, int64_t pixel, float* v, int64_t plane) {
   constexpr int TILE = Winograd<m>::TILE;
-  Vector half[TILE][TILE];  // half[j]: column j of B^T d
-#pragma GCC unroll 6
-  for (int j = 0; j < TILE; ++j) {
-    Vector x[TILE];
-#pragma GCC unroll 6
-    for (int i = 0; i < TILE; ++i) x[i] = load_vector(d + i * line + j * pixel);
-    Winograd<m>::input(x, half[j]);
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < TILE; ++i) {
-    Vector x[TILE], values[TILE];
-#pragma GCC unroll 6
-    for (int j = 0; j < TILE; ++j) x[j] = half[j][i];
-    Winograd<m>::input(x, values);
-#pragma GCC unroll 6
-    for (int j = 0; j < TILE; ++j) store_vector(v + (i * TILE + j) * plane, values[j]);
-  }
+  transform<TILE, TILE, Vector>(
+      [](const Vector* x, Vector* y) { Winograd<m>::input(x, y); },
+      [&](int i, int j) { return load_vector(d + i * line + j * pixel); },
+      [&](int i, int j, Vector y) { store_vector(v + (i * TILE + j) * plane, y); });
 }
 
 // A^T p A of the TILE^2 products of a tile: store(i, j, y[i][j]) for all i, j < m.
 template <int m, class Store>
 inline void transform_output(const float* p, int64_t plane, const Store& store) {
   constexpr int TILE = Winograd<m>::TILE;
-  Vector half[TILE][m];  // half[j]: column j of A^T p
-#pragma GCC unroll 6
-  for (int j = 0; j < TILE; ++j) {
-    Vector x[TILE];
-#pragma GCC unroll 6
-    for (int i = 0; i < TILE; ++i) x[i] = load_vector(p + (i * TILE + j) * plane);
-    Winograd<m>::output(x, half[j]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < m; ++i) {
-    Vector x[TILE], y[m];
-#pragma GCC unroll 6
-    for (int j = 0; j < TILE; ++j) x[j] = half[j][i];
-    Winograd<m>::output(x, y);
-#pragma GCC unroll 4
-    for (int j = 0; j < m; ++j) store(i, j, y[j]);
-  }
+  transform<TILE, m, Vector>([](const Vector* x, Vector* y) { Winograd<m>::output(x, y); },
+                             [&](int i, int j) { return load_vector(p + (i * TILE + j) * plane); },
+                             store);
 }
 
 // What the gradient of a filter needs (y's derivative by g, read backwards): dg = G^T [sum over
@@ -164,46 +161,20 @@ template <int m>
 inline void transform_gradient(const float* dy, int64_t line, int64_t pixel, float* u,
                                int64_t plane) {
   constexpr int TILE = Winograd<m>::TILE;
-  Vector half[m][TILE];  // half[j]: column j of A dy
-#pragma GCC unroll 4
-  for (int j = 0; j < m; ++j) {
-    Vector y[m];
-#pragma GCC unroll 4
-    for (int i = 0; i < m; ++i) y[i] = load_vector(dy + i * line + j * pixel);
-    Winograd<m>::gradient(y, half[j]);
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < TILE; ++i) {
-    Vector y[m], values[TILE];
-#pragma GCC unroll 4
-    for (int j = 0; j < m; ++j) y[j] = half[j][i];
-    Winograd<m>::gradient(y, values);
-#pragma GCC unroll 6
-    for (int j = 0; j < TILE; ++j) store_vector(u + (i * TILE + j) * plane, values[j]);
-  }
+  transform<m, TILE, Vector>(
+      [](const Vector* x, Vector* y) { Winograd<m>::gradient(x, y); },
+      [&](int i, int j) { return load_vector(dy + i * line + j * pixel); },
+      [&](int i, int j, Vector y) { store_vector(u + (i * TILE + j) * plane, y); });
 }
 
 // G^T p G of the TILE^2 sums of products: tap (i, j) of the filter to g + (3 i + j) WIDTH.
 template <int m>
 inline void transform_filter(const float* p, int64_t plane, float* g) {
   constexpr int TILE = Winograd<m>::TILE;
-  Vector half[TILE][3];  // half[j]: column j of G^T p
-#pragma GCC unroll 6
-  for (int j = 0; j < TILE; ++j) {
-    Vector x[TILE];
-#pragma GCC unroll 6
-    for (int i = 0; i < TILE; ++i) x[i] = load_vector(p + (i * TILE + j) * plane);
-    Winograd<m>::filter(x, half[j]);
-  }
-#pragma GCC unroll 3
-  for (int i = 0; i < 3; ++i) {
-    Vector x[TILE], taps[3];
-#pragma GCC unroll 6
-    for (int j = 0; j < TILE; ++j) x[j] = half[j][i];
-    Winograd<m>::filter(x, taps);
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; ++j) store_vector(g + (3 * i + j) * WIDTH, taps[j]);
-  }
+  transform<TILE, 3, Vector>(
+      [](const Vector* x, Vector* y) { Winograd<m>::filter(x, y); },
+      [&](int i, int j) { return load_vector(p + (i * TILE + j) * plane); },
+      [&](int i, int j, Vector y) { store_vector(g + (3 * i + j) * WIDTH, y); });
 }
 
 // G g G^T of HALF_WIDTH 3x3 filters, in float64 and rounded once. Tap t of them lies at g + t
@@ -211,21 +182,10 @@ inline void transform_filter(const float* p, int64_t plane, float* g) {
 template <int m>
 inline void transform_weight(const float* g, int64_t plane, float* u, int64_t u_plane) {
   constexpr int TILE = Winograd<m>::TILE;
-  Doubles half[3][TILE];  // half[b]: column b of G g
-#pragma GCC unroll 3
-  for (int b = 0; b < 3; ++b) {
-    const Doubles column[3] = {load_doubles(g + b * plane), load_doubles(g + (3 + b) * plane),
-                               load_doubles(g + (6 + b) * plane)};
-    Winograd<m>::weight(column, half[b]);
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < TILE; ++i) {
-    const Doubles row[3] = {half[0][i], half[1][i], half[2][i]};
-    Doubles values[TILE];
-    Winograd<m>::weight(row, values);
-#pragma GCC unroll 6
-    for (int j = 0; j < TILE; ++j) store_doubles(u + (i * TILE + j) * u_plane, values[j]);
-  }
+  transform<3, TILE, Doubles>(
+      [](const Doubles* x, Doubles* y) { Winograd<m>::weight(x, y); },
+      [&](int i, int j) { return load_doubles(g + (3 * i + j) * plane); },
+      [&](int i, int j, Doubles y) { store_doubles(u + (i * TILE + j) * u_plane, y); });
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include "../isa.h"
 #include "../layers/attention.h"
 #include "../parallel.h"
+#include "../sizes.h"
 #include "../view.h"
 
 namespace fastddpm {
@@ -18,8 +19,6 @@ namespace {
 constexpr int64_t WORKING_SET = 32 * 1024 * 1024;  // bytes of images that are at work, about
 constexpr int64_t RUN = 128;                       // pixels in a partial sum of a weight's gradient
 constexpr int64_t COLUMNS_AT_ONCE = 64;            // of a sum over pixels
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 class Backward {
  public:

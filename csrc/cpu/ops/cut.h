@@ -10,6 +10,7 @@
 // of its own.
 #pragma once
 #include "../parallel.h"
+#include "../sizes.h"
 #include "../view.h"
 
 namespace fastddpm {
@@ -20,7 +21,6 @@ constexpr int64_t PIXEL_LINE = 256;   // elements in a line of pixels, at least
 constexpr int64_t PLANE_LINE = 64;    // elements in a line of one channel, at most
 constexpr int64_t PLANE_STEP = 16;    // which such a line is a multiple of
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Channels `from` and on of a tensor.
