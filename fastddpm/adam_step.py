@@ -11,7 +11,7 @@ import torch
 from torch.optim import optimizer as torch_optimizer
 
 from fastddpm import ops
-from fastddpm.master_weights import MasterWeights
+from fastddpm.master_weights import MasterWeights, on_device
 from fastddpm.ops.lists import in_order_of, is_dense, lie_apart
 
 # What the options that ops.adam does not have must be for it to be the same step.
@@ -125,9 +125,9 @@ def _sweep(
         ops.adam(
             params, grads, exp_avgs, exp_avg_sqs, steps,
             None if no_average else averages, copies,
-            lr=_on(rate, device), betas=options["betas"], eps=options["eps"],
-            share=None if no_average else _on(share, device),
-            clip=clip, norm=_on(norm, device), refused=_on(refused, device),
+            lr=on_device(rate, device), betas=options["betas"], eps=options["eps"],
+            share=None if no_average else on_device(share, device),
+            clip=clip, norm=on_device(norm, device), refused=on_device(refused, device),
             grad_scale=weights.loss_scale,
         )  # fmt: skip
     return moved
@@ -193,10 +193,5 @@ def _torch_step(
     else:
         optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
         for p in params:
-            p.grad.div_(_on(divisor, p.device))  # type: ignore[union-attr]
+            p.grad.div_(on_device(divisor, p.device))  # type: ignore[union-attr]
     optimizer.step()
-
-
-def _on(value: Any, device: torch.device) -> Any:
-    """A tensor among `value`s on `device`."""
-    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value

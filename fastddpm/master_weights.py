@@ -135,11 +135,11 @@ class MasterWeights:
             masters.append(self.masters[name])
         # A step of gradient descent, as torch's fused one is what a tensor on the device can skip.
         for averages, masters in groups.values():
-            away = torch._foreach_sub(averages, masters)
+            away, device = torch._foreach_sub(averages, masters), averages[0].device
             torch._fused_sgd_(
                 averages, away, [], weight_decay=0.0, momentum=0.0,
-                lr=_on(share, averages[0]), dampening=0.0, nesterov=False, maximize=False,
-                is_first_step=False, grad_scale=None, found_inf=_on(refused, averages[0]),
+                lr=on_device(share, device), dampening=0.0, nesterov=False, maximize=False,
+                is_first_step=False, grad_scale=None, found_inf=on_device(refused, device),
             )  # fmt: skip
 
     def averaged_state(self) -> dict[str, torch.Tensor]:
@@ -178,9 +178,9 @@ class MasterWeights:
                 module._buffers[leaf] = value.to(device if buffer is None else buffer.device)
 
 
-def _on(value: Any, like: torch.Tensor) -> Any:
-    """A tensor among `value`s on the device of `like`."""
-    return value.to(like.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+def on_device(value: Any, device: torch.device) -> Any:
+    """A tensor among `value`s there."""
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
 
 def _overlaps_itself(tensor: torch.Tensor | None) -> bool:

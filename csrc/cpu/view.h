@@ -33,6 +33,23 @@ inline int64_t element_size(DType dtype) {
 
 inline int64_t numel(const Shape& shape) { return shape.c * shape.h * shape.w; }
 
+// Samples `first` and on of what may be null.
+inline Tensor samples_from(Tensor x, int64_t first) {
+  if (x.data) x.data = static_cast<char*>(x.data) + first * x.stride[0] * element_size(x.dtype);
+  return x;
+}
+
+inline PerSample samples_from(PerSample x, int64_t first) {
+  if (x.data) x.data += first * x.stride;
+  return x;
+}
+
+inline Dropout samples_from(Dropout dropout, int64_t first) {
+  dropout.random.step = samples_from(dropout.random.step, first);
+  dropout.random.sample_index = samples_from(dropout.random.sample_index, first);
+  return dropout;
+}
+
 // Sample n of a tensor, its dimensions merged where they are contiguous: mostly into a single run.
 inline View view(const Tensor& tensor, const Shape& shape, int64_t n, Order order,
                  bool flip = false) {

@@ -145,7 +145,7 @@ void sum_squares_of_pixels(const float* x, const Shape& shape, float* out, int t
 
 void sum_pixels(const float* x, int64_t images, int64_t pixels, int64_t channels, double* sums,
                 int threads) {
-  const int64_t blocks = (channels + COLUMNS - 1) / COLUMNS;
+  const int64_t blocks = ceil_div(channels, COLUMNS);
   parallel_for(images * blocks, images * pixels * channels, threads, [&](int64_t job, int) {
     const int64_t c = job % blocks * COLUMNS, count = least(COLUMNS, channels - c);
     const float* from = x + job / blocks * pixels * channels + c;

@@ -53,6 +53,15 @@ const Kernels table[] = {FASTDDPM_EACH_ISA(FASTDDPM_KERNELS_ROW)};
 constexpr int64_t CHANNELS_BF16 = 32;  // bfloat16 pixels are whole steps
 constexpr int64_t OVERREAD = 15;       // pixels: see ConvolveBf16
 
+// From one image's prepared input to the next's.
+int64_t image_values(const Way& way) {
+  const Geometry& is = way.is;
+  const int64_t border = is.before + is.after;
+  const int64_t pixels = (is.height * is.repeat + border) * (is.width * is.repeat + border) +
+                         (way.rounded() ? OVERREAD * is.stride : 0);
+  return pixels * way.pixel;
+}
+
 Convolve arguments(const Way& way, int64_t images, int64_t c_in_2) {
   const Geometry& is = way.is;
   Convolve op{};
@@ -118,9 +127,7 @@ Way way_of(const Kernels& kernels, const Geometry& geometry, bool bf16, Asked as
     is.after +=
         std::max(round_up(way.y_height, m) - way.y_height, round_up(way.y_width, m) - way.y_width);
   }
-  way.image = (is.height * is.repeat + is.before + is.after) *
-              (is.width * is.repeat + is.before + is.after) * way.pixel;
-  if (way.rounded()) way.image += OVERREAD * is.stride * way.pixel;
+  way.image = image_values(way);
   way.weight_floats =
       way.rounded()
           ? kernels.packed_weight_size_bf16(is.c_in, is.c_out, is.kernel, way.repeated) / 2
@@ -135,9 +142,7 @@ Way way_of_input(const Geometry& geometry, bool rounded) {
   way.y_height = is.rows(), way.y_width = is.columns();
   way.algorithm = rounded ? Algorithm::bf16 : Algorithm::direct;
   way.pixel = rounded ? round_up(is.c_in, CHANNELS_BF16) : is.c_in;
-  way.image = (is.height * is.repeat + is.before + is.after) *
-              (is.width * is.repeat + is.before + is.after) * way.pixel;
-  if (rounded) way.image += OVERREAD * is.stride * way.pixel;
+  way.image = image_values(way);
   return way;
 }
 

@@ -108,8 +108,8 @@ struct Winograd<4> {
   }
 };
 
-// F d F^T of a tile for a matrix F: f(x, y) is y = F x, of IN values OUT; columns first. d[i][j] is load(i, j);
-// store(i, j, value) gets the OUT^2 results.
+// F d F^T of a tile for a matrix F: f(x, y) is y = F x, of IN values OUT; columns first. d[i][j] is
+// load(i, j); store(i, j, value) gets the OUT^2 results.
 template <int IN, int OUT, class V, class F, class Load, class Store>
 __attribute__((always_inline)) inline void transform(const F& f, const Load& load,
                                                      const Store& store) {

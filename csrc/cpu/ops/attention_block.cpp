@@ -96,14 +96,13 @@ class Block {
   }
 
   void normalise(int64_t first, int64_t count) {
-    Tensor x = op.x;
-    x.data = static_cast<char*>(x.data) + first * x.stride[0] * element_size(x.dtype);
     const Tensor y{
         normed.data, DType::f32, {pixels * channels, 1, op.shape.w * channels, channels}};
     GroupNormSilu norm{};
     norm.shape = {count, channels, op.shape.h, op.shape.w};
     norm.groups = op.groups, norm.eps = op.eps;
-    norm.x = x, norm.y = y, norm.weight = op.norm_weight, norm.bias = op.norm_bias;
+    norm.x = samples_from(op.x, first), norm.y = y;
+    norm.weight = op.norm_weight, norm.bias = op.norm_bias;
     group_norm_silu(norm, threads);
   }
 

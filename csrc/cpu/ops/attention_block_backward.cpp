@@ -124,11 +124,9 @@ class Backward {
   }
 
   void normalise(int64_t first, int64_t count) {
-    Tensor x = op.forward.x;
-    x.data = static_cast<char*>(x.data) + first * x.stride[0] * element_size(x.dtype);
     GroupNormSilu norm = this->norm();
     norm.shape.n = count;
-    norm.x = x, norm.y = by_pixels(normed.data);
+    norm.x = samples_from(op.forward.x, first), norm.y = by_pixels(normed.data);
     group_norm_silu(norm, threads);
   }
 

@@ -33,7 +33,7 @@ class Forward {
         kernels(*packed->kernels),
         way(way_of(kernels, geometry_of(op), op.rounded)),
         input(kernels, op, way),
-        y(in_place_out(op.y, op.shape)),
+        y(in_place(op.y, op.shape)),
         residual(op.residual.data ? in_place(op.residual, op.shape) : nullptr) {
     add_biases();
   }
@@ -159,23 +159,10 @@ std::unique_ptr<PackedWeight> packed_weight(const Convolution& op, int threads) 
                                         weight_of(op), threads);
 }
 
-const float* in_place(const Tensor& x, const Shape& shape) { return in_place_out(x, shape); }
-
-float* in_place_out(const Tensor& x, const Shape& shape) {
+float* in_place(const Tensor& x, const Shape& shape) {
   const bool run = x.data && is_run_of<float>(x, shape, Order::hwc) &&
                    (shape.n == 1 || x.stride[0] == numel(shape));
   return run ? static_cast<float*>(x.data) : nullptr;
-}
-
-Tensor samples_from(Tensor x, int64_t first) {
-  if (x.data) x.data = static_cast<char*>(x.data) + first * x.stride[0] * element_size(x.dtype);
-  return x;
-}
-
-Dropout samples_from(Dropout dropout, int64_t first) {
-  for (PerSample* x : {&dropout.random.step, &dropout.random.sample_index})
-    if (x->data) x->data += first * x->stride;
-  return dropout;
 }
 
 // ---- what is read ------------------------------------------------------------------------------

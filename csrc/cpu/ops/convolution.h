@@ -53,11 +53,7 @@ Geometry geometry_of(const Convolution& op);
 Weight weight_of(const Convolution& op);
 
 // The images themselves where they are contiguous float32 in (N, H, W, C), else null.
-const float* in_place(const Tensor& x, const Shape& shape);
-float* in_place_out(const Tensor& x, const Shape& shape);
-
-Tensor samples_from(Tensor x, int64_t first);  // samples `first` and on
-Dropout samples_from(Dropout dropout, int64_t first);
+float* in_place(const Tensor& x, const Shape& shape);
 
 // Memory that parts of are taken, one behind the other.
 class Memory {

@@ -280,7 +280,7 @@ class Backward {
       operands.x = prepared;
     }
     const Shape all{source.n, shape.c, shape.h, shape.w};
-    float* const dx = part.dx ? in_place_out(*part.dx, all) : nullptr;
+    float* const dx = part.dx ? in_place(*part.dx, all) : nullptr;
     operands.y = dx ? dx + first * numel(shape) : memory.take(count * numel(shape));
     operands.weight = part.weight->memory.get(), operands.bias = zeros.data();
     convolve(kernels, way, count, operands, memory.take(workspace(kernels, way, count, 0, threads)),

@@ -216,10 +216,9 @@ struct Run {
   void run_step(PosteriorStep op) const {
     op.shape.n = images;
     for (Tensor* x : {&op.xt, &op.model_output, &op.z, &op.log_variance, &op.out})
-      if (x->data)
-        x->data = static_cast<char*>(x->data) + first * x->stride[0] * element_size(x->dtype);
+      *x = samples_from(*x, first);
     for (PerSample* x : {&op.t, &op.random.step, &op.random.sample_index})
-      if (x->data) x->data += first * x->stride;
+      *x = samples_from(*x, first);
     plan.kernels.posterior_step(op, threads);
   }
 };
