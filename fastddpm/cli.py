@@ -23,6 +23,7 @@ from fastddpm.doctor import doctor, what_runs
 from fastddpm.engine import EngineName
 from fastddpm.host import check_threads
 from fastddpm.ops.dispatch import BackendError
+from fastddpm.precision import Precision
 from fastddpm.unet import UNet
 
 MISTAKES = (
@@ -249,7 +250,7 @@ def _chain() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(add_help=False)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
-        "--precision", default="auto", choices=("auto", "fp32", "bf16"), help="(default: auto)"
+        "--precision", default="auto", choices=get_args(Precision), help="(default: auto)"
     )
     p.add_argument(
         "--model",

@@ -23,6 +23,7 @@ from fastddpm.cli_arguments import integers, path, size
 from fastddpm.data.files import RegularFile
 from fastddpm.diffusion import Loss, Prediction
 from fastddpm.options import shown
+from fastddpm.precision import Precision
 from fastddpm.presets import preset
 from fastddpm.run_folder import WRITER
 from fastddpm.schedule import Schedule, Variance
@@ -30,7 +31,6 @@ from fastddpm.unet import UNet
 
 LONGEST = 2**20  # bytes of a file
 SCHEDULES = ("linear", "quadratic", "constant", "cosine")
-PRECISIONS = ("auto", "fp32", "bf16")
 NUMBERS_OF_SCHEDULES = ("beta_start", "beta_end", "scaled", "beta", "s", "beta_max")
 OF_THE_DATA = ("image_size", "in_channels", "out_channels")  # of a model, which follow the images
 
@@ -165,7 +165,7 @@ OPTIONS = (
            f"{OF_THE_PRESET}"),
     Option("training", "grad_clip", NUMBER, f"largest norm of the gradient {OF_THE_PRESET}"),
     Option("training", "flip", FLAG, f"mirror half of the images {OF_THE_PRESET}"),
-    Option("training", "precision", _choice(PRECISIONS), "(default: auto)", "auto"),
+    Option("training", "precision", _choice(get_args(Precision)), "(default: auto)", "auto"),
     Option("training", "seed", INTEGER, "(default: 0)", 0),
     Option("run", "save_every", INTEGER, "steps between checkpoints (default: 1000)", 1000),
     Option("run", "sample_every", INTEGER, "steps between sample grids, 0: none (default: 5000)",

@@ -162,6 +162,15 @@ PrepareInput preparation(const Way& way, int64_t images) {
   return op;
 }
 
+void prepare(const Kernels& kernels, const Way& way, PrepareInput op, float* prepared,
+             int threads) {
+  if (way.rounded())
+    op.out_bf16 = reinterpret_cast<BF16*>(prepared);
+  else
+    op.out = prepared;
+  kernels.prepare_input(op, threads);
+}
+
 int64_t workspace(const Kernels& kernels, const Way& way, int64_t images, int64_t c_in_2,
                   int threads) {
   if (way.rounded()) return 0;

@@ -57,8 +57,11 @@ Way way_of_input(const Geometry&, bool rounded);
 
 void pack(const Kernels&, const Way&, const Weight&, float* packed, int threads);
 
-// repeat, border and layout; sources, coefficients and the output are the caller's.
+// repeat, border and layout; sources and coefficients are the caller's.
 PrepareInput preparation(const Way&, int64_t images);
+
+// Into `prepared`, prepared_floats() an image, as the way's kernels read it.
+void prepare(const Kernels&, const Way&, PrepareInput, float* prepared, int threads);
 
 struct Operands {
   const float *x, *weight;  // prepared, or the first source; packed

@@ -231,11 +231,7 @@ Operands Input::prepare(int64_t first, int64_t images, Memory& memory, int threa
   if (op.groups) normalise(input, memory, threads);
   input.silu = op.silu, input.dropout = samples_from(op.dropout, first);
   float* prepared = memory.take(images * way.prepared_floats());
-  if (way.rounded())
-    input.out_bf16 = reinterpret_cast<BF16*>(prepared);
-  else
-    input.out = prepared;
-  kernels.prepare_input(input, threads);
+  cpu::prepare(kernels, way, input, prepared, threads);
   operands.x = prepared, operands.x_2 = nullptr;
   return operands;
 }

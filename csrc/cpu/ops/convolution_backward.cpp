@@ -272,11 +272,7 @@ class Backward {
       PrepareInput input = preparation(way, count);
       float* prepared = memory.take(count * way.prepared_floats());
       input.channels[0] = g.c, input.source[0] = grad;
-      if (way.rounded())
-        input.out_bf16 = reinterpret_cast<BF16*>(prepared);
-      else
-        input.out = prepared;
-      kernels.prepare_input(input, threads);
+      prepare(kernels, way, input, prepared, threads);
       operands.x = prepared;
     }
     const Shape all{source.n, shape.c, shape.h, shape.w};

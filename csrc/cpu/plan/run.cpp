@@ -153,11 +153,7 @@ struct Run {
       op.centre = norm.centre, op.scale = norm.scale, op.shift = norm.shift;
     }
     op.silu = layer.norm.silu;
-    if (layer.way.rounded())
-      op.out_bf16 = reinterpret_cast<BF16*>(memory(layer.prepared));
-    else
-      op.out = memory(layer.prepared);
-    plan.kernels.prepare_input(op, threads);
+    prepare(plan.kernels, layer.way, op, memory(layer.prepared), threads);
   }
 
   void run_attention(const Layer& layer) const {
