@@ -132,11 +132,9 @@ def strange(value: object, pick: random.Random) -> object:
         return pick.choice(NAMES)
     if isinstance(value, (list, tuple)):
         values = list(value)
-        if values and isinstance(values[0], torch.Tensor) and pick.random() < 0.7:
+        if values and pick.random() < 0.7:
             at = pick.randrange(len(values))
-            values[at] = strange_tensors(values[at], pick)
-        elif values and pick.random() < 0.7:
-            values[pick.randrange(len(values))] = pick.choice(NUMBERS)
+            values[at] = strange(values[at], pick)
         else:
             values = values[1:] if pick.random() < 0.5 else values * 3
         return pick.choice((values, tuple(values), None, []))
