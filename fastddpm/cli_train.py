@@ -16,7 +16,7 @@ import fastddpm
 from fastddpm import console, figures, ranks, run_folder
 from fastddpm.checkpoint import read_json
 from fastddpm.cli_arguments import path, timeout
-from fastddpm.data import WITH_SPLITS, Dataset, open_dataset
+from fastddpm.data import WITH_SPLITS, Dataset, check_size, open_dataset
 from fastddpm.diffusion import Diffusion
 from fastddpm.held_out import HeldOut
 from fastddpm.host import seeded
@@ -149,6 +149,9 @@ def _recipe(a: argparse.Namespace, out: Path) -> tuple[Recipe, UNet | None]:
         recipe.lay_over(file.values, a.recipe)
     recipe.lay_over(words)
     unused = [BY_KEY[key].flag for key in words if key.startswith("run.evaluate_")]
+    if file is not None and not file.whole:
+        named = (key for key in file.values if key.startswith("run.evaluate_"))
+        unused += [f"{a.recipe}: [run] {BY_KEY[key].name}" for key in named]
     if unused and recipe["data.held_out"] is None:
         raise ValueError(f"{unused[0]} is of held-out images: give --held-out")
     return recipe, model
@@ -158,9 +161,8 @@ def _built(recipe: Recipe, source: str, model: UNet | None) -> tuple[Dataset, UN
     """The data and the model: of a new run it follows the images, in a run that goes on they have
     to be of its size.
     """
-    size, channels = recipe["data.image_size"], recipe["data.channels"]
-    dataset = open_dataset(source, size=tuple(size) if isinstance(size, list) else size,
-                           channels=channels)  # fmt: skip
+    size, channels = check_size(recipe["data.image_size"], "image_size"), recipe["data.channels"]
+    dataset = open_dataset(source, size=size, channels=channels)
     if model is not None:
         own = (model.in_channels, *model.image_size)
         if own != tuple(dataset.shape):

@@ -149,7 +149,7 @@ def loss_plot(
     axes = figure.subplots()
     axes.plot(steps, losses, linewidth=1, label="training loss")
     axes.set(xlabel="step", ylabel=ylabel, title="training loss")
-    if len(losses) > 1 and min(losses) > 0:
+    if len(losses) > 1 and min(filter(math.isfinite, losses), default=0) > 0:
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     if held_out:
@@ -161,7 +161,7 @@ def loss_plot(
         right.set_ylabel("bits/dim of held-out images")
         axes.set_title("training loss, and bits/dim of held-out images")
         lines = [*axes.get_lines(), *right.get_lines()]
-        right.legend(handles=lines, loc="upper right")
+        figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
 

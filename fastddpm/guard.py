@@ -47,6 +47,8 @@ class Stop(NamedTuple):
         step: its number"""
         what = f"step {step}: loss {self.loss}, gradient norm {self.norm}"
         left = f"; steps {step + 1} .. {step + self.after} were left out, too" if self.after else ""
+        if self.after == 1:
+            left = f"; step {step + 1} was left out, too"
         if not self.is_none:
             return FloatingPointError(
                 f"{what}: it is the {IN_A_ROW}th step in a row that is not finite; the weights are "

@@ -479,7 +479,7 @@ def test_interpolate_names_a_picture_that_is_none(refused, model, tmp_path):
         (["--data=data.npz", "--warmup=-1"], "warmup must be"),
         (["--data=data.npz", "--seed=-1"], "seed must be"),
         (["--data=data.npz", "--seed=99999999999999999999"], "seed must be"),
-        (["--data=data.npz", "--image-size=0"], "size must be"),
+        (["--data=data.npz", "--image-size=0"], "image_size must be"),
         (["--data=data.npz", "--channels=3"], "data.npz has 1 channels; got channels=3"),
         (["--data=data.npz", "--variance=learned"], "'learned' needs loss='vlb'"),
     ],

@@ -180,6 +180,8 @@ INDEX = torch.arange(2)
         ({"residual": X}, ValueError, r"residual must have the shape of the result, \(2, 5"),
         ({"stride": 3}, ValueError, "stride must be 1 or 2; got 3"),
         ({"stride": True}, ValueError, "stride must be 1 or 2; got True"),
+        ({"stride": 1.0}, ValueError, "stride must be 1 or 2; got 1.0"),
+        ({"padding": 1.0}, ValueError, "padding must be 0 or 1"),
         ({"upsample": 0}, ValueError, "upsample must be 1 or 2; got 0"),
         ({"padding": 2}, ValueError, r"padding must be 0 or 1, or \(before, after\).*; got 2"),
         ({"padding": (1,)}, ValueError, r"padding must be 0 or 1.*; got \(1,\)"),

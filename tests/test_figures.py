@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -183,7 +185,9 @@ def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
         check_output(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("losses", [[0.5, 0.2, 0.1], [0.3], [1.0, 0.0], [-1.0, 2.0]])
+@pytest.mark.parametrize(
+    "losses", [[0.5, 0.2, 0.1], [0.3], [1.0, 0.0], [-1.0, 2.0], [0.4, math.nan, 0.3, 0.2]]
+)
 def test_loss_plot_is_a_picture_of_the_losses(tmp_path, losses):
     path = tmp_path / "loss.png"
     loss_plot(path, range(50, 50 + len(losses)), losses, "bits/dim")

@@ -351,6 +351,7 @@ X, P = torch.zeros(2, 6, 4, 4), torch.zeros(6)
         ({"x": [1.0]}, TypeError, "x must be a tensor; got list"),
         ({"num_groups": 4}, ValueError, "num_groups must divide the 6 channels; got 4"),
         ({"num_groups": 0}, ValueError, "num_groups must divide the 6 channels; got 0"),
+        ({"num_groups": True}, ValueError, "num_groups must divide the 6 channels; got True"),
         ({"num_groups": 2.0}, ValueError, "num_groups must divide the 6 channels; got 2.0"),
         ({"weight": P[:5]}, ValueError, r"weight must have shape \(6,\); got \(5,\)"),
         ({"weight": P.long()}, TypeError, "weight must be one of .*; got int64"),

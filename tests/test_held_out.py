@@ -195,6 +195,8 @@ def test_what_is_trained_on_is_not_held_out(tmp_path, data, refused):  # noqa: F
     assert "data.npz (npz) has no splits" in line("--held-out=test")
     assert "evaluate_every must be at least 1" in line("--held-out=held.npz", "--evaluate-every=0")
     assert "--evaluate-every is of held-out images" in line("--evaluate-every=5")
+    (tmp_path / "own.toml").write_text("[run]\nevaluate_steps = 5\n")
+    assert "own.toml: [run] evaluate_steps is of held-out" in line("--recipe=own.toml")
     save_pictures(tmp_path / "all", images(4, 1, 8, 8))
     save_pictures(tmp_path / "all" / "held", images(4, 1, 8, 8, seed=3))
     for one, other in (("all", "all/held"), ("all/held", "all")):

@@ -18,7 +18,7 @@ from fastddpm.data.scan import open_images
 from fastddpm.data.sources import FolderSource, Source, ZipSource
 from fastddpm.options import check_integer, check_number
 
-__all__ = ["WITH_SPLITS", "Dataset", "batch_indices", "decode_image", "open_dataset"]
+__all__ = ["WITH_SPLITS", "Dataset", "batch_indices", "check_size", "decode_image", "open_dataset"]
 
 FORMATS = (
     "a folder or a .zip of images, idx files or their folder (MNIST family, .gz or not), a .npy or "

@@ -71,7 +71,7 @@ def decode_image(
     return torch.from_numpy(picture.pixels)
 
 
-def check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
+def check_size(size: int | Sequence[int] | None, name: str = "size") -> tuple[int, int] | None:
     """(H, W) from one number or two; ValueError for anything but positive integers."""
     if size is None:
         return None
@@ -82,11 +82,11 @@ def check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
         or any(isinstance(v, bool) or not isinstance(v, (int, np.integer)) for v in pair)
         or min(pair) < 1
     ):
-        raise ValueError(f"size must be a positive integer or two, (H, W); got {size!r}")
+        raise ValueError(f"{name} must be a positive integer or two, (H, W); got {size!r}")
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and int(pair[0]) * int(pair[1]) > most:
         raise ValueError(
-            f"size must be of at most {most:,} pixels (PIL.Image.MAX_IMAGE_PIXELS); got {size!r}"
+            f"{name} must be of at most {most:,} pixels (PIL.Image.MAX_IMAGE_PIXELS); got {size!r}"
         )
     return int(pair[0]), int(pair[1])
 

@@ -256,7 +256,7 @@ def whole(value: Any) -> Any:
 def divisor(name: str, value: Any, channels: int) -> int:
     """An integer, of NumPy's too, that divides the channels."""
     number = whole(value)
-    if not isinstance(number, int) or number < 1 or channels % number:
+    if number is True or not isinstance(number, int) or number < 1 or channels % number:
         raise ValueError(f"{name} must divide the {channels} channels; got {shown(value)}")
     return number
 

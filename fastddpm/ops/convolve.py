@@ -121,7 +121,7 @@ def _filters(weight: Tensor, channels: Any) -> tuple[Any, Any]:
 
 def _one_or_two(name: str, value: Any) -> int:
     number = checks.whole(value)
-    if isinstance(value, bool) or number not in (1, 2):
+    if isinstance(value, (bool, float)) or number not in (1, 2):
         raise ValueError(f"{name} must be 1 or 2; got {shown(value)}")
     return int(number)
 
@@ -129,7 +129,7 @@ def _one_or_two(name: str, value: Any) -> int:
 def _sides(padding: Any) -> tuple[int, int]:
     pair = padding if isinstance(padding, (tuple, list)) else (padding, padding)
     numbers = [checks.whole(side) for side in pair]
-    if len(pair) != 2 or any(isinstance(p, bool) for p in pair) or set(numbers) - {0, 1}:
+    if len(pair) != 2 or any(isinstance(p, (bool, float)) for p in pair) or set(numbers) - {0, 1}:
         raise ValueError(
             f"padding must be 0 or 1, or (before, after) of these; got {shown(padding)}"
         )
