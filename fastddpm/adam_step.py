@@ -12,6 +12,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from fastddpm import ops
 from fastddpm.master_weights import MasterWeights, on_device
+from fastddpm.ops import plain_sweep
 from fastddpm.ops.lists import in_order_of, is_dense, lie_apart
 
 # What the options that ops.adam does not have must be for it to be the same step.
@@ -20,6 +21,8 @@ PLAIN = {"amsgrad": False, "maximize": False, "differentiable": False, "weight_d
 
 def norm_of(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     """The norm of all gradients in one, on `device`."""
+    if (norm := plain_sweep.grad_norm(gradients)) is not None:
+        return norm.to(device, non_blocking=True)
     by_device = defaultdict(list)
     for gradient in gradients:
         by_device[gradient.device].append(gradient)
@@ -48,8 +51,11 @@ def update(
     An optimiser that is not torch.optim.Adam as the Trainer makes it, or whose options were set to
     what ops.adam does not have, takes its own step; so does one of parameters that share memory,
     which are moved one after the other."""
+    plain = is_plain(optimizer)
+    if plain and _sweep_at_once(optimizer, weights, rate, share, norm, clip, refused):
+        return
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    if not (is_plain(optimizer) and lie_apart(params)):
+    if not (plain and lie_apart(params)):
         _torch_step(optimizer, weights, rate, norm, clip, refused)
         weights.round()
         weights.move_average(share, refused)
@@ -83,6 +89,42 @@ def _is_plain_group(group: dict[str, Any]) -> bool:
         and all(group[name] == value for name, value in PLAIN.items())
         and all(isinstance(beta, float) for beta in group["betas"])
     )
+
+
+def _sweep_at_once(
+    optimizer: torch.optim.Optimizer,
+    weights: MasterWeights,
+    rate: float | torch.Tensor,
+    share: float | torch.Tensor,
+    norm: torch.Tensor,
+    clip: float,
+    refused: torch.Tensor,
+) -> bool:
+    """Whether all was one native call, as it mostly is on a CPU: one group of float32 parameters
+    that have their state and their average. If not, nothing was done."""
+    if isinstance(rate, torch.Tensor) or isinstance(share, torch.Tensor):
+        return False
+    if weights.has_halves or len(optimizer.param_groups) != 1:
+        return False
+    (group,), states, averages = optimizer.param_groups, optimizer.state, weights.average
+    names = {id(master): name for name, master in weights.masters.items()}
+    rows = []
+    for p in group["params"]:
+        if (grad := p.grad) is None:
+            continue
+        state, name = states.get(p), names.pop(id(p), None)
+        if not state or name is None:
+            return False
+        rows.append((p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], averages[name]))
+    if not rows or not plain_sweep.adam(
+        *zip(*rows, strict=True),
+        lr=rate, betas=group["betas"], eps=group["eps"], share=share, clip=clip, norm=norm,
+        refused=refused, grad_scale=weights.loss_scale,
+    ):  # fmt: skip
+        return False
+    if names:
+        weights.move_average(share, refused, names.values())
+    return True
 
 
 class _Row(NamedTuple):

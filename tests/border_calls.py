@@ -218,6 +218,13 @@ def op_calls() -> dict:
             *([f(2, 4, 3, 5, dtype=torch.bfloat16)], *(torch.tensor(0.1) for _ in range(4))),
             *(0.9, 0.99, 1e-8, 1.0, 1.0, None, 2),
         ),
+        "adam_if_plain": (
+            *([x.clone(), c.clone()], [z, c], [f(2, 4, 3, 5), c.clone()]),
+            *([f(2, 4, 3, 5), c.square()], [torch.zeros(()), torch.zeros(())]),
+            *([z.clone(), c.clone()], 0.1, 0.1, torch.tensor(0.1), torch.tensor(0.0)),
+            *(0.9, 0.99, 1e-8, 1.0, 1.0, 2),
+        ),
+        "are_plain": ([x, c],),
         "grad_norm": ([x, c.half()], torch.zeros(()), None, 2),
         "peak_flops": (1, 0.0, "fp32"),
         "multiplies_bf16": (),
@@ -229,10 +236,9 @@ def op_call(pick: random.Random):
     calls = op_calls()
     name = pick.choice(list(calls))
     arguments = list(calls[name])
-    for _ in range(pick.choice((1, 1, 1, 2, 3))):
-        if arguments:
-            at = pick.randrange(len(arguments))
-            arguments[at] = strange(arguments[at], pick)
+    count = min(len(arguments), pick.choice((1, 1, 1, 2, 3)))
+    for at in pick.sample(range(len(arguments)), count):  # torch survives no copy of the strangest
+        arguments[at] = strange(arguments[at], pick)
     if pick.random() < 0.05:
         arguments = arguments[1:] if pick.random() < 0.5 else [*arguments, 1]
     module = _native.C if name == "use_isa" else _native.C.cpu

@@ -28,7 +28,10 @@ KERNELS = (
     *("layers/input", "layers/pack", "layers/weight_gradient"),
     *("ops/group_norm_silu_backward", "ops/posterior_step"),
 )
-BF16 = ("layers/attention_bf16", "layers/convolve_bf16", "layers/weight_gradient_bf16")
+BF16 = (
+    *("layers/attention_bf16", "layers/attention_gradient_bf16", "layers/convolve_bf16"),
+    "layers/weight_gradient_bf16",
+)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
 

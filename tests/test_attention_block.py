@@ -100,6 +100,35 @@ def test_every_instruction_set(isa):
     assert_exact(y, truth, eager(x, 3, *parameters, num_heads=2), ulps=16)
 
 
+@pytest.mark.skipif(_native.C is None, reason=str(_native.reason))
+@pytest.mark.parametrize("isa", _native.isas_available())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "layout"), [((3, 40, 11, 13), "nchw"), ((1, 32, 17, 17), "nhwc")], ids=str
+)
+def test_gradients_of_every_instruction_set(isa, dtype, shape, layout):
+    """Of channels that fill no block of a product, and of more queries than are kept at a time;
+    their bits do not depend on the threads."""
+    x, parameters = inputs(shape, dtype, "cpu", layout)
+    grad = torch.randn(shape).to(dtype)
+
+    def computed(function=ops.attention_block, cast=lambda y: y):
+        leaves = [cast(y) for y in (x, *parameters)]
+        return gradients(lambda x, *p: function(x, 4, *p, num_heads=2), leaves, cast(grad))
+
+    before = _native.isa()
+    try:
+        _native.use_isa(isa)
+        with ops.use_backend("cpu"):
+            got = computed()
+            assert_same_for_any_thread_count(lambda: torch.cat([g.flatten() for g in computed()]))
+    finally:
+        _native.use_isa(before)
+    true, plain = computed(reference.attention_block, double), computed(eager)
+    for a, b, c in zip(got, true, plain, strict=True):
+        assert_exact(a, b, c, ulps=16)
+
+
 @pytest.mark.backends("cpu")  # a promise of the native CPU kernels alone
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_same_bits_for_any_threads_and_batch(device, layout):

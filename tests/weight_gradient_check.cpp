@@ -83,6 +83,7 @@ WeightGradientBf16 rounded(const WeightGradient& op, std::vector<BF16>& x,
   is.images = op.images, is.c_in = op.c_in, is.c_out = op.c_out, is.kernel = op.kernel;
   is.rows = op.rows, is.columns = op.columns, is.pixel = op.pixel;
   is.image = op.rows * op.columns * op.pixel, is.height = op.height, is.width = op.width;
+  is.grad_pixel = op.c_out;
   is.x = x.data(), is.grad = grad.data(), is.dweight = op.dweight;
   std::copy_n(op.stride, 4, is.stride);
   return is;

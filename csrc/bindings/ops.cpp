@@ -1,5 +1,5 @@
 // The ops of ops.h for Python. Outputs are allocated by fastddpm/ops/native.py.
-#include "adam.h"
+#include "adam_plain.h"
 #include "launch.h"
 
 namespace fastddpm {
@@ -330,6 +330,7 @@ void def_cpu_ops(py::module_& m) {
   def_squared_error<cpu::squared_error>(m);
   def_squared_error_backward<cpu::squared_error_backward>(m);
   def_adam<cpu::adam>(m);
+  def_adam_if_plain(m);
   def_grad_norm<cpu::grad_norm>(m);
 }
 #endif

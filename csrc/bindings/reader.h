@@ -27,7 +27,8 @@ struct Torch {                                    // looked up once
   PyObject *base, *tensor, *parameter, *disable;  // types
   PyObject *float32, *bfloat16, *float16, *float64, *uint8, *int64, *boolean;
   // Functions of the base class and of storages; properties are asked by getter_of().
-  PyObject *shape, *dtype, *stride, *get_device, *is_cpu, *is_neg, *data_ptr, *storage;
+  PyObject *shape, *dtype, *stride, *get_device, *is_cpu, *is_neg, *is_inference, *data_ptr;
+  PyObject* storage;
   PyObject *storage_bytes, *storage_ptr;
 
   Torch() {
@@ -45,6 +46,7 @@ struct Torch {                                    // looked up once
     shape = find(base, "shape"), dtype = find(base, "dtype"), is_cpu = find(base, "is_cpu");
     stride = find(base, "stride"), get_device = find(base, "get_device");
     is_neg = find(base, "is_neg"), data_ptr = find(base, "data_ptr");
+    is_inference = find(base, "is_inference");
     storage = find(base, "untyped_storage");
     const py::object untyped = module.attr("UntypedStorage");
     storage_bytes = find(untyped, "nbytes"), storage_ptr = find(untyped, "data_ptr");
@@ -242,6 +244,40 @@ class Reader {
     return {address(x, name, size, step, bytes_of(type)), type, elements};
   }
 
+  // Shape and strides, as torch gives them.
+  struct Layout {
+    py::object shape, strides;
+
+    bool operator==(const Layout& other) const {
+      return shape.equal(other.shape) && strides.equal(other.strides);
+    }
+  };
+
+  Layout layout_of(py::handle x, const char* name) {
+    const Plainly plainly(x);
+    return {get(torch().shape, x, name), ask(torch().stride, x, name)};
+  }
+
+  // `count` float32 numbers of a dense tensor that lies as `layout` says.
+  float* laid_out(py::handle x, const char* name, const Layout& layout, int64_t count) {
+    if (!(layout_of(x, name) == layout)) refuse(name, "lies in another order");
+    require_dtype(x, name, torch().float32, "float32");
+    Numbers size, step;
+    size.size = step.size = 1, size.value[0] = count, step.value[0] = 1;
+    return static_cast<float*>(address(x, name, size, step, 4));
+  }
+
+  // Whether x is of torch's own types, no subclass.
+  static bool is_plain(py::handle x) {
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(x.ptr()));
+    return type == torch().tensor || type == torch().parameter;
+  }
+
+  // Whether only inference mode may write x.
+  static bool is_inference(py::handle x, const char* name) {
+    return ask(torch().is_inference, x, name).ptr() != Py_False;
+  }
+
   // The one float32 number of a tensor without dimensions; null if not given.
   float* number_of(py::handle x, const char* name) {
     if (x.is_none()) return nullptr;
@@ -302,8 +338,7 @@ class Reader {
   class Plainly {
    public:
     explicit Plainly(py::handle x) {
-      PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(x.ptr()));
-      if (type == torch().tensor || type == torch().parameter) return;
+      if (is_plain(x)) return;
       guard = py::reinterpret_borrow<py::object>(torch().disable)();
       guard.attr("__enter__")();
     }

@@ -190,6 +190,12 @@ void check_sources(const GroupNormSilu& op) {
           "group_norm_silu: c1 must lie in 1 .. C - 1");
 }
 
+// Whether the weights ask for products of bfloat16 that this machine is faster with.
+bool rounds(const AttentionBlock& op) {
+  return multiplies_bf16() && op.qkv_weight.dtype == DType::bf16 &&
+         op.proj_weight.dtype == DType::bf16;
+}
+
 }  // namespace
 
 void isas(bool available, const char* names[MAX_ISAS]) {
@@ -268,6 +274,7 @@ void attention_block(const AttentionBlock& op, int threads) {
   check_divides("num_groups", op.groups, op.shape.c);
   check_divides("num_heads", op.heads, op.shape.c);
   require(op.y.dtype != DType::u8, "attention_block: y must be float32, bfloat16 or float16");
+  if (rounds(op)) return attention_block_bf16(op, threads);
   active().attention_block(op, threads);
 }
 
@@ -275,6 +282,7 @@ void attention_block_backward(const AttentionBlockBackward& op, int threads) {
   check_divides("num_groups", op.forward.groups, op.forward.shape.c);
   check_divides("num_heads", op.forward.heads, op.forward.shape.c);
   require(op.dx.dtype != DType::u8, "attention_block: dx must be float32, bfloat16 or float16");
+  if (rounds(op.forward)) return attention_block_backward_bf16(op, threads);
   active().attention_block_backward(op, threads);
 }
 

@@ -65,6 +65,10 @@ void check(const PosteriorStep& op);
 // Whether the one in use multiplies bfloat16: it is then faster than float32.
 bool multiplies_bf16();
 
+// attention_block and its gradient of bfloat16 operands with float32 sums.
+void attention_block_bf16(const AttentionBlock& op, int threads);
+void attention_block_backward_bf16(const AttentionBlockBackward& op, int threads);
+
 // FLOP/s: multiply-adds from registers on `threads` threads, each on a core of its own, the best of
 // the repeats that fit into `seconds`. precision: "fp32".
 double peak_flops(int threads, double seconds, const char* precision);

@@ -51,6 +51,19 @@ inline float exponentiate(float* __restrict x, int64_t count, float scale) {
   return 1.0f / sum;
 }
 
+// dp becomes scale p (dp - sum p dp).
+inline void softmax_gradient(const float* __restrict p, float* __restrict dp, int64_t count,
+                             float scale) {
+  Vector sums{};
+  float sum = 0.0f;
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH)
+    sums = vector_madd(load_vector(p + i), load_vector(dp + i), sums);
+  for (; i < count; ++i) sum = madd(p[i], dp[i], sum);
+  for (int64_t j = 0; j < WIDTH; ++j) sum += sums[j];
+  for (i = 0; i < count; ++i) dp[i] = scale * (p[i] * (dp[i] - sum));
+}
+
 // out = softmax(q k^T / sqrt(depth)) v for `rows` queries. keys: k^T packed; values: v packed;
 // scores: (rows, pixels rounded up to whole panels); out may be q.
 inline void attend_rows(const float* q, int64_t ldq, const float* keys, const float* values,

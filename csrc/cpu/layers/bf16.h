@@ -31,28 +31,6 @@ inline uint32_t pair_of(float low, float high) {
   return from_float<BF16>(low).bits | uint32_t(from_float<BF16>(high).bits) << 16;
 }
 
-// B[i][j] = b[i stride_k + j stride_n]; `panel` values from one panel to the next.
-inline void pack_bf16(const float* b, int64_t k, int64_t n, int64_t stride_k, int64_t stride_n,
-                      BF16* panels, int64_t panel) {
-  for (int64_t first = 0; first < n; first += TILE) {
-    const int64_t columns = n - first < TILE ? n - first : TILE;
-    BF16* half = panels + first / BLOCK * panel + first % BLOCK * BLOCK;
-    for (int64_t i = 0; i < blocks_of(k) * BLOCK; i += 2) {
-      uint32_t pairs[TILE] = {};
-      const float* row = b + i * stride_k + first * stride_n;
-      if (i + 1 < k)
-        for (int64_t j = 0; j < columns; ++j)
-          pairs[j] = pair_of(row[j * stride_n], row[j * stride_n + stride_k]);
-      else if (i < k)
-        for (int64_t j = 0; j < columns; ++j) pairs[j] = pair_of(row[j * stride_n], 0.0f);
-      __builtin_memcpy(half + i / BLOCK * STEP + i % BLOCK * TILE, pairs, sizeof pairs);
-    }
-    if (columns == n - first && first % BLOCK == 0)  // the panel's other half
-      for (int64_t s = 0; s < blocks_of(k); ++s)
-        __builtin_memset(half + s * STEP + STEP / 2, 0, STEP / 2 * sizeof(BF16));
-  }
-}
-
 // What a thread holds while it multiplies: for AMX the processor's tiles are set up.
 #if defined(__AMX_BF16__)
 

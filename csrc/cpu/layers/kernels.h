@@ -37,6 +37,8 @@ struct Kernels {
   decltype(&plain::convolve_bf16) convolve_bf16;
   decltype(&plain::attention_bf16) attention_bf16;
   decltype(&plain::attention_workspace_bf16) attention_workspace_bf16;
+  decltype(&plain::attention_gradient_bf16) attention_gradient_bf16;
+  decltype(&plain::attention_gradient_workspace_bf16) attention_gradient_workspace_bf16;
   decltype(&plain::packed_weight_size_bf16) packed_weight_size_bf16;
   decltype(&plain::product_rate_bf16) product_rate_bf16;
   decltype(&plain::pack_weight_bf16) pack_weight_bf16;

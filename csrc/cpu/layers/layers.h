@@ -114,6 +114,7 @@ struct WeightGradientBf16 {
   int64_t images, c_in, c_out, kernel;
   int64_t rows, columns, pixel, image;  // of x, as ConvolveBf16
   int64_t height, width;                // of grad
+  int64_t grad_pixel;                   // values from pixel to pixel in grad
   const BF16 *x, *grad;                 // grad: (images, height, width, c_out)
   float* dweight;                       // (c_out, c_in, kernel, kernel)
   int64_t stride[4];                    // its, in floats
@@ -126,11 +127,23 @@ struct Attention {
   float* y;
 };
 
+// The gradient of that by q, k and v, of bfloat16 operands with float32 sums; its result again,
+// which is not kept.
+struct AttentionGradient {
+  int64_t images, pixels, channels, heads;
+  const float *qkv, *dmixed;        // (images, pixels, 3C) and (images, pixels, C)
+  int64_t mixed_pixel, dqkv_pixel;  // values from pixel to pixel in what is written
+  BF16 *mixed, *dqkv;               // (images, pixels, C) and (images, pixels, 3C)
+  double* sums;                     // (images, 3C): of dqkv over the pixels
+};
+
 #define FASTDDPM_DECLARE_PLAN_OPS(isa, base)                                                   \
   namespace isa {                                                                              \
   void convolve_bf16(const ConvolveBf16&, int threads);                                        \
   void attention_bf16(const Attention&, float* workspace, int threads);                        \
   int64_t attention_workspace_bf16(const Attention&, int threads);                             \
+  void attention_gradient_bf16(const AttentionGradient&, float* workspace, int threads);       \
+  int64_t attention_gradient_workspace_bf16(const AttentionGradient&, int threads);            \
   int64_t packed_weight_size_bf16(int64_t c_in, int64_t c_out, int64_t kernel, bool repeated); \
   double product_rate_bf16();                                                                  \
   void pack_weight_bf16(const Weight&, bool repeated, BF16* packed, int threads);              \

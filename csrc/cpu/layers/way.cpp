@@ -10,42 +10,44 @@ namespace fastddpm {
 namespace cpu {
 namespace {
 
-#define FASTDDPM_KERNELS_ROW(isa, base) \
-  {#isa,                                \
-   base::channel_statistics,            \
-   base::group_coefficients,            \
-   base::prepare_input,                 \
-   base::convolve,                      \
-   base::attention,                     \
-   base::convolve_workspace,            \
-   base::attention_workspace,           \
-   base::best_algorithm,                \
-   base::packed_weight_size,            \
-   base::pack_weight,                   \
-   base::vector_width,                  \
-   base::load_images,                   \
-   base::store_images,                  \
-   base::spread_images,                 \
-   base::sum_squares_of_pixels,         \
-   base::sum_pixels,                    \
-   base::activation_gradient,           \
-   base::digest,                        \
-   base::best_weight_gradient,          \
-   base::weight_gradient_workspace,     \
-   base::weight_gradient_begin,         \
-   base::weight_gradient_add,           \
-   base::weight_gradient_finish,        \
-   isa::convolve_bf16,                  \
-   isa::attention_bf16,                 \
-   isa::attention_workspace_bf16,       \
-   isa::packed_weight_size_bf16,        \
-   isa::product_rate_bf16,              \
-   isa::pack_weight_bf16,               \
-   isa::weight_gradient_bf16_workspace, \
-   isa::weight_gradient_bf16_begin,     \
-   isa::weight_gradient_bf16_add,       \
-   isa::weight_gradient_bf16_finish,    \
-   base::posterior_step,                \
+#define FASTDDPM_KERNELS_ROW(isa, base)    \
+  {#isa,                                   \
+   base::channel_statistics,               \
+   base::group_coefficients,               \
+   base::prepare_input,                    \
+   base::convolve,                         \
+   base::attention,                        \
+   base::convolve_workspace,               \
+   base::attention_workspace,              \
+   base::best_algorithm,                   \
+   base::packed_weight_size,               \
+   base::pack_weight,                      \
+   base::vector_width,                     \
+   base::load_images,                      \
+   base::store_images,                     \
+   base::spread_images,                    \
+   base::sum_squares_of_pixels,            \
+   base::sum_pixels,                       \
+   base::activation_gradient,              \
+   base::digest,                           \
+   base::best_weight_gradient,             \
+   base::weight_gradient_workspace,        \
+   base::weight_gradient_begin,            \
+   base::weight_gradient_add,              \
+   base::weight_gradient_finish,           \
+   isa::convolve_bf16,                     \
+   isa::attention_bf16,                    \
+   isa::attention_workspace_bf16,          \
+   isa::attention_gradient_bf16,           \
+   isa::attention_gradient_workspace_bf16, \
+   isa::packed_weight_size_bf16,           \
+   isa::product_rate_bf16,                 \
+   isa::pack_weight_bf16,                  \
+   isa::weight_gradient_bf16_workspace,    \
+   isa::weight_gradient_bf16_begin,        \
+   isa::weight_gradient_bf16_add,          \
+   isa::weight_gradient_bf16_finish,       \
+   base::posterior_step,                   \
    base::group_norm_silu_backward},
 
 const Kernels table[] = {FASTDDPM_EACH_ISA(FASTDDPM_KERNELS_ROW)};

@@ -5,7 +5,7 @@
 // A job owns some rows of the result and walks over all pixels alone; those of a call begin a run.
 #include "../isa.h"
 #include "../parallel.h"
-#include "bf16.h"
+#include "bf16_rows.h"
 #include "place.h"
 
 namespace fastddpm {
@@ -31,6 +31,8 @@ struct Sums {
   int64_t packed() const { return (blocks + 1) * BLOCK * DEPTH / 2; }
 };
 
+constexpr BF16 ZEROS[TILE] = {};  // what a missing pixel has
+
 struct Pixels {
   const BF16 *x[DEPTH], *grad[DEPTH];
   int64_t count, steps;
@@ -40,36 +42,42 @@ struct Pixels {
     Place place(first, op.width, op.height);
     for (int64_t i = 0; i < count; ++i, place.next()) {
       x[i] = op.x + place.image * op.image + (place.y * op.columns + place.x) * op.pixel;
-      grad[i] = op.grad + (first + i) * op.c_out;
+      grad[i] = op.grad + (first + i) * op.grad_pixel;
     }
   }
 
-  uint32_t pair(const BF16* const* pixels, int64_t i, int64_t at) const {
-    const uint32_t low = i < count ? pixels[i][at].bits : 0;
-    return low | (i + 1 < count ? uint32_t(pixels[i + 1][at].bits) << 16 : 0);
+  // Values of pixel i from channel `at` on: TILE at most.
+  const BF16* of(const BF16* const* pixels, int64_t i, int64_t at) const {
+    return i < count ? pixels[i] + at : ZEROS;
   }
 
   // Channels first .. last of grad, [channel][DEPTH pixels], with zeros up to whole blocks.
   void pack_rows(int64_t first, int64_t last, BF16* rows) const {
-    const int64_t channels = last - first;
+    const int64_t channels = last - first, whole = channels / EIGHT * EIGHT;
     for (int64_t c = channels; c < blocks_of(channels) * BLOCK; ++c)
       __builtin_memset(rows + c * DEPTH, 0, size_t(steps * BLOCK) * sizeof(BF16));
-    for (int64_t i = 0; i < steps * BLOCK; i += 2)
-      for (int64_t c = 0; c < channels; ++c) {
-        const uint32_t two = pair(grad, i, first + c);
-        __builtin_memcpy(rows + c * DEPTH + i, &two, sizeof two);
+    for (int64_t i = 0; i < steps * BLOCK; i += EIGHT) {
+      for (int64_t c = 0; c < whole; c += EIGHT) {
+        const BF16* from[EIGHT];
+        for (int64_t j = 0; j < EIGHT; ++j) from[j] = of(grad, i + j, first + c);
+        transpose_eight(from, rows + c * DEPTH + i, DEPTH);
       }
+      for (int64_t j = i; j < i + EIGHT; ++j)
+        for (int64_t c = whole; c < channels; ++c) rows[c * DEPTH + j] = of(grad, j, first + c)[0];
+    }
   }
 
-  // Up to BLOCK channels of x, as pack_bf16 would lay them out with pixels for rows.
+  // Up to BLOCK channels of x, as panels of B, whose rows are pixels.
   void pack_panel(int64_t first, int64_t channels, BF16* panel) const {
     for (int64_t i = 0; i < steps * BLOCK; i += 2)
       for (int64_t half = 0; half < 2; ++half) {
-        uint32_t pairs[TILE] = {};
-        for (int64_t j = 0; j < TILE && half * TILE + j < channels; ++j)
-          pairs[j] = pair(x, i, first + half * TILE + j);
-        __builtin_memcpy(panel + i / BLOCK * STEP + half * (STEP / 2) + i % BLOCK * TILE, pairs,
-                         sizeof pairs);
+        const int64_t at = half * TILE, some = channels - at;
+        BF16* to = panel + i / BLOCK * STEP + half * (STEP / 2) + i % BLOCK * TILE;
+        const BF16 *low = of(x, i, first + at), *high = of(x, i + 1, first + at);
+        if (some >= TILE)
+          interleave(low, high, TILE, to);
+        else
+          interleave(low, high, some > 0 ? some : 0, to);
       }
   }
 };

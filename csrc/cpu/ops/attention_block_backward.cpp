@@ -190,19 +190,6 @@ class Backward {
       }
   }
 
-  // dp becomes scale p (dp - sum p dp).
-  static void softmax_gradient(const float* __restrict p, float* __restrict dp, int64_t count,
-                               float scale) {
-    Vector sums{};
-    float sum = 0.0f;
-    int64_t i = 0;
-    for (; i + WIDTH <= count; i += WIDTH)
-      sums = vector_madd(load_vector(p + i), load_vector(dp + i), sums);
-    for (; i < count; ++i) sum = madd(p[i], dp[i], sum);
-    for (int64_t j = 0; j < WIDTH; ++j) sum += sums[j];
-    for (i = 0; i < count; ++i) dp[i] = scale * (p[i] * (dp[i] - sum));
-  }
-
   // out (m, C) += a^T b over all rows; a: (rows, m), b: (rows, C).
   void weight_gradient(const float* a, int64_t m, const float* b, int64_t rows, float* out) {
     const int64_t count = round_up(channels, PANEL) / PANEL, blocks = (m + ROWS - 1) / ROWS;
@@ -241,22 +228,11 @@ class Backward {
 
   // dx = grad + the norm's gradient.
   void norm_backward() {
-    Scratch<float> result(shape.n * pixels * channels, false);
     GroupNormSiluBackward backward{};
     backward.forward = norm();
-    backward.grad = by_pixels(dnormed.data), backward.dx = by_pixels(result.data);
+    backward.grad = by_pixels(dnormed.data), backward.dx = op.dx, backward.grad_u = op.grad;
     backward.dweight = op.dnorm_weight, backward.dbias = op.dnorm_bias;
     group_norm_silu_backward(backward, threads);
-    const int64_t count = pixels * channels;
-    parallel_for(shape.n, shape.n * count, threads, [&](int64_t n, int) {
-      float buffer[CHUNK], *sum = result.data + n * count;
-      for (int64_t first = 0; first < count; first += CHUNK) {
-        const int64_t length = least(CHUNK, count - first);
-        load(view(op.grad, shape, n, Order::hwc), first, length, buffer);
-        for (int64_t i = 0; i < length; ++i) sum[first + i] += buffer[i];
-      }
-      store(view(op.dx, shape, n, Order::hwc), 0, count, sum);
-    });
   }
 };
 

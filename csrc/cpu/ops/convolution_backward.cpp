@@ -151,7 +151,8 @@ class Backward {
     };
     describe(gradient);
     describe(gradient_bf16);
-    gradient.algorithm = algorithm, gradient_bf16.image = input_way.image;
+    gradient.algorithm = algorithm;
+    gradient_bf16.image = input_way.image, gradient_bf16.grad_pixel = g.c;
     gradient_floats =
         LINE + lines(rounded() ? kernels.weight_gradient_bf16_workspace(gradient_bf16, threads)
                                : kernels.weight_gradient_workspace(gradient, threads));
