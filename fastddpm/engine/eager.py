@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -32,6 +32,7 @@ class Eager:
     run begins."""
 
     name = "eager"
+    takes: tuple[str, ...] | None = None  # the model's arguments beside x_t and t; None: any
 
     def __init__(
         self,
@@ -79,16 +80,37 @@ class Eager:
         for mine, given in zip(ours, theirs, strict=True):
             mine.copy_(given)
 
-    def output(self, xt: torch.Tensor, i: int, t: torch.Tensor) -> torch.Tensor:
+    def check_arguments(self, model_kwargs: Mapping[str, Any], n: int) -> None:
+        """ValueError for what the model or the engine does not take for n images."""
+        for name in model_kwargs:
+            if self.takes is not None and name not in self.takes:
+                raise ValueError(
+                    f"engine {self.name!r} takes no {name!r} for the model, only "
+                    f"{', '.join(map(repr, self.takes))}; engine='eager' does"
+                )
+        if isinstance(self._given, UNet):
+            if more := ", ".join(map(repr, model_kwargs.keys() - {"y"})):
+                raise ValueError(f"a fastddpm.UNet takes x, t and y; got {more}, too")
+            self._given.check_labels(model_kwargs.get("y"), n, wait=True)
+
+    def output(
+        self, xt: torch.Tensor, i: int, t: torch.Tensor, **model_kwargs: Any
+    ) -> torch.Tensor:
         """What the model says of x_t at chain index i; t: the same as a tensor (N,)."""
         with self._context():
-            return self.diffusion.model_output(self.model, xt, t)
+            return self.diffusion.model_output(self.model, xt, t, **model_kwargs)
 
     def step(
-        self, xt: torch.Tensor, i: int, t: torch.Tensor, seed: int, sample_index: torch.Tensor
+        self,
+        xt: torch.Tensor,
+        i: int,
+        t: torch.Tensor,
+        seed: int,
+        sample_index: torch.Tensor,
+        **model_kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x_{t-1}, what the model said of x_t) at chain index i; t: the same as a tensor (N,)."""
-        output = self.output(xt, i, t)
+        output = self.output(xt, i, t, **model_kwargs)
         x = self.diffusion.p_step(
             xt, output, t, seed=seed, sample_index=sample_index, **self.step_options
         )
@@ -104,6 +126,7 @@ class Eager:
         start: int | None = None,
         stop: int = 0,
         on_step: OnStep | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """Take x from chain index `start` (None: T) down to `stop` (DDPM Algorithm 2, lines 2 to
         5).
@@ -111,13 +134,16 @@ class Eager:
         xt: (N, C, H, W) float32, left as it is;  sample_index: (N,) int64, whose noise each sample
             takes.
         on_step(i, x, x0): after the step at chain index i, with its result and a function for the
-        x0 prediction."""
+        x0 prediction.
+        model_kwargs: what the model takes beside x_t and t, of these images: {"y": classes}"""
         diffusion, clip = self.diffusion, bool(self.step_options["clip"])
+        model_kwargs = dict(model_kwargs or {})
+        self.check_arguments(model_kwargs, len(xt))
         self.follow()
         with evaluating(self.model):
             for i in reversed(range(stop, diffusion.T if start is None else start)):
                 t = torch.full((xt.shape[0],), i, dtype=torch.int64, device=self.device)
-                x, output = self.step(xt, i, t, seed, sample_index)
+                x, output = self.step(xt, i, t, seed, sample_index, **model_kwargs)
                 if on_step is not None:
                     on_step(i, x, functools.partial(diffusion.predict_x0, xt, output, t, clip=clip))
                 xt = x
