@@ -158,13 +158,15 @@ class Diffusion:
             f"{t.device} timesteps", lambda: torch.from_numpy(steps.copy()).to(t.device)
         )[t]
 
-    def model_output(self, model: Model, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """model(x_t, its own step) at the chain indices t: (N, C, H, W) float32, or 2C channels for
-        a learned variance.
+    def model_output(
+        self, model: Callable[..., Any], xt: torch.Tensor, t: torch.Tensor, /, **model_kwargs: Any
+    ) -> torch.Tensor:
+        """model(x_t, its own step, **model_kwargs) at the chain indices t: (N, C, H, W) float32, or
+        2C channels for a learned variance.
 
         diffusers' outputs are taken too: their `sample` is the tensor. Raises ValueError for any
         other shape, which could broadcast unnoticed, and for another device."""
-        output = model(xt, self.model_t(t))
+        output = model(xt, self.model_t(t), **model_kwargs)
         output = getattr(output, "sample", output)
         channels = xt.shape[1] * (2 if self.variance == "learned" else 1)
         expected = (xt.shape[0], channels, *xt.shape[2:])

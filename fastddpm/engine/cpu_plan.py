@@ -52,6 +52,7 @@ class CpuPlan(Eager):
     bits of an image do not depend on the batch or the number of threads."""
 
     name = "cpu_plan"
+    takes = ()
 
     def __init__(
         self,
@@ -77,19 +78,28 @@ class CpuPlan(Eager):
         )
         self._plans: dict[tuple[int, int], Any] = {}
 
-    def output(self, xt: torch.Tensor, i: int, t: torch.Tensor) -> torch.Tensor:
+    def output(
+        self, xt: torch.Tensor, i: int, t: torch.Tensor, /, **model_kwargs: Any
+    ) -> torch.Tensor:
         plan, out = self._plan(xt, t), self._empty_output(xt)
         if not plan.forward(xt, self._time[i], out, torch.get_num_threads()):
             raise self._not_finite(plan, xt, i)
         return out
 
     def step(
-        self, xt: torch.Tensor, i: int, t: torch.Tensor, seed: int, sample_index: torch.Tensor
+        self,
+        xt: torch.Tensor,
+        i: int,
+        t: torch.Tensor,
+        seed: int,
+        sample_index: torch.Tensor,
+        /,
+        **model_kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As Eager's, in one native call: each image takes its step where its eps was computed."""
         sampler, prediction = self.step_options["sampler"], self.diffusion.prediction
         if not self.diffusion.takes_output(sampler):
-            return super().step(xt, i, t, seed, sample_index)
+            return super().step(xt, i, t, seed, sample_index, **model_kwargs)
         checks.values_in("sample_index", sample_index, checks.INDEX_END, "2^63 - 1")
         plan, out, x = self._plan(xt, t), self._empty_output(xt), torch.empty_like(xt)
         model_output, log_variance = self.diffusion.split(out)

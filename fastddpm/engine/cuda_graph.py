@@ -6,7 +6,7 @@ What is recorded is here, and what a recording needs; the step itself is eager.p
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from fastddpm.batching import is_out_of_memory
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine.eager import Eager, OnStep
+from fastddpm.engine.guided import Guide
 from fastddpm.host import evaluating
 from fastddpm.ops import checks
 from fastddpm.ops.dispatch import report_slower
@@ -98,6 +99,8 @@ class CudaGraph(Eager):
     recording's own tensors, good until the next step."""
 
     name = "cuda_graph"
+    takes = ()
+    guided = False
     records_xt = True  # whether the recording itself keeps x_t
 
     def __init__(
@@ -125,8 +128,12 @@ class CudaGraph(Eager):
         start: int | None = None,
         stop: int = 0,
         on_step: OnStep | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        guide: Guide | None = None,
     ) -> torch.Tensor:
         """As Eager's, which see; a shape that was not met before is recorded first."""
+        assert not model_kwargs, "make_engine chose it for a model that takes some"
+        assert guide is None, "make_engine chose it for steps that are guided"
         start = self.diffusion.T if start is None else start
         try:
             recorded = self._get(xt) if start > stop and len(xt) else None
