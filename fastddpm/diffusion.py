@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,7 +22,7 @@ from fastddpm.wrapped import parts, unwrap
 
 Prediction = Literal["eps", "x0", "mean"]
 Loss = Literal["simple", "vlb"]
-Model = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Model = Callable[..., torch.Tensor]  # (x_t, t), and what a model takes beside
 
 
 class Diffusion:
@@ -288,17 +288,18 @@ class Diffusion:
         *,
         t: torch.Tensor,
         flip: torch.Tensor | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
         **noise: Any,
     ) -> torch.Tensor:
         """The objective for each image, (N,) float32: Eq. 14, or the term L_{t} of Eq. 5 in
         bits/dim.
 
         x0: (N, C, H, W) uint8 or float in [-1, 1];  t: (N,) int64;  noise: eps=..., or seed=... and
-            sample_index=...
+            sample_index=...;  model_kwargs: what the model takes beside x_t and t, {"y": classes}
         """
         table = self.table(x0.device)
         xt, eps = ops.noise(x0, t, table, flip=flip, dtype=torch.float32, **noise)
-        output = self.model_output(model, xt, t)
+        output = self.model_output(model, xt, t, **(model_kwargs or {}))
         if self.objective == "simple" and self.prediction == "eps":
             return ops.squared_error(output, eps)
         x0 = reference.to_unit(x0) if x0.dtype == torch.uint8 else x0

@@ -85,6 +85,19 @@ class Eager:
         for mine, given in zip(ours, theirs, strict=True):
             mine.copy_(given)
 
+    def check_arguments(self, model_kwargs: Mapping[str, Any], n: int) -> None:
+        """ValueError for what the model or the engine does not take for n images."""
+        for name in model_kwargs:
+            if self.takes is not None and name not in self.takes:
+                raise ValueError(
+                    f"engine {self.name!r} takes no {name!r} for the model, only "
+                    f"{', '.join(map(repr, self.takes))}; engine='eager' does"
+                )
+        if isinstance(self._given, UNet):
+            if more := ", ".join(map(repr, model_kwargs.keys() - {"y"})):
+                raise ValueError(f"a fastddpm.UNet takes x, t and y; got {more}, too")
+            self._given.check_labels(model_kwargs.get("y"), n, wait=True)
+
     def output(
         self, xt: torch.Tensor, i: int, t: torch.Tensor, /, **model_kwargs: Any
     ) -> torch.Tensor:
@@ -137,19 +150,21 @@ class Eager:
             takes.
         on_step(i, x, x0): after the step at chain index i, with its result and a function for the
         x0 prediction.
-        model_kwargs: what the model gets beside x_t and t;  guide: of this run, between the model
-            and the step."""
-        diffusion, clip, given = self.diffusion, bool(self.step_options["clip"]), model_kwargs or {}
+        model_kwargs: what the model takes beside x_t and t, of these images: {"y": classes};
+            guide: of this run, between the model and the step."""
+        diffusion, clip = self.diffusion, bool(self.step_options["clip"])
+        model_kwargs = dict(model_kwargs or {})
+        self.check_arguments(model_kwargs, len(xt))
         self.follow()
         with evaluating(self.model):
             for i in reversed(range(stop, diffusion.T if start is None else start)):
                 t = torch.full((xt.shape[0],), i, dtype=torch.int64, device=self.device)
                 x0: Callable[[], torch.Tensor]
                 if guide is None:
-                    x, output = self.step(xt, i, t, seed, sample_index, **given)
+                    x, output = self.step(xt, i, t, seed, sample_index, **model_kwargs)
                     x0 = functools.partial(diffusion.predict_x0, xt, output, t, clip=clip)
                 else:
-                    x, x0 = guide.step(self, xt, i, t, seed, sample_index, given)
+                    x, x0 = guide.step(self, xt, i, t, seed, sample_index, model_kwargs)
                 if on_step is not None:
                     on_step(i, x, x0)
                 xt = x
