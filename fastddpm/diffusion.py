@@ -16,6 +16,7 @@ import torch
 
 from fastddpm import ops, reference
 from fastddpm.host import callers_level
+from fastddpm.networks import check_is_network
 from fastddpm.schedule import COLUMNS, Sampler, Schedule, Variance, check_choice
 from fastddpm.wrapped import parts, unwrap
 
@@ -81,6 +82,7 @@ class Diffusion:
         process than the paper's (what it makes of its outputs is not known), and a traced one,
         which has lost what it had.
         """
+        check_is_network(model)
         if not callable(model):
             raise ValueError(
                 f"model must be a callable (x_t, t) -> output; got {type(model).__name__}"
@@ -159,7 +161,7 @@ class Diffusion:
         )[t]
 
     def model_output(
-        self, model: Model, xt: torch.Tensor, t: torch.Tensor, **model_kwargs: Any
+        self, model: Callable[..., Any], xt: torch.Tensor, t: torch.Tensor, /, **model_kwargs: Any
     ) -> torch.Tensor:
         """model(x_t, its own step, **model_kwargs) at the chain indices t: (N, C, H, W) float32, or
         2C channels for a learned variance.

@@ -87,7 +87,7 @@ class CpuPlan(Eager):
         self._plans: dict[tuple[int, int], Any] = {}
 
     def output(
-        self, xt: torch.Tensor, i: int, t: torch.Tensor, **model_kwargs: Any
+        self, xt: torch.Tensor, i: int, t: torch.Tensor, /, **model_kwargs: Any
     ) -> torch.Tensor:
         plan, out, time = self._plan(xt, t), self._empty_output(xt), self._rows(i, **model_kwargs)
         if not plan.forward(xt, time, out, torch.get_num_threads()):
@@ -101,6 +101,7 @@ class CpuPlan(Eager):
         t: torch.Tensor,
         seed: int,
         sample_index: torch.Tensor,
+        /,
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As Eager's, in one native call: each image takes its step where its eps was computed."""
