@@ -20,6 +20,7 @@ from fastddpm.unet import UNet
 from fastddpm.unet_config import MAX_VALUES
 from fastddpm.weights import load, rename
 
+PROJECT = "diffusers"
 STEM = "diffusion_pytorch_model"
 # STEM[.variant].safetensors, and STEM.safetensors.index[.variant].json beside its shards.
 _WEIGHTS_NAME = STEM + r"(\.(\w+))?\.(safetensors|bin)(\.index(?:\.(\w+))?\.json)?"
@@ -40,8 +41,12 @@ _FIXED = {
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
 }
-# What has no part in the network's function.
-_OTHER = ("sample_size", "num_train_timesteps")
+# What has no part in the network's function; the second line is of an EMA's bookkeeping.
+_OTHER = (
+    "sample_size", "num_train_timesteps",
+    "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma",
+    "power",
+)  # fmt: skip
 # Their names of options that mean the same here.
 _SAME = {
     "in_channels": "in_channels",
