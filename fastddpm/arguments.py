@@ -4,13 +4,14 @@ ValueError that names the argument, what it was and what is allowed."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastddpm.ops import checks
+from fastddpm.options import shown
 from fastddpm.schedule import check_count
 from fastddpm.unet import UNet
 from fastddpm.wrapped import parts, unwrap
@@ -190,3 +191,28 @@ def image_pair(a: Any, b: Any) -> tuple[torch.Tensor, torch.Tensor]:
                 f"{name} must be uint8, or float in [-1, 1]; got floats in {low:g} .. {high:g}"
             )
     return a, b
+
+
+def check_model_kwargs(model_kwargs: Any) -> None:
+    """None, or what a model gets by name beside x and t."""
+    named = isinstance(model_kwargs, Mapping) and all(isinstance(k, str) for k in model_kwargs)
+    if model_kwargs is not None and not named:
+        raise ValueError(
+            f"model_kwargs must be a dict of arguments by name; got {shown(model_kwargs)}"
+        )
+
+
+def rows_of(
+    model_kwargs: Mapping[str, Any] | None, part: torch.Tensor, n: int
+) -> dict[str, Any] | None:
+    """model_kwargs for the images `part` of n, on their device: of a tensor of n rows those, all
+    else as it is.
+    """
+    if model_kwargs is None:
+        return None
+    return {
+        name: value.to(part.device)[part]
+        if isinstance(value, torch.Tensor) and value.dim() and len(value) == n
+        else value
+        for name, value in model_kwargs.items()
+    }

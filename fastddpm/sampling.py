@@ -228,6 +228,7 @@ class Chain:
         clip = check_flag("clip", clip)
         full.warn_of_the_end()
         self.diffusion = full.respace(steps)
+        self.diffusion.warn_of_the_end()  # a list of steps may leave out the last
         self.T = self.diffusion.T
         self.diffusion.table(self.device, sampler=sampler, eta=eta)
         self._options = {"sampler": sampler, "eta": eta, "clip": clip}

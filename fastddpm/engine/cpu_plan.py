@@ -70,8 +70,9 @@ class CpuPlan(Eager):
             precision = best_precision()
         self.precision = resolve_precision(precision, device)
         self._unet = model
-        self._steps = diffusion.model_t(torch.arange(diffusion.T, device=device))
-        self._time = time_rows(model, self._steps)
+        chain = torch.arange(diffusion.T, device=device)
+        self._steps = diffusion.model_t(chain)
+        self._time = time_rows(model, diffusion.model_time(chain))
         self._table = diffusion.table(
             device, sampler=self.step_options["sampler"], eta=self.step_options["eta"]
         )
@@ -108,6 +109,7 @@ class CpuPlan(Eager):
             table=self._table,
             prediction=prediction,
             clip=self.step_options["clip"],
+            learned_range=self.diffusion.learned_range and sampler != "ddim",
         )
         if not finite:
             raise self._not_finite(plan, xt, i)
