@@ -4,14 +4,13 @@ ValueError that names the argument, what it was and what is allowed."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastddpm.ops import checks
-from fastddpm.options import shown
 from fastddpm.schedule import check_count
 from fastddpm.unet import UNet
 from fastddpm.wrapped import parts, unwrap
@@ -185,34 +184,18 @@ def image_pair(a: Any, b: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if a.dtype != b.dtype or not (a.dtype == torch.uint8 or a.is_floating_point()):
         raise ValueError(f"a and b must be uint8 or float alike; got {a.dtype} and {b.dtype}")
     for name, image in (("a", a), ("b", b)):
-        if image.is_floating_point() and not bool((image.abs() <= 1.001).all()):  # NaN is not
-            low, high = (float(value) for value in torch.aminmax(image))
-            raise ValueError(
-                f"{name} must be uint8, or float in [-1, 1]; got floats in {low:g} .. {high:g}"
-            )
+        check_range(name, image)
     return a, b
 
 
-def check_model_kwargs(model_kwargs: Any) -> None:
-    """None, or what a model gets by name beside x and t."""
-    named = isinstance(model_kwargs, Mapping) and all(isinstance(k, str) for k in model_kwargs)
-    if model_kwargs is not None and not named:
+def check_range(name: str, image: torch.Tensor) -> None:
+    """ValueError unless the pixels are uint8, or float in [-1, 1]."""
+    if image.dtype == torch.uint8:
+        return
+    if not image.is_floating_point():
+        raise ValueError(f"{name} must be uint8, or float in [-1, 1]; got {image.dtype}")
+    if not bool((image.abs() <= 1.001).all()):  # NaN is not
+        low, high = (float(value) for value in torch.aminmax(image))
         raise ValueError(
-            f"model_kwargs must be a dict of arguments by name; got {shown(model_kwargs)}"
+            f"{name} must be uint8, or float in [-1, 1]; got floats in {low:g} .. {high:g}"
         )
-
-
-def rows_of(
-    model_kwargs: Mapping[str, Any] | None, part: torch.Tensor, n: int
-) -> dict[str, Any] | None:
-    """model_kwargs for the images `part` of n, on their device: of a tensor of n rows those, all
-    else as it is.
-    """
-    if model_kwargs is None:
-        return None
-    return {
-        name: value.to(part.device)[part]
-        if isinstance(value, torch.Tensor) and value.dim() and len(value) == n
-        else value
-        for name, value in model_kwargs.items()
-    }

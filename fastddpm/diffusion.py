@@ -17,6 +17,7 @@ import torch
 from fastddpm import ops, reference
 from fastddpm.host import callers_level
 from fastddpm.loss_weights import GAMMA, LossWeight, check_loss_weight, weights
+from fastddpm.networks import check_is_network
 from fastddpm.options import check_flag
 from fastddpm.schedule import COLUMNS, Sampler, Schedule, Variance, check_choice
 from fastddpm.spacing import Spacing
@@ -25,8 +26,7 @@ from fastddpm.wrapped import parts, unwrap
 Prediction = Literal["eps", "x0", "mean", "v"]
 Loss = Literal["simple", "vlb", "hybrid"]
 LEARNED = ("learned", "learned_range")  # variances that the model gives
-Model = Callable[..., torch.Tensor]
-ModelKwargs = Mapping[str, Any] | None
+Model = Callable[..., torch.Tensor]  # (x_t, t), and what a model takes beside
 
 
 class Diffusion:
@@ -118,6 +118,7 @@ class Diffusion:
         process than the paper's (what it makes of its outputs is not known), and a traced one,
         which has lost what it had.
         """
+        check_is_network(model)
         if not callable(model):
             raise ValueError(
                 f"model must be a callable (x_t, t) -> output; got {type(model).__name__}"
@@ -220,18 +221,14 @@ class Diffusion:
         return own.float() * (1000.0 / self.schedule.full_steps) if self.rescale_timesteps else own
 
     def model_output(
-        self,
-        model: Model,
-        xt: torch.Tensor,
-        t: torch.Tensor,
-        model_kwargs: ModelKwargs = None,
+        self, model: Callable[..., Any], xt: torch.Tensor, t: torch.Tensor, /, **model_kwargs: Any
     ) -> torch.Tensor:
         """model(x_t, its own time, **model_kwargs) at the chain indices t: (N, C, H, W) float32, or
         2C channels for a learned variance.
 
         diffusers' outputs are taken too: their `sample` is the tensor. Raises ValueError for any
         other shape, which could broadcast unnoticed, and for another device."""
-        output = model(xt, self.model_time(t), **(model_kwargs or {}))
+        output = model(xt, self.model_time(t), **model_kwargs)
         output = getattr(output, "sample", output)
         channels = xt.shape[1] * (2 if self.learns_variance else 1)
         expected = (xt.shape[0], channels, *xt.shape[2:])
@@ -357,18 +354,18 @@ class Diffusion:
         *,
         t: torch.Tensor,
         flip: torch.Tensor | None = None,
-        model_kwargs: ModelKwargs = None,
+        model_kwargs: Mapping[str, Any] | None = None,
         **noise: Any,
     ) -> torch.Tensor:
         """The objective for each image, (N,) float32: Eq. 14, the term L_{t} of Eq. 5 in bits/dim,
         or their hybrid.
 
         x0: (N, C, H, W) uint8 or float in [-1, 1];  t: (N,) int64;  noise: eps=..., or seed=... and
-            sample_index=...;  model_kwargs: what the model gets beside x_t and t
+            sample_index=...;  model_kwargs: what the model takes beside x_t and t, {"y": classes}
         """
         table = self.table(x0.device)
         xt, eps = ops.noise(x0, t, table, flip=flip, dtype=torch.float32, **noise)
-        output = self.model_output(model, xt, t, model_kwargs)
+        output = self.model_output(model, xt, t, **(model_kwargs or {}))
         if self.objective == "simple" and self.prediction == "eps":
             return self._weighted(ops.squared_error(output, eps), t)
         x0 = reference.to_unit(x0) if x0.dtype == torch.uint8 else x0
@@ -444,7 +441,7 @@ class Diffusion:
         sample_index: torch.Tensor | None = None,
         on_step: Callable[[], object] | None = None,
         clip: bool = True,
-        model_kwargs: ModelKwargs = None,
+        model_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Every L_{t} of Eq. 5, one draw of x_t each: (N, T) bits/dim, column 0 the decoder, and
         the (N, T) mse of x0, which is clipped or not.
@@ -466,7 +463,7 @@ class Diffusion:
                     sample_index=sample_index,
                     step=self.model_t(t),
                 )
-                output = self.model_output(model, xt, t, model_kwargs)
+                output = self.model_output(model, xt, t, **(model_kwargs or {}))
                 terms[:, i] = self.vlb_term(x0, xt, output, t, clip=clip)
                 predicted = self.predict_x0(xt, output, t, clip=clip)
                 mse[:, i] = (predicted - x0).square().mean(dim=(1, 2, 3))

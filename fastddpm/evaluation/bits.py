@@ -10,13 +10,15 @@ import torch
 
 from fastddpm import arguments
 from fastddpm.batching import Batches, batch_size_for
+from fastddpm.chain import Steps, named_arguments
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine import runnable
+from fastddpm.given import Given
 from fastddpm.host import evaluating, own_state
+from fastddpm.networks import check_call
 from fastddpm.options import check_flag
 from fastddpm.precision import float32_kept
 from fastddpm.progress import tqdm
-from fastddpm.sampling import Steps
 from fastddpm.schedule import check_count
 from fastddpm.spacing import Spacing
 
@@ -71,10 +73,12 @@ def bits_per_dim(
     arguments.check_pixels("x0", x0)
     process = Diffusion.of(model, diffusion).respace(steps, spacing=spacing)
     clip = check_flag("clip", clip)
-    arguments.check_model_kwargs(model_kwargs)
     x0 = x0.to(arguments.device_of(model, None, x0.device))
     seed = arguments.seed(seed)
     index = arguments.sample_indices(len(x0), first_index).to(x0.device)
+    named = named_arguments(model_kwargs)
+    check_call(model, named)
+    given = Given(len(x0), 0, x0.shape[1:], process.T, x0.device, model_kwargs=named)
     if batch_size is None:
         batch_size = min(64, batch_size_for(runnable(model), x0.shape[1:], "fp32", x0.device))
     batches = Batches(check_count("batch_size", batch_size))
@@ -87,7 +91,7 @@ def bits_per_dim(
         def terms_of(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return process.vlb_terms(
                 model, x0[part], seed=seed, sample_index=index[part], on_step=bar.update, clip=clip,
-                model_kwargs=arguments.rows_of(model_kwargs, part, len(x0)),
+                model_kwargs=given.kwargs(given.rows(part)),
             )  # fmt: skip
 
         everything = torch.arange(len(x0), device=x0.device)
