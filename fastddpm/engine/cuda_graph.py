@@ -15,6 +15,7 @@ import torch
 from fastddpm.batching import is_out_of_memory
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine.eager import Eager, OnStep
+from fastddpm.engine.guided import Guide
 from fastddpm.host import evaluating
 from fastddpm.ops import checks
 from fastddpm.ops.dispatch import report_slower
@@ -100,6 +101,7 @@ class CudaGraph(Eager):
 
     name = "cuda_graph"
     takes = ("y",)
+    guided = False
     records_xt = True  # whether the recording itself keeps x_t
 
     def __init__(
@@ -128,8 +130,10 @@ class CudaGraph(Eager):
         stop: int = 0,
         on_step: OnStep | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        guide: Guide | None = None,
     ) -> torch.Tensor:
         """As Eager's, which see; a shape that was not met before is recorded first."""
+        assert guide is None, "make_engine chose it for steps that are guided"
         start = self.diffusion.T if start is None else start
         model_kwargs = dict(model_kwargs or {})
         self.check_arguments(model_kwargs, len(xt))
