@@ -10,6 +10,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -65,6 +66,40 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Any]:
             error.filename = str(path)
         raise
     _fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """An empty folder to fill, which takes the name `folder` when it is whole and on the disk; one
+    that fails leaves nothing. FileExistsError where there is anything of that name."""
+    folder = named(folder)
+    check_free(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
+            else:
+                _fsync_folder(file)
+        _fsync_folder(temporary)
+        check_free(folder)
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _fsync_folder(folder.parent)
+
+
+def check_free(path: str | os.PathLike) -> None:
+    """FileExistsError where there is anything of that name, a link to nothing too."""
+    if os.path.lexists(path):
+        raise FileExistsError(
+            f"{path} is there already, and nothing is written over it: give another name"
+        )
 
 
 def locked_temporary(path: Path) -> tuple[int, Path]:
@@ -277,8 +312,8 @@ def read_weights(
         raise FileNotFoundError(f"no such file: {path}")
     if not allow_pickle:
         raise ValueError(
-            f"{path} is a pickle, which is not loaded unasked: pass allow_pickle=True if you trust "
-            "it, or give a .safetensors file"
+            f"{path} is a pickle, which is not loaded unasked: pass allow_pickle=True, or "
+            "--allow-pickle, if you trust it, or give a .safetensors file"
         )
     check_fits(f"{path}", os.path.getsize(path))
     try:

@@ -15,7 +15,7 @@ from fastddpm.diffusion import Diffusion
 from fastddpm.host import callers_level
 from fastddpm.integrations.containers import check_weights_choice
 from fastddpm.integrations.diffusers import PROJECT as DIFFUSERS
-from fastddpm.integrations.diffusers import load_folder
+from fastddpm.integrations.diffusers import check_options, load_folder
 from fastddpm.integrations.files import Origin, check_finite, load_file
 from fastddpm.integrations.port import PROJECT as PORT
 from fastddpm.integrations.schedulers import process_files
@@ -128,6 +128,7 @@ def read_model(source: str | os.PathLike, **options: Any) -> tuple[UNet, Origin]
         )
     config = read_json(path / CONFIG)
     if config.get("format") != "fastddpm":
+        check_options(path, options)
         model = load_folder(path, config, **options).eval()
         check_finite(model, path)
         given = options.get("diffusion") is not None or process_files(path)

@@ -51,9 +51,11 @@ def assert_equal_outputs(model: UNet, theirs: torch.nn.Module) -> None:
     """To 1e-5 of the largest output, in float32, at several steps."""
     x = torch.randn(3, model.in_channels, *model.image_size, generator=generator(5))
     t = torch.tensor([0, 371, 999])
+    classes = model.config["num_classes"]
+    y = () if classes is None else (torch.tensor([0, classes - 1, 1]),)
     with torch.no_grad():
-        expected = theirs(x, t).sample
-        assert (model(x, t) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        expected = theirs(x, t, *y).sample
+        assert (model(x, t, *y) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,11 @@ def assert_equal_outputs(model: UNet, theirs: torch.nn.Module) -> None:
         {"downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5},
         {"attention_head_dim": 8, "norm_num_groups": 16},
         {"layers_per_block": 1, "dropout": 0.1},
+        {
+            "resnet_time_scale_shift": "scale_shift",
+            "attn_norm_num_groups": 32,
+            "num_class_embeds": 5,
+        },
     ],
     ids=str,
 )
@@ -151,7 +158,12 @@ def test_a_diffusers_model_is_sampled_as_it_is():
     ("options", "message"),
     [
         ({"act_fn": "gelu"}, "act_fn must be 'silu' or 'swish' here; got 'gelu'"),
-        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift must be 'default'"),
+        ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift must be 'default' or"),
+        (
+            {"resnet_time_scale_shift": "scale_shift"},
+            r"attn_norm_num_groups must be norm_num_groups \(32",
+        ),
+        ({"attn_norm_num_groups": [32]}, r"attn_norm_num_groups must be norm_num_groups \(32\)"),
         ({"class_embed_type": "timestep"}, "class_embed_type must be None here"),
         ({"down_block_types": ["SkipDownBlock2D"]}, "got 'SkipDownBlock2D'"),
         ({"up_block_types": ["UpBlock2D"] * 3}, "up_block_types must mirror down_block_types"),

@@ -16,7 +16,7 @@ from peers import W86, OpenAI, Tqch, as_port, randomised
 from safetensors.torch import save_file
 from toy import generator, tiny_unet
 
-from fastddpm import Diffusion, Schedule, UNet
+from fastddpm import Diffusion, Schedule, UNet, sample
 from fastddpm.integrations.containers import find
 from fastddpm.pretrained import read_model
 
@@ -142,6 +142,33 @@ def test_openais_image_sizes_are_those_of_its_scripts(tmp_path, mult, size):
     assert read(tmp_path / "x.safetensors").image_size == (size, size)
 
 
+def test_openais_learned_variances_are_a_range(tmp_path):
+    theirs = randomised(OpenAI(out_channels=6, num_classes=3))
+    torch.save(theirs.state_dict(), tmp_path / "x.pt")
+    model = read(tmp_path / "x.pt", num_heads=4)
+    assert_equal_outputs(model, theirs, steps=1000)
+    assert (model.diffusion.variance, model.diffusion.objective) == ("learned_range", "hybrid")
+    x = sample(model, 2, shape=(3, 8, 8), steps=3, model_kwargs={"y": torch.tensor([0, 2])},
+               progress=False)  # fmt: skip
+    assert x.isfinite().all()
+    model.save_pretrained(tmp_path / "ours")
+    assert UNet.from_pretrained(tmp_path / "ours").diffusion.variance == "learned_range"
+
+
+def test_the_process_is_an_option(tmp_path):
+    torch.save(OpenAI(out_channels=6).state_dict(), tmp_path / "x.pt")
+    options = {"timesteps": 4000, "schedule": "cosine", "rescale_timesteps": True}
+    said = read(tmp_path / "x.pt", **options).diffusion
+    own = Diffusion(Schedule.cosine(4000), variance="learned_range", loss="hybrid",
+                    rescale_timesteps=True)  # fmt: skip
+    assert said.to_config() == own.to_config()
+    linear = read(tmp_path / "x.pt", timesteps=500, rescale_timesteps=False).diffusion.schedule
+    assert linear.betas[[0, -1]] == pytest.approx([2e-4, 0.04])  # scaled, as their linear one is
+    torch.save(W86().state_dict(), tmp_path / "w.pt")
+    small = read(tmp_path / "w.pt", variance="fixed_small", prediction="x0").diffusion
+    assert (small.T, small.prediction, small.variance) == (50, "x0", "fixed_small")
+
+
 # ---- containers ----------------------------------------------------------------------------------
 
 
@@ -250,6 +277,18 @@ def test_the_port_is_read_from_containers_too(tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
+def test_the_names_of_openais_files_say_which_weights_they_hold(tmp_path):
+    for name, role, said in (
+        ("ema_0.9999_000100.pt", "ema", "EMA"),
+        ("model000100.pt", "raw", "raw"),
+    ):
+        torch.save(A, tmp_path / name)
+        assert read_model(tmp_path / name, allow_pickle=True)[1].weights == f"{said} weights"
+        other = {"ema": "raw", "raw": "ema"}[role]
+        with pytest.raises(ValueError, match=f"holds the {role} weights, as its name says"):
+            read(tmp_path / name, weights=other)
+
+
 def test_what_the_file_does_not_say_is_said(tmp_path):
     torch.save(OpenAI().state_dict(), tmp_path / "x.pt")
     with pytest.warns(UserWarning, match="is read as a model of OpenAI's UNetModel") as caught:
@@ -352,6 +391,11 @@ def test_what_is_another_or_damaged_is_named(tmp_path, content, message):
         ({"num_heads": "4"}, "num_heads must be a positive integer"),
         ({"num_heads": 4, "head_dim": 8}, "num_heads"),
         ({"new_attention_order": 1}, "new_attention_order must be True or False; got 1"),
+        ({"timesteps": 500}, "rescale_timesteps must be given: True is improved-diffusion's"),
+        ({"timesteps": 0}, "timesteps must be an integer of at least 1; got 0"),
+        ({"schedule": "jsd"}, "schedule must be one of 'linear', 'quadratic', 'cosine'"),
+        ({"variance": "big"}, "variance must be one of"),
+        ({"timesteps": 9, "diffusion": DIFFUSION}, "give timesteps or diffusion, one of the two"),
         ({"heads": 4}, "heads is no option of OpenAI's UNetModel"),
         ({"channels": 64}, "this model's is"),
     ],
@@ -379,8 +423,15 @@ def test_a_checkpoint_that_was_cut_is_named(tmp_path):
         read(tmp_path / "x.pt")
 
 
-def test_a_checkpoint_within_itself_ends():
+def test_a_checkpoint_that_names_itself_or_others_often_is_looked_into_once():
+    """Each of these was as many looks as a power of its names."""
     content: dict = {}
     content["model"] = content
     with pytest.raises(ValueError, match="holds no state dict of tensors"):
         find(content, "x.pt")
+    for _ in range(4):
+        content = {f"model_{i}": content for i in range(1000)}
+    with pytest.raises(ValueError, match="holds no state dict of tensors"):
+        find(content, "x.pt")
+    with pytest.raises(ValueError, match="holds 65 state dicts; 64 are the most"):
+        find({f"model_{i}": Q for i in range(65)}, "x.pt")

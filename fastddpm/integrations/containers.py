@@ -21,6 +21,7 @@ Weights = Literal["ema", "raw"]
 EMA = frozenset(("ema", "shadow", "averaged", "average"))
 RAW = frozenset(("model", "net", "network", "unet"))
 DEEPEST = 4  # of parts within parts
+MOST_PARTS = 64
 
 # Keys that only one project's network has; several, so that a file that lacks one is named by it.
 MARKS = {
@@ -75,6 +76,8 @@ def find(content: Any, source: str | os.PathLike, weights: Weights | None = None
             nameless.append(where)
         else:
             states.append((where, role, state))
+    if len(states) > MOST_PARTS:
+        raise ValueError(f"{source} holds {len(states)} state dicts; {MOST_PARTS} are the most")
     if not states:
         parts = ", ".join(map(shown, content)) if isinstance(content, dict) else ""
         raise ValueError(
@@ -109,10 +112,16 @@ def find(content: Any, source: str | os.PathLike, weights: Weights | None = None
 
 
 def _parts(
-    content: Any, where: str = "", role: Weights | None = None, depth: int = 0
+    content: Any,
+    where: str = "",
+    role: Weights | None = None,
+    depth: int = 0,
+    seen: set[int] | None = None,
 ) -> Iterator[tuple[str, Weights | None, Tensors | None]]:
     """(place, role, state dict) of every one in a checkpoint; None for an average that is another
-    thing, a list in the order of the model's parameters maybe."""
+    thing, a list in the order of the model's parameters maybe. `seen` are the ids of dictionaries
+    that were looked into, which a file may name often."""
+    seen = set() if seen is None else seen
     if is_state_dict(content):
         yield where, role, content
     elif isinstance(content, (list, tuple)):
@@ -121,15 +130,16 @@ def _parts(
         for i in dict.fromkeys((*places[:1], *places[-1:])):
             of: Weights | None = None if len(places) < 2 else "ema" if i == places[-1] else "raw"
             yield f"{where}[{i}]", of or role, content[i]
-    elif isinstance(content, dict) and depth < DEEPEST:
+    elif isinstance(content, dict) and depth < DEEPEST and id(content) not in seen:
+        seen.add(id(content))
         for name, part in content.items():
             place, words = f"{where}.{name}" if where else str(name), str(name).split("_")
             if EMA.intersection(words):
-                parts = list(_parts(part, place, "ema", depth + 1))
+                parts = list(_parts(part, place, "ema", depth + 1, seen))
                 several = isinstance(part, (dict, list, tuple)) and len(part) > 0
                 yield from parts or ([(place, "ema", None)] if several else [])
             elif RAW.intersection(words) or name == "state_dict":
-                yield from _parts(part, place, role or "raw", depth + 1)
+                yield from _parts(part, place, role or "raw", depth + 1, seen)
 
 
 def _networks(
