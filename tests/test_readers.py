@@ -335,7 +335,7 @@ OTHERS = {
     "two networks": ({"model": Q, "unet": W}, "holds several networks, model, unet"),
     "a process beside": (
         {"model": {"betas": BIAS, **{f"m.{k}": v for k, v in Q.items()}}},
-        r"holds a process beside the network \(betas\).*pass diffusion=",
+        r"holds a process beside the network \(betas\).*or diffusion=",
     ),
     "pixels shuffled": ({f"_model.{k}": v for k, v in Q.items()}, "behind a PixelUnshuffle"),
 }

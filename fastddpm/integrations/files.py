@@ -85,7 +85,7 @@ def load_file(
 
     shapes = read_weights(path, allow_pickle=allow_pickle, shapes_only=True, pick=pick)
     assert found is not None
-    found = _named(found, path, weights)
+    taken = _named(found, path, weights)  # `load` finds it again, for its values
     reader: Any = READERS[found.project]
     given = {name: value for name, value in options.items() if value is not None}
     own = getattr(reader, "OWN", {})
@@ -109,7 +109,7 @@ def load_file(
 
     model = load(make, [path], convert=convert, allow_pickle=allow_pickle, source=path, pick=pick)
     check_finite(model, path)
-    origin = Origin(reader.PROJECT, found.said, unsaid, found.one_of > 1 and weights is None)
+    origin = Origin(reader.PROJECT, taken.said, unsaid, taken.one_of > 1 and weights is None)
     return model, origin
 
 
