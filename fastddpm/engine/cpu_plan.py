@@ -31,9 +31,6 @@ def unsupported(model: Model, device: torch.device) -> str | None:
     if reason := unplannable(model):
         return reason
     assert isinstance(model, UNet)
-    for name in ("scale_shift_norm", "resblock_updown", "num_classes"):
-        if model.config[name]:
-            return f"a native plan knows no {name}"
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             return f"{name} is {parameter.dtype}, not float32"
@@ -145,7 +142,7 @@ class CpuPlan(Eager):
         rows = pixels(steps[i] + self._labels[y])
         with torch.autocast("cpu", enabled=False):
             rows = ops.convolution(rows, weight, bias, padding=0, silu=True)
-        return rows[0, :, :, 0].t()
+        return rows[0, :, :, 0].t().contiguous()
 
     def _plan(self, xt: torch.Tensor, t: torch.Tensor) -> Any:
         size = (xt.shape[2], xt.shape[3])
