@@ -64,7 +64,7 @@ class UNet(nn.Module):
         *,
         image_size: int | Sequence[int] = 32,         # H = W, or (H, W): what `sample` draws
         in_channels: int = 3,                         # channels of x
-        out_channels: int | None = None,              # None: in_channels; twice that if "learned"
+        out_channels: int | None = None,              # None: in_channels, twice if sigma is learned
         channels: int = 128,                          # channels of the first level
         channel_mult: Sequence[int] = (1, 2, 2, 2),   # channels of each level, times `channels`
         num_res_blocks: int = 2,                      # residual blocks a level
@@ -109,7 +109,7 @@ class UNet(nn.Module):
                 "resblock_updown": resblock_updown,
                 "num_classes": num_classes,
             },
-            outputs=2 if self.diffusion.variance == "learned" else 1,
+            outputs=2 if self.diffusion.learns_variance else 1,
         )
         if torch.empty(0).device.type == "cpu":
             check_fits("this UNet in float32", 4 * fewest_parameters(self.config))
@@ -224,7 +224,7 @@ class UNet(nn.Module):
         return recomputed(compute, *arguments)
 
     def sinusoids(self, t: torch.Tensor) -> torch.Tensor:
-        """The time embedding's input at the steps t, (N, channels) float32."""
+        """The time embedding's input at the steps t, whole or not, (N, channels) float32."""
         return timestep_embedding(
             t,
             self.config["channels"],
@@ -300,11 +300,14 @@ class UNet(nn.Module):
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, **options: Any) -> UNet:
         """A model by name ("fashion-mnist", bundled), from a folder of `save_pretrained`, a
-        diffusers folder of the google/ddpm-* family, or a weights file of the PyTorch port of the
-        paper's code.
+        diffusers folder of the google/ddpm-* family, or a file of weights or a training checkpoint
+        of the PyTorch port of the paper's code, w86763777/pytorch-ddpm, tqch/ddpm-torch or OpenAI's
+        improved- or guided-diffusion.
 
-        Returned in eval mode, float32, channels_last, on the CPU. options (allow_pickle, ...): see
-        `fastddpm.integrations`. Raises FileNotFoundError or ValueError, naming what is wrong.
+        Returned in eval mode, float32, channels_last, on the CPU. options (weights="ema" or "raw",
+        allow_pickle, num_heads, timesteps, ...): see `fastddpm.integrations`. A warning says what
+        was taken where neither the file nor an option does. Raises FileNotFoundError or
+        ValueError, naming what is wrong.
         """
         from fastddpm.pretrained import load_model
 
