@@ -187,28 +187,22 @@ class Chain:
             )
         return i
 
-    def row(self, i: int, kind: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """(1, 8) for the ops. kind "step": a step's, scaled by the bound where it is fused; "x0":
-        for ops.noise, which makes A x_t - B output of it.
-        """
-        key = (kind, device, dtype)
+    def row(self, i: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """(1, 8) for ops.posterior_step, scaled by the bound where the step is fused."""
+        key = (device, dtype)
         if key not in self._tables:
             with torch.inference_mode(False):
-                self._tables[key] = self._table(kind).to(dtype).to(device)
+                self._tables[key] = self._table().to(dtype).to(device)
         return self._tables[key][i : i + 1]
 
-    def _table(self, kind: str) -> torch.Tensor:
-        columns = dict.fromkeys(COLUMNS, torch.zeros_like(self.of_xt))
-        if kind == "x0":
-            columns |= {"sqrt_ab": self.of_xt, "sqrt_1m_ab": -self.of_output}
-        else:
-            columns |= {
-                "inv_sqrt_ab": self.of_xt / self._scale,
-                "sqrt_inv_ab_m1": self.of_output / self._scale,
-                "mean_x0": self.mean_x0 * self._scale,
-                "mean_xt": self.mean_xt,
-                "sigma": self.sigma,
-            }
+    def _table(self) -> torch.Tensor:
+        columns = dict.fromkeys(COLUMNS, torch.zeros_like(self.of_xt)) | {
+            "inv_sqrt_ab": self.of_xt / self._scale,
+            "sqrt_inv_ab_m1": self.of_output / self._scale,
+            "mean_x0": self.mean_x0 * self._scale,
+            "mean_xt": self.mean_xt,
+            "sigma": self.sigma,
+        }
         return torch.stack(list(columns.values()), dim=1)
 
     def log_variance(

@@ -253,7 +253,7 @@ class DDPMScheduler(scheduling_ddpm.DDPMScheduler):
             return self._x0(chain, i, xt, output, dtype)
 
         n, fused = len(xt), chain.fused[i]
-        row = chain.row(i, "step", xt.device, checks.table_dtype(dtype))
+        row = chain.row(i, xt.device, checks.table_dtype(dtype))
         if not fused:
             prediction = x0(checks.table_dtype(dtype))
         x = ops.posterior_step(
@@ -276,11 +276,9 @@ class DDPMScheduler(scheduling_ddpm.DDPMScheduler):
         if chain.prediction == "sample":
             x0 = output.to(dtype)
         elif chain.linear[i]:
-            row = chain.row(i, "x0", xt.device, checks.table_dtype(dtype))
-            t = torch.zeros(len(xt), dtype=torch.int64, device=xt.device)
-            eps = checks.as_images(output)
-            x0, _ = ops.noise(checks.as_images(xt), t, row, eps=eps, dtype=dtype)
-            x0 = x0.reshape(xt.shape)
+            compute = checks.table_dtype(dtype)
+            a, b = float(chain.of_xt[i]), float(chain.of_output[i])
+            x0 = torch.add(a * xt.to(compute), output.to(compute), alpha=-b).to(dtype)
         elif chain.bound is None and not chain.threshold:
             raise ValueError(
                 f"at t = {chain.steps[i]} abar_t is {chain.ab[i]:.3g}: a prediction of eps says "
