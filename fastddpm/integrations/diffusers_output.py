@@ -70,6 +70,9 @@ class StepOutput(DDPMSchedulerOutput):
     def __getitem__(self, key: Any) -> Any:
         if key == "prev_sample" or (type(key) is int and key == 0):
             return self.prev_sample
+        x0 = self.pred_original_sample
+        if x0 is not None and (key == X0 or (type(key) is int and key == 1)):
+            return x0
         return super().__getitem__(key)
 
 
