@@ -1,10 +1,12 @@
 """diffusers' UNet2DModel of the google/ddpm-* family: its folders as ours, and our UNet as one.
-diffusers itself is needed for the latter only.
+diffusers itself is needed for the latter only, and for `DDPMScheduler` and `PipelineUNet`, which
+are imported from here when they are asked for.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import re
 from pathlib import Path
@@ -367,3 +369,21 @@ def _rename(name: str, levels: int) -> str:
             layer = layer[: -len(theirs)] + ours
             break
     return f"{layer}.{kind}"
+
+
+_NEED_DIFFUSERS = {
+    "DDPMScheduler": "fastddpm.integrations.diffusers_scheduler",
+    "PipelineUNet": "fastddpm.integrations.diffusers_unet",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The classes whose modules import diffusers, when they are asked for."""
+    if name not in _NEED_DIFFUSERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_NEED_DIFFUSERS[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "diffusers":
+            raise
+        raise ImportError(f"{name} needs diffusers: pip install 'fastddpm[diffusers]'") from error
