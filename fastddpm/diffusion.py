@@ -174,13 +174,29 @@ class Diffusion:
         expected = (xt.shape[0], channels, *xt.shape[2:])
         if not isinstance(output, torch.Tensor) or output.shape != expected:
             got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-            raise ValueError(f"the model must return a tensor of shape {expected} here; got {got}")
+            why = self._why(xt.shape[1], output) if isinstance(got, tuple) else ""
+            raise ValueError(
+                f"the model must return a tensor of shape {expected} here; got {got}{why}"
+            )
         if output.device != xt.device:
             raise ValueError(f"the model must return a tensor on {xt.device}, where x_t is; got "
                              f"one on {output.device}")  # fmt: skip
         if output.is_complex():
             raise ValueError(f"the model must return real numbers; got {output.dtype}")
         return output.float()
+
+    def _why(self, channels: int, output: torch.Tensor) -> str:
+        """What an output of the wrong shape may mean."""
+        got = output.shape[1] if output.dim() == 4 else 0
+        if got == 2 * channels:
+            return (
+                ": twice the channels are those of a learned variance, for which "
+                "diffusion=fastddpm.Diffusion(..., variance='learned_range', loss='hybrid') is "
+                "passed (OpenAI's networks), or variance='learned' of one that says log sigma^2"
+            )
+        if got == channels:
+            return f": with variance={self.variance!r} the model returns twice the channels"
+        return ""
 
     # ---- q: the forward process -----------------------------------------------------------------
 
