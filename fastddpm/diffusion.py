@@ -174,7 +174,7 @@ class Diffusion:
         expected = (xt.shape[0], channels, *xt.shape[2:])
         if not isinstance(output, torch.Tensor) or output.shape != expected:
             got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-            why = self._why(xt.shape[1], output) if isinstance(got, tuple) else ""
+            why = self._why(xt.shape, got)
             raise ValueError(
                 f"the model must return a tensor of shape {expected} here; got {got}{why}"
             )
@@ -185,16 +185,17 @@ class Diffusion:
             raise ValueError(f"the model must return real numbers; got {output.dtype}")
         return output.float()
 
-    def _why(self, channels: int, output: torch.Tensor) -> str:
-        """What an output of the wrong shape may mean."""
-        got = output.shape[1] if output.dim() == 4 else 0
-        if got == 2 * channels:
+    def _why(self, image: torch.Size, got: Any) -> str:
+        """What an output of another shape means, where only its channels are not as they should
+        be."""
+        n, channels, *size = image
+        if got == (n, 2 * channels, *size):
             return (
                 ": twice the channels are those of a learned variance, for which "
                 "diffusion=fastddpm.Diffusion(..., variance='learned_range', loss='hybrid') is "
                 "passed (OpenAI's networks), or variance='learned' of one that says log sigma^2"
             )
-        if got == channels:
+        if got == tuple(image):
             return f": with variance={self.variance!r} the model returns twice the channels"
         return ""
 
