@@ -137,6 +137,7 @@ def _of_process(diffusion: Diffusion) -> dict[str, Any]:
         "betas": [chain.betas.tolist(), trained],
         "timesteps": [chain.timesteps.tolist(), chain.full_steps],
         "outputs": [diffusion.prediction, diffusion.variance],
+        **({"rescale_timesteps": True} if diffusion.rescale_timesteps else {}),
     }
 
 

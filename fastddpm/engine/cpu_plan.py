@@ -31,9 +31,6 @@ def unsupported(model: Model, device: torch.device) -> str | None:
     if reason := unplannable(model):
         return reason
     assert isinstance(model, UNet)
-    for name in ("scale_shift_norm", "resblock_updown", "num_classes"):
-        if model.config[name]:
-            return f"a native plan knows no {name}"
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             return f"{name} is {parameter.dtype}, not float32"
@@ -75,12 +72,13 @@ class CpuPlan(Eager):
             precision = best_precision()
         self.precision = resolve_precision(precision, device)
         self._unet = model
-        self._steps = diffusion.model_t(torch.arange(diffusion.T, device=device))
+        chain = torch.arange(diffusion.T, device=device)
+        self._steps, times = diffusion.model_t(chain), diffusion.model_time(chain)
         self._labels: torch.Tensor | None = None
         if model.label_emb is None:
-            self._time = time_rows(model, self._steps)
+            self._time = time_rows(model, times)
         else:
-            steps = time_embeddings(model, self._steps).float()
+            steps = time_embeddings(model, times).float()
             weight, bias = (p.float() for p in time_layer(model))
             self._labels = model.label_emb.weight.detach().float().clone()
             self._embeddings = steps, weight, bias
@@ -130,6 +128,7 @@ class CpuPlan(Eager):
             table=self._table,
             prediction=prediction,
             clip=self.step_options["clip"],
+            learned_range=self.diffusion.learned_range and sampler != "ddim",
         )
         if not finite:
             raise self._not_finite(plan, xt, time, i)
@@ -143,7 +142,7 @@ class CpuPlan(Eager):
         rows = pixels(steps[i] + self._labels[y])
         with torch.autocast("cpu", enabled=False):
             rows = ops.convolution(rows, weight, bias, padding=0, silu=True)
-        return rows[0, :, :, 0].t()
+        return rows[0, :, :, 0].t().contiguous()
 
     def _plan(self, xt: torch.Tensor, t: torch.Tensor) -> Any:
         size = (xt.shape[2], xt.shape[3])
