@@ -71,6 +71,7 @@ Result forward(Plan& plan, std::vector<float> x, int64_t n, int threads, std::ve
                      {&t, 0},
                      Prediction::eps,
                      true,
+                     false,
                      {table, 1}};
   plan.forward(xt, n, {time.data(), row}, output, threads, 0, &step);
   std::vector<float> alone(x.size(), NAN);

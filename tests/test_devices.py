@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from toy import SCHEDULE, images, tiny_unet, wave
 
 import fastddpm
-from fastddpm import Diffusion, _native, arguments, bits_per_dim, cli, ops, ranks, sampling
+from fastddpm import Diffusion, _native, arguments, bits_per_dim, chain, cli, ops, ranks
 from fastddpm.engine.cuda_graph import CudaGraph
 from fastddpm.ops import cuda
 from fastddpm.training import Trainer
@@ -260,10 +260,11 @@ def on_tapes(monkeypatch):
     """The samplers take cuda_graph, recorded on tapes; returns the recorder."""
     record = Recorder()
 
-    def make(name, model, diffusion, **options):
+    def make(name, model, diffusion, guided, model_kwargs, **options):
+        assert not (guided or model_kwargs)
         return CudaGraph(model, diffusion, record=record, **options)
 
-    monkeypatch.setattr(sampling, "make_engine", make)
+    monkeypatch.setattr(chain, "make_engine", make)
     return record
 
 

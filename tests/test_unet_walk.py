@@ -121,7 +121,8 @@ def test_it_is_as_exact_as_the_modules(options, kind, attending):
         assert_as_exact(got, expected, truth, factor=factor)
         return
     whole = [torch.cat([y.detach().double().flatten() for y in r]) for r in (got, expected, truth)]
-    assert (whole[0] - whole[2]).norm() <= 1.1 * (whole[1] - whole[2]).norm()
+    # Two orders of rounding to bfloat16, neither of which is the better one.
+    assert (whole[0] - whole[2]).norm() <= 1.25 * (whole[1] - whole[2]).norm()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
         torch.testing.assert_close(model(x, t), got[0].detach(), atol=0.02, rtol=0.02)
 
