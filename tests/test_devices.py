@@ -261,7 +261,7 @@ def on_tapes(monkeypatch):
     record = Recorder()
 
     def make(name, model, diffusion, guided, model_kwargs, **options):
-        assert not (guided or model_kwargs)
+        assert not [*guided, *model_kwargs]
         return CudaGraph(model, diffusion, record=record, **options)
 
     monkeypatch.setattr(chain, "make_engine", make)
