@@ -75,7 +75,7 @@ class CudaPlan(CudaGraph):
         steps = torch.arange(self.diffusion.T, device=self.device)
         own = self._given.conv_in.weight.dtype
         dtype = torch.bfloat16 if self.precision == "bf16" else own
-        self.network = Network(self._given, self.diffusion.model_t(steps), dtype)
+        self.network = Network(self._given, self.diffusion.model_time(steps), dtype)
 
     def _reads(self) -> list[Any]:
         return []  # the network's copies alone, which `follow` keeps up to date
@@ -83,7 +83,7 @@ class CudaPlan(CudaGraph):
     def advance(self, step: Step) -> torch.Tensor:
         assert self.network is not None
         with self._context():
-            output = self.network(step.x, step.t[:1])
+            output = self.network(step.x, step.t[:1], **step.model_kwargs)
         if output.dtype == torch.float64:
             output = output.float()
         self.diffusion.p_step(
