@@ -85,6 +85,8 @@ class Chain:
     def given(self, n: int, first: int, **each: Any) -> Given:
         """What the caller gives for the n images first ... of a set; see Given."""
         kwargs = self.model_kwargs
+        if isinstance(self.model, UNet):
+            self.model.check_labels(kwargs.get("y"), n, wait=True)
         return Given(n, first, self.shape, self.T, self.device, model_kwargs=kwargs, **each)
 
     def prior(self, seed: int, index: torch.Tensor) -> torch.Tensor:

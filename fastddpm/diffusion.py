@@ -234,13 +234,30 @@ class Diffusion:
         expected = (xt.shape[0], channels, *xt.shape[2:])
         if not isinstance(output, torch.Tensor) or output.shape != expected:
             got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-            raise ValueError(f"the model must return a tensor of shape {expected} here; got {got}")
+            why = self._why(xt.shape, got)
+            raise ValueError(
+                f"the model must return a tensor of shape {expected} here; got {got}{why}"
+            )
         if output.device != xt.device:
             raise ValueError(f"the model must return a tensor on {xt.device}, where x_t is; got "
                              f"one on {output.device}")  # fmt: skip
         if output.is_complex():
             raise ValueError(f"the model must return real numbers; got {output.dtype}")
         return output.float()
+
+    def _why(self, image: torch.Size, got: Any) -> str:
+        """What an output of another shape means, where only its channels are not as they should
+        be."""
+        n, channels, *size = image
+        if got == (n, 2 * channels, *size):
+            return (
+                ": twice the channels are those of a learned variance, for which "
+                "diffusion=fastddpm.Diffusion(..., variance='learned_range', loss='hybrid') is "
+                "passed (OpenAI's networks), or variance='learned' of one that says log sigma^2"
+            )
+        if got == tuple(image):
+            return f": with variance={self.variance!r} the model returns twice the channels"
+        return ""
 
     # ---- q: the forward process -----------------------------------------------------------------
 
