@@ -70,10 +70,10 @@ def results(function, model, x, t, y):
 # ---- the network ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
-@pytest.mark.parametrize("options", CASES, ids=IDS)
-def test_it_is_openais_formula(options, again, walking):
+@pytest.mark.parametrize("options", [*CASES, ALL], ids=[*IDS, "all, computed again"])
+def test_it_is_openais_formula(options, walking, request):
     """Output and all gradients, in float64; sinusoids are float32 in both."""
+    again = "computed again" in request.node.name
     model = tiny_unet(**options).double().checkpoint_blocks(again)
     assert foreign(model) is None
     assert unusual(model) is None
@@ -147,7 +147,7 @@ def test_only_bfloat16_products_get_copies():
     """A residual block's biases are added in float32, wherever the block is."""
     model = tiny_unet(**ALL)
     copies = WorkingCopies(model)
-    names = {name: p for name, p in model.named_parameters()}
+    names = dict(model.named_parameters())
     copied = {name for name, p in names.items() for _, _, q, _ in copies._places if p is q}
     assert "down.0.downsample.conv1.weight" in copied
     assert not {"down.0.downsample.conv1.bias", "label_emb.weight"} & copied
@@ -174,6 +174,7 @@ def test_options_that_are_off_change_nothing():
         assert torch.equal(plain(x, t, None), plain(x, t))
 
 
+@pytest.mark.slow
 def test_compiles_without_breaks():
     model = tiny_unet(**ALL)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
@@ -437,12 +438,12 @@ def test_replays_take_the_very_steps():
     for k, x0 in enumerate(batches(5, size=3, shape=SHAPE)):
         losses = run.step(x0, labels(k, 3)), straight.step(x0, labels(k, 3))
         assert torch.equal(*losses), k
-    assert (record.tapes, record.replays) == (1, 4)
+    assert (record.tapes, record.replays) == (1, 3)  # the first two as they are
     assert_same(state(run), state(straight))
 
 
 def test_it_learns_what_a_label_means():
-    """Images are black or white by their class: with it the loss falls below what is left without."""
+    """Images are black or white by their class, and the prediction of noise is grey."""
     model = tiny_unet(num_classes=2, diffusion=Diffusion(SCHEDULE, "x0"))
     run = trainer(model, diffusion=model.diffusion, lr=3e-3, flip=False, ema_decay=0.0)
     y = torch.tensor([0, 1] * 8)
