@@ -81,9 +81,12 @@ def test_every_row_of_table_2_trains(prediction, variance, loss):
     ("option", "choices"),
     [
         ({"prediction": "z"}, "'eps', 'x0', 'mean', 'v'; got 'z'"),
-        ({"prediction": np.array(["eps"])}, "'eps', 'x0', 'mean'; got array"),
-        ({"variance": "large"}, "'learned', 'learned_range'; got 'large'"),
-        ({"loss": "l1"}, "'simple', 'vlb'; got 'l1'"),
+        ({"prediction": np.array(["eps"])}, "'eps', 'x0', 'mean', 'v'; got array"),
+        (
+            {"variance": "large"},
+            "'fixed_large', 'fixed_small', 'learned', 'learned_range'; got 'la",
+        ),
+        ({"loss": "l1"}, "'simple', 'vlb', 'hybrid'; got 'l1'"),
     ],
 )
 def test_an_unknown_option_names_the_choices(option, choices):
@@ -220,6 +223,8 @@ def vlb_by_numpy(diffusion: Diffusion, model, x0: np.ndarray, seed: int):
             predicted = (xt - np.sqrt(1 - ab[t]) * output) / np.sqrt(ab[t])
         elif diffusion.prediction == "x0":
             predicted = output
+        elif diffusion.prediction == "v":
+            predicted = np.sqrt(ab[t]) * xt - np.sqrt(1 - ab[t]) * output
         else:
             predicted = (output - weight_xt * xt) / weight_x0
         predicted = predicted.clip(-1, 1)
@@ -253,7 +258,11 @@ def test_vlb_terms_by_numpy_and_scipy(prediction, variance):
     oracle = Oracle(diffusion, x0)
 
     def model(x, t):  # wrong by so much that the decoder's masses do not vanish in float64
-        scale = torch.where(t == 0, 0.01, 0.5) if prediction != "eps" else torch.full((3,), 0.5)
+        scale = (
+            torch.where(t == 0, 0.01, 0.5)
+            if prediction in ("x0", "mean")
+            else torch.full((3,), 0.5)
+        )
         return oracle(x, t) + scale[:, None, None, None] * wave(x, t)
 
     terms, mse = diffusion.vlb_terms(with_variance(diffusion, model), x0, seed=5)

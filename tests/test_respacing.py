@@ -290,7 +290,8 @@ def test_a_chain_of_unknown_full_betas_is_for_those_who_need_none(prediction, va
     short = process(prediction, variance, schedule)
     x, t = torch.randn(3, 1, 2, 2, generator=generator()), torch.arange(3)
     assert torch.equal(short.model_t(t), torch.tensor([0, 500, 999]))
-    assert short.p_step(x, x, t, z=x).isfinite().all()
+    output = torch.cat((x, x), dim=1) if short.learns_variance else x
+    assert short.p_step(x, output, t, z=x).isfinite().all()
 
 
 def test_training_on_a_shorter_chain_has_the_full_chains_mean_for_a_target():
@@ -347,7 +348,7 @@ def test_a_plan_takes_the_steps_of_a_shorter_chain(prediction, variance, sampler
     if sampler == "ddim":
         x0, _, _ = step_by_numpy(
             SCHEDULE, short.schedule.timesteps, prediction,
-            xt.double().numpy(), torch.stack(outputs).double().numpy(), False,
+            xt.double().numpy(), torch.stack(outputs).double().numpy(), False, variance,
         )  # fmt: skip
         ab = SCHEDULE.alphas_cumprod[short.schedule.timesteps]
         before = np.append(1, ab[:-1])
@@ -356,7 +357,7 @@ def test_a_plan_takes_the_steps_of_a_shorter_chain(prediction, variance, sampler
     else:
         _, mean, log_variance = step_by_numpy(
             SCHEDULE, short.schedule.timesteps, prediction,
-            xt.double().numpy(), torch.stack(outputs).double().numpy(), False,
+            xt.double().numpy(), torch.stack(outputs).double().numpy(), False, variance,
         )  # fmt: skip
         z = fastddpm.ops.randn(
             xt.shape, seed=7, step=torch.tensor(short.schedule.timesteps), sample_index=index
