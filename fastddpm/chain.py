@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastddpm import arguments, ops
@@ -20,7 +21,8 @@ from fastddpm.given import Given
 from fastddpm.networks import check_call
 from fastddpm.options import check_flag, check_number
 from fastddpm.progress import tqdm
-from fastddpm.schedule import Sampler
+from fastddpm.schedule import Sampler, Schedule
+from fastddpm.spacing import Spacing
 from fastddpm.torch_noise import Draw
 from fastddpm.unet import UNet
 from fastddpm.wrapped import unwrap
@@ -39,7 +41,7 @@ class Chain:
         model: Model,
         shape: Sequence[int] | None = None,
         diffusion: Diffusion | None = None,
-        steps: int | None = None,
+        steps: int | str | Sequence[int] | None = None,
         sampler: Sampler = "ddpm",
         eta: float = 0.0,
         clip: bool = True,
@@ -47,6 +49,7 @@ class Chain:
         engine: str = "auto",
         device: torch.device | str | None = None,
         *,
+        spacing: Spacing = "strided",
         model_kwargs: Mapping[str, Any] | None = None,
         denoised_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
         cond_fn: Callable[..., torch.Tensor] | None = None,
@@ -64,10 +67,11 @@ class Chain:
             raise ValueError("self_condition is for a model (x, t, x0); a fastddpm.UNet sees no x0")
         check_call(model, self.model_kwargs, self.hooks.self_condition)
         full.warn_of_the_end()
-        self.diffusion = full.respace(steps)
+        self.diffusion = full.respace(steps, spacing=spacing)
         self.diffusion.warn_of_the_end()  # a list of steps may leave out the last
         self.T = self.diffusion.T
         self.diffusion.table(self.device, sampler=sampler, eta=eta)
+        self._visits = visits(full.schedule, self.diffusion.schedule)
         self._options = {"sampler": sampler, "eta": eta, "clip": clip}
         self.engine: Eager = make_engine(
             engine,
@@ -173,7 +177,15 @@ class Chain:
     @property
     def facts(self) -> dict[str, Any]:
         """What a set of samples has in common, beside model and seed."""
-        return {"shape": list(self.shape), "steps": self.T, **self._options}
+        return {"shape": list(self.shape), "steps": self._visits, **self._options}
+
+
+def visits(full: Schedule, chain: Schedule) -> int | list[int]:
+    """What tells a chain from others of `full`: its number of steps, or the model's own t of each
+    where they are not evenly strided."""
+    strided = full.respace(chain.T).timesteps
+    same = np.array_equal(strided, chain.timesteps)
+    return chain.T if same else chain.timesteps.tolist()
 
 
 def named_arguments(model_kwargs: Any) -> dict[str, Any]:

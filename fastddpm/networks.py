@@ -22,6 +22,8 @@ def check_is_network(model: Any) -> None:
         if isinstance(part, type):
             continue
         name = type(part).__name__
+        if _takes_time(part):  # whatever else it can do
+            continue
         if _has(part, "unet", "scheduler"):
             raise ValueError(
                 f"a {name} is a pipeline and not a network (x_t, t) -> output: pass its network, "
@@ -36,6 +38,17 @@ def check_is_network(model: Any) -> None:
                 f"a {name} is a scheduler and not a network (x_t, t) -> output: pass the network, "
                 "and what the scheduler says as diffusion=..."
             )
+
+
+def _takes_time(part: Any) -> bool:
+    """Whether a module's second argument is called as a step is, as that of no process is."""
+    if not isinstance(part, nn.Module):
+        return False
+    try:
+        names = list(inspect.signature(part.forward).parameters)
+    except (TypeError, ValueError):  # of what is not written in Python
+        return False
+    return len(names) > 1 and names[1].lower().startswith(("t", "step", "sigma", "noise"))
 
 
 def _instead(whole: Any) -> str:

@@ -22,18 +22,19 @@ from fastddpm.engine.guided import check_callable
 from fastddpm.given import BATCHES, BEGINNING, count, own_noise, own_shape, refuse
 from fastddpm.host import own_state
 from fastddpm.schedule import Sampler, check_count
+from fastddpm.spacing import Spacing
 
 
 @own_state()
 def sample(
-    model: Callable[..., Any],
+    model: Model,
     n: int | None = None,
     *,
     seed: int = 0,
     first_index: int = 0,
     shape: Sequence[int] | None = None,
     diffusion: Diffusion | None = None,
-    steps: int | None = None,
+    steps: int | str | Sequence[int] | None = None,
     sampler: Sampler = "ddpm",
     eta: float = 0.0,
     clip: bool = True,
@@ -43,6 +44,7 @@ def sample(
     device: torch.device | str | None = None,
     progress: bool = True,
     distributed: bool = True,
+    spacing: Spacing = "strided",
     x_T: torch.Tensor | None = None,
     init: torch.Tensor | None = None,
     start: int | None = None,
@@ -61,7 +63,8 @@ def sample(
     first_index: draws samples first_index .. first_index + n - 1 of this seed, so that a set can be
                  continued
     shape:       (C, H, W) of one image; None: the model's own
-    steps:       a shorter chain of evenly strided steps (None: all T)
+    steps:       a shorter chain: so many steps by the rule `spacing`, or those that a sequence or
+                 OpenAI's words name; see Schedule.respace. None: all T
     sampler:     "ddpm", or "ddim" with noise eta (0: deterministic given x_T); same seed, same x_T
                  for both
     clip:        clip the x0 prediction to [-1, 1] in every step, as the paper does
@@ -82,8 +85,8 @@ def sample(
         check_callable("on_step", on_step)
         chain = Chain(
             model, own_shape(shape, x_T=x_T, init=init), diffusion, steps, sampler, eta, clip,
-            precision, engine, device, model_kwargs=model_kwargs, denoised_fn=denoised_fn,
-            cond_fn=cond_fn, self_condition=self_condition,
+            precision, engine, device, spacing=spacing, model_kwargs=model_kwargs,
+            denoised_fn=denoised_fn, cond_fn=cond_fn, self_condition=self_condition,
             own_noise=own_noise(generator, seed, first_index),
         )  # fmt: skip
         given = chain.given(n, first_index, x_T=x_T, init=init, start=start, generator=generator)

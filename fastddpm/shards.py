@@ -108,9 +108,8 @@ def sample_to_folder(
             left -= stop - start
             index = torch.arange(start, stop, device="cpu")
             drawn = chain.draw(seed, index, batches, steps, later=left, given=given)
-            classes = {"y": [labels[k] for k in range(start, stop)]} if labels else {}
             images, one_file = finite(torch.cat(drawn)), shard_size > 0
-            write(folder, start, images, {**about, **classes}, one_file=one_file)
+            write(folder, start, images, about, one_file=one_file, labels=labels)
     return sum(stop - start for start, stop in pieces)
 
 
@@ -263,26 +262,39 @@ def _check_same_labels(path: Path, theirs: Any, samples: range, labels: Mapping[
 
 
 def write(
-    folder: Path, first: int, images: torch.Tensor, about: dict[str, Any], *, one_file: bool
+    folder: Path,
+    first: int,
+    images: torch.Tensor,
+    about: dict[str, Any],
+    *,
+    one_file: bool,
+    labels: Mapping[int, int] = MappingProxyType({}),
 ) -> None:
     """Images in [-1, 1] from sample `first` on as one shard, or each as a picture."""
-    for name, content in _files(first, images, json.dumps(about), one_file):
+    for name, content in _files(first, images, about, one_file, labels):
         with atomic_write(folder / name) as file:
             file.write(content)
 
 
 def _files(
-    first: int, images: torch.Tensor, about: str, one_file: bool
+    first: int,
+    images: torch.Tensor,
+    about: dict[str, Any],
+    one_file: bool,
+    labels: Mapping[int, int],
 ) -> Iterator[tuple[str, bytes]]:
+    def said(samples: range) -> str:
+        return json.dumps({**about, "y": [labels[k] for k in samples]} if labels else about)
+
     buffer = io.BytesIO()
     if one_file:
         pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
-        np.savez(buffer, images=pixels, about=np.array(about))
+        np.savez(buffer, images=pixels, about=np.array(said(range(first, first + len(images)))))
         yield f"{first:08d}-{first + len(images):08d}.npz", buffer.getvalue()
         return
-    text = PngInfo()
-    text.add_text("fastddpm", about)
     for k, image in enumerate(images):
+        text = PngInfo()
+        text.add_text("fastddpm", said(range(first + k, first + k + 1)))
         buffer = io.BytesIO()
         to_pil(image).save(buffer, format="PNG", pnginfo=text)
         yield f"{first + k:06d}.png", buffer.getvalue()

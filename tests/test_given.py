@@ -88,6 +88,26 @@ def test_a_chain_goes_on_from_any_of_its_x_t(steps, start, t):
 
 
 @pytest.mark.parametrize(
+    ("options", "visited"),
+    [({"steps": 4, "spacing": "trailing"}, [11, 8, 5, 2]), ({"steps": [11, 4, 0]}, [11, 4, 0]),
+     ({"steps": "ddim6"}, [10, 8, 6, 4, 2, 0])],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:abar_T")
+def test_any_steps_may_be_visited(options, visited):
+    recorder = Recorder()
+    got = draw(model=recorder, **options)
+    assert list(recorder.seen) == visited
+    assert torch.equal(got, draw(diffusion=DIFFUSION.respace(**options)))
+    again = draw(x_T=recorder.seen[visited[1]], start=len(visited) - 1, **options)
+    assert torch.equal(again, got)
+    a, b = images(2, *SHAPE)
+    plain = {"diffusion": DIFFUSION.respace(**options), "progress": False, "n": 2, "t": 2}
+    mixed = fastddpm.interpolate(wave, a, b, **{**plain, "diffusion": DIFFUSION, **options})
+    assert torch.equal(mixed, fastddpm.interpolate(wave, a, b, **plain))
+
+
+@pytest.mark.parametrize(
     ("steps", "start", "t"), [(None, 7, 6), (None, 1, 0), (5, 3, 6), (5, 5, 11)]
 )
 def test_images_are_noised_and_drawn_again(steps, start, t):
@@ -304,6 +324,7 @@ NOISE = torch.randn(5, *SHAPE, generator=generator())
         ({"model_kwargs": {"z": 1}}, r"can't be called as model\(x, t, z=\.\.\.\): got an unexp"),
         ({"model": labelled}, r"model\(x, t\): missing a required argument: 'y'.*model_kwargs"),
         ({"model": labelled, "model_kwargs": {"y": np.arange(5)}}, r"\['y'\] is an array of 5"),
+        ({"spacing": "karras", "steps": 3}, "spacing must be one of 'strided'"),
         ({"on_step": 3}, "on_step must be a function"),
         ({"denoised_fn": 0.5}, "denoised_fn must be a function"),
         ({"cond_fn": NOISE}, "cond_fn must be a function"),

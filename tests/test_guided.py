@@ -96,16 +96,19 @@ def test_denoised_fn_is_of_every_prediction(prediction, steps, sampler):
     def model(x, t):
         eps = wave(x, t)
         x0 = DIFFUSION.predict_x0(x, eps, t, clip=False)
-        return {"eps": eps, "x0": x0, "mean": DIFFUSION.q_posterior(x0, x, t)[0]}[prediction]
+        ab = torch.tensor(SCHEDULE.alphas_cumprod, dtype=torch.float32)[t][:, None, None, None]
+        v = ab.sqrt() * eps - (1 - ab).sqrt() * x0
+        mean = DIFFUSION.q_posterior(x0, x, t)[0]
+        return {"eps": eps, "x0": x0, "mean": mean, "v": v}[prediction]
 
     options = {"sampler": sampler, "steps": steps, "clip": False, "denoised_fn": shrunk}
     close(draw(model, diffusion=diffusion, **options), draw(**options), 1e-3)
 
 
-@pytest.mark.parametrize("variance", ["fixed_large", "learned"])
+@pytest.mark.parametrize("variance", ["fixed_large", "learned", "learned_range"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_denoised_fn_that_does_nothing_does_nothing(prediction, variance):
-    learned = variance == "learned"
+    learned = variance != "fixed_large"
     diffusion = Diffusion(SCHEDULE, prediction, variance, "vlb" if learned else "simple")
 
     def model(x, t):
@@ -128,6 +131,33 @@ def test_a_learned_variance_scales_the_gradient():
     only = {"cond_fn": lambda x, t: toward(x, t) * (t[0] > 0)}
     got = draw(model, diffusion=Diffusion(SCHEDULE, variance="learned", loss="vlb"), **only)
     close(got, draw(diffusion=Diffusion(SCHEDULE, variance="fixed_small"), **only))
+
+
+def test_the_range_of_a_learned_variance_scales_the_gradient():
+    """A model that says log beta is guided as one whose variance is beta."""
+
+    def model(x, t):
+        return torch.cat((wave(x, t), torch.ones_like(x)), dim=1)
+
+    only = {"cond_fn": lambda x, t: toward(x, t) * (t[0] > 0)}
+    learned = Diffusion(SCHEDULE, variance="learned_range", loss="vlb")
+    close(draw(model, diffusion=learned, **only), draw(**only), 2e-4)
+
+
+def test_a_classifier_is_asked_at_the_time_that_the_model_is_asked_at():
+    seen = []
+
+    def model(x, t):
+        seen.append(t)
+        return torch.sin(3 * x)
+
+    def cond_fn(x, t):
+        assert t.dtype == torch.float32
+        assert torch.equal(t, seen[-1])
+        return torch.zeros_like(x)
+
+    draw(model, diffusion=Diffusion(SCHEDULE, rescale_timesteps=True), steps=5, cond_fn=cond_fn)
+    assert len(seen) == 5
 
 
 def test_hooks_see_the_models_own_steps_and_arguments():

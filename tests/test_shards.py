@@ -261,6 +261,46 @@ def test_a_set_is_of_one_process(model, tmp_path):
     assert sample_to_folder(respaced, tmp_path / "y", 3, **OPTIONS) == 1
 
 
+@pytest.mark.parametrize("shard_size", [0, 2])
+def test_the_classes_of_a_set_go_with_its_samples(tmp_path, shard_size):
+    model, y = tiny_unet(in_channels=3, num_classes=4), torch.tensor([0, 3, 1, 2, 2])
+    options = {**OPTIONS, "shard_size": shard_size}
+
+    def to_folder(first, stop, y=y):
+        told = {"first_index": first, "model_kwargs": {"y": y[first:stop]}}
+        return sample_to_folder(model, tmp_path, stop - first, batch_size=2, **told, **options)
+
+    assert to_folder(0, 3) == 3
+    assert to_folder(2, 5) == 2  # gone on with, the third of the same class
+    assert_set(tmp_path, model, 5, model_kwargs={"y": y})
+    other = y.clone()
+    other[1] = 0
+    before = stamps(tmp_path)
+    with pytest.raises(ValueError, match="another set: y of sample 1 is 3 and here 0"):
+        to_folder(0, 3, other)
+    with pytest.raises(ValueError, match="the model has 4 classes: it needs y"):
+        sample_to_folder(model, tmp_path, 5, **options)
+    assert stamps(tmp_path) == before
+    assert to_folder(2, 5, other) == 0
+
+
+def test_a_sets_steps_are_told_apart(model, tmp_path):
+    sample_to_folder(model, tmp_path, 2, steps=4, **OPTIONS)
+    assert sample_to_folder(model, tmp_path, 2, steps=[11, 7, 4, 0], **OPTIONS) == 0
+    with pytest.raises(ValueError, match=r"its steps is 4 and here \[2, 5, 8, 11\]"):
+        sample_to_folder(model, tmp_path, 3, steps=4, spacing="trailing", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "name", ["x_T", "init", "start", "generator", "on_step", "denoised_fn", "cond_fn",
+             "self_condition", "distributed"],
+)  # fmt: skip
+def test_what_no_file_says_is_refused(model, tmp_path, name):
+    with pytest.raises(ValueError, match=f"sample_to_folder takes no {name}: fastddpm.sample does"):
+        sample_to_folder(model, tmp_path / "x", 2, **{name: 3}, **OPTIONS)
+    assert not (tmp_path / "x").exists()
+
+
 def test_only_a_unet_has_a_fingerprint(tmp_path):
     with pytest.raises(ValueError, match=r"model must be a fastddpm\.UNet; got function"):
         sample_to_folder(wave, tmp_path, 2, shape=(1, 8, 8))
