@@ -69,7 +69,7 @@ def test_every_option_of_the_library_is_one_of_a_recipe():
     sections = {section: {o.name for o in OPTIONS if o.section == section}
                 for section in ("model", "diffusion", "training", "run")}  # fmt: skip
     of_data = ("image_size", "in_channels", "out_channels", "diffusion")
-    assert sections["model"] == names(UNet, *of_data)
+    assert sections["model"] == names(UNet, *of_data, "num_classes")  # a run's images have none
     numbers = set().union(*(names(getattr(Schedule, kind)) for kind in SCHEDULES))
     assert numbers == {"T", *NUMBERS_OF_SCHEDULES}
     assert sections["diffusion"] == names(Diffusion) | numbers
@@ -101,12 +101,15 @@ WORDS = {
     "--attention-levels=none": ("model.attention_levels", []),
     "--head-dim=8": ("model.head_dim", 8),
     "--head-dim=none": ("model.head_dim", None),
+    "--num-heads=2": ("model.num_heads", 2),
     "--num-groups=4": ("model.num_groups", 4),
     "--norm-eps=1e-5": ("model.norm_eps", 1e-5),
     "--dropout=0.3": ("model.dropout", 0.3),
     "--downsample-padding=1": ("model.downsample_padding", 1),
     "--freq-shift=0": ("model.freq_shift", 0),
     "--flip-sin-to-cos": ("model.flip_sin_to_cos", True),
+    "--scale-shift-norm": ("model.scale_shift_norm", True),
+    "--resblock-updown": ("model.resblock_updown", True),
     "--schedule=cosine": ("diffusion.schedule", "cosine"),
     "--T=50": ("diffusion.T", 50),
     "--beta-start=1e-3": ("diffusion.beta_start", 1e-3),

@@ -47,7 +47,9 @@ class Network(Walk):
             place.copy_(make())
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def __call__(  # type: ignore[override]
+        self, x: Tensor, t: Tensor, y: Tensor | None = None
+    ) -> Tensor:
         self.model.check_input(x, t.expand(len(x)))
         if self.model.label_emb is None:
             rows = self._kept(self.model, "rows", self.wide, lambda: self._rows())

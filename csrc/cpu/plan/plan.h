@@ -39,7 +39,7 @@ struct ConvolutionLayer {
   Norm norm;
   int64_t modulation_offset = -1;  // of the norm's (scale, shift), (1 + scale) norm + shift, each
                                    // of all channels, in the row of time embeddings, or -1
-  int64_t residual = -1;                      // an activation like y, or -1
+  int64_t residual = -1;           // an activation like y, or -1
   int64_t stride = 1, before = 0, after = 0;  // the border of zeros, before and after
   int64_t repeat = 1;                         // 2: each pixel of the sources becomes 2x2 first
   bool halve = false;              // 2x2 pixels, normed, become their mean first; repeat is 1
