@@ -10,13 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fastddpm.integrations.openai_process import (
-    LossType,
-    ModelMeanType,
-    ModelVarType,
-)
 from fastddpm.integrations.openai_sampling import Sampling
 from fastddpm.integrations.openai_training import Training
+from fastddpm.integrations.openai_types import LossType, ModelMeanType, ModelVarType
 from fastddpm.options import check_count, shown
 from fastddpm.schedule import Schedule, check_choice
 from fastddpm.spacing import chosen_steps

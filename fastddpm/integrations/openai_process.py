@@ -13,52 +13,19 @@ import torch
 from torch import Tensor
 
 from fastddpm import ops
-from fastddpm.options import check_flag, shown
+from fastddpm.integrations.images import as_images, compute_dtype
+from fastddpm.integrations.openai_types import (
+    PREDICTIONS,
+    VARIANCES,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    member,
+)
+from fastddpm.options import check_flag
 from fastddpm.schedule import Sampler, Schedule, check_choice
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-class ModelMeanType(enum.Enum):
-    """What the model predicts."""
-
-    PREVIOUS_X = enum.auto()
-    START_X = enum.auto()
-    EPSILON = enum.auto()
-
-
-class ModelVarType(enum.Enum):
-    """The variance of p(x_{t-1} | x_t): the model's log sigma^2, beta-tilde, beta, or what the
-    model says to lie between these (-1 .. 1).
-    """
-
-    LEARNED = enum.auto()
-    FIXED_SMALL = enum.auto()
-    FIXED_LARGE = enum.auto()
-    LEARNED_RANGE = enum.auto()
-
-
-class LossType(enum.Enum):
-    """MSE of the prediction, plus the bound's term for a learned variance (RESCALED: times
-    T / 1000); or that term alone (RESCALED: times T).
-    """
-
-    MSE = enum.auto()
-    RESCALED_MSE = enum.auto()
-    KL = enum.auto()
-    RESCALED_KL = enum.auto()
-
-    def is_vb(self) -> bool:
-        return self in (LossType.KL, LossType.RESCALED_KL)
-
-
-PREDICTIONS = {"PREVIOUS_X": "mean", "START_X": "x0", "EPSILON": "eps"}  # in ops' words
-VARIANCES = {
-    "LEARNED": "learned",
-    "FIXED_SMALL": "fixed_small",
-    "FIXED_LARGE": "fixed_large",
-    "LEARNED_RANGE": "learned_range",
-}
 
 
 class Process:
@@ -86,9 +53,9 @@ class Process:
         rescale_timesteps: bool = False,
         likelihood: str = "exact",
     ):
-        self.model_mean_type = _member("model_mean_type", ModelMeanType, model_mean_type)
-        self.model_var_type = _member("model_var_type", ModelVarType, model_var_type)
-        self.loss_type = _member("loss_type", LossType, loss_type)
+        self.model_mean_type = member("model_mean_type", ModelMeanType, model_mean_type)
+        self.model_var_type = member("model_var_type", ModelVarType, model_var_type)
+        self.loss_type = member("loss_type", LossType, loss_type)
         self.rescale_timesteps = check_flag("rescale_timesteps", rescale_timesteps)
         check_choice("likelihood", likelihood, ("exact", "tanh"))
         self.likelihood = likelihood
@@ -120,7 +87,7 @@ class Process:
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log variance of q(x_t | x_0), each of x_start's shape   (Eq. 4)."""
-        t = self._t(t, x_start)
+        t = self._t(t, x_start, "x_start")
         mean = self._at("sqrt_ab", self.sqrt_alphas_cumprod, t, x_start) * x_start
         variance = self._at("1m_ab", 1 - self.alphas_cumprod, t, x_start)
         log_variance = self._at("log_1m_ab", self.log_one_minus_alphas_cumprod, t, x_start)
@@ -128,7 +95,7 @@ class Process:
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t ~ q(x_t | x_0); noise: like x_start, by default torch.randn_like of it."""
-        t = self._t(t, x_start)
+        t = self._t(t, x_start, "x_start")
         noise = torch.randn_like(x_start) if noise is None else noise
         return self._mixture("q", x_start, noise, t, ("x_start", "noise"))
 
@@ -136,7 +103,7 @@ class Process:
         self, x_start: Tensor, x_t: Tensor, t: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0)   (Eq. 7)."""
-        t = self._t(t, x_t)
+        t = self._t(t, x_t, "x_t")
         mean = self._mixture("posterior", x_start, x_t, t, ("x_start", "x_t"))
         variance = self._at("posterior_variance", self.posterior_variance, t, x_t)
         return mean, variance, self._posterior_log_variance(t, x_t)
@@ -212,13 +179,15 @@ class Process:
         return gradient
 
     def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        return self._mixture("x0_of_eps", x_t, eps, self._t(t, x_t), ("x_t", "eps"))
+        return self._mixture("x0_of_eps", x_t, eps, self._t(t, x_t, "x_t"), ("x_t", "eps"))
 
     def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
-        return self._mixture("x0_of_mean", xprev, x_t, self._t(t, x_t), ("xprev", "x_t"))
+        return self._mixture("x0_of_mean", xprev, x_t, self._t(t, x_t, "x_t"), ("xprev", "x_t"))
 
     def _predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
-        return self._mixture("eps_of_x0", x_t, pred_xstart, self._t(t, x_t), ("x_t", "pred_xstart"))
+        return self._mixture(
+            "eps_of_x0", x_t, pred_xstart, self._t(t, x_t, "x_t"), ("x_t", "pred_xstart")
+        )
 
     def _predicted(
         self,
@@ -363,9 +332,11 @@ class Process:
         )[t]
         return rows.reshape(-1, *[1] * (x.dim() - 1)).expand(x.shape)
 
-    def _t(self, t: Tensor, x: Tensor) -> Tensor:
-        """t as (N,) int64 on x's device; out of 0 .. T - 1 is an error where it can be read."""
-        _check_floating("x", x)
+    def _t(self, t: Tensor, x: Tensor, name: str = "x") -> Tensor:
+        """t as (N,) int64 on the device of x, images called `name`; out of 0 .. T - 1 is an error
+        where it can be read.
+        """
+        _check_floating(name, x)
         if not isinstance(t, Tensor) or t.dtype not in INTEGERS:
             raise TypeError(f"t must be a tensor of integers; got {_kind(t)}")
         if t.shape != x.shape[:1] or t.device != x.device:
@@ -394,30 +365,11 @@ class Process:
         return {**self.__dict__, "_tables": {}}
 
 
-def as_images(x: Tensor) -> Tensor:
-    """(N, C, ...) as the four dimensions that ops take."""
-    return x if x.dim() == 4 else x.reshape(*x.shape[:2], 1, -1)
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where one is, else float32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-
-
 def _check_floating(name: str, x: Any) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"{name} must be a tensor of floats; got {_kind(x)}")
     if x.dim() < 2:
         raise ValueError(f"{name} must be (N, C, ...); got {tuple(x.shape)}")
-
-
-def _member(name: str, choices: type[enum.Enum], value: Any) -> enum.Enum:
-    """`value`, if it is a member of `choices` or of their enum of that name."""
-    theirs = isinstance(value, enum.Enum) and type(value).__name__ == choices.__name__
-    if not theirs or value.name not in choices.__members__:
-        allowed = ", ".join(map(str, choices))
-        raise ValueError(f"{name} must be one of {allowed}; got {shown(value)}")
-    return value
 
 
 def _kind(value: Any) -> str:

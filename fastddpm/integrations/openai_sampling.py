@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastddpm import arguments, ops
-from fastddpm.integrations.openai_process import Process, as_images, compute_dtype
+from fastddpm.integrations.images import as_images, compute_dtype
+from fastddpm.integrations.openai_process import Process
 from fastddpm.options import check_count, shown
 from fastddpm.progress import tqdm
 

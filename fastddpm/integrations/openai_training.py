@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastddpm import ops
 from fastddpm.diffusion import gaussian_kl
-from fastddpm.integrations.openai_process import Process, compute_dtype
+from fastddpm.integrations.images import compute_dtype
+from fastddpm.integrations.openai_process import Process
 
 
 class Training(Process):
@@ -31,7 +32,7 @@ class Training(Process):
 
         x_start: (N, C, ...) in [-1, 1];  noise: like x_start, by default torch.randn_like of it
         """
-        t = self._t(t, x_start)
+        t = self._t(t, x_start, "x_start")
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise=noise)
         kind, T = self.loss_type.name, self.num_timesteps
@@ -70,7 +71,7 @@ class Training(Process):
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor]:
         """ "output": L_{t-1} of Eq. 5, or the decoder's L_0 at t = 0, (N,) bits; "pred_xstart"."""
-        t = self._t(t, x_t)
+        t = self._t(t, x_t, "x_t")
         mean, _, log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         out = self.p_mean_variance(
             model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs
