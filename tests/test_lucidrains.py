@@ -164,6 +164,11 @@ def test_copies_are_their_own_and_undo_gives_the_class_back():
     assert ours.undo() is ours
     assert type(ours) is lucidrains_plain.GaussianDiffusion
     assert vars(ours).keys() == vars(process()).keys()
+    assert lucidrains.report(ours) == {}
+    assert lucidrains.undo(ours) is ours
+    assert type(ours) is lucidrains_plain.GaussianDiffusion
+    assert lucidrains.is_process(ours)
+    assert not lucidrains.is_process(ours.model)
     assert_near(seeded(ours.sample, 2)[0], images)
 
 

@@ -23,6 +23,7 @@ BUFFERS = (
     "posterior_mean_coef1", "posterior_mean_coef2",
 )  # fmt: skip
 ATTRIBUTES = ("model", "channels", "self_condition", "num_timesteps")
+_REPORT = "_fastddpm_report"
 TOLERANCE = 1e-4  # of what a probe's two results may differ in
 
 
@@ -38,30 +39,36 @@ def accelerate(diffusion: nn.Module) -> nn.Module:
     Raises ValueError for what is no GaussianDiffusion of denoising_diffusion_pytorch's, and where
     nothing can be replaced.
     """
-    _check_is_theirs(diffusion)
-    if hasattr(diffusion, "_fastddpm_report"):
+    if reason := _is_no_process(diffusion):
+        raise ValueError(reason)
+    if _REPORT in vars(diffusion):
         return diffusion
     base: Any = type(diffusion)
-    report = {name: _why_left(diffusion, name) for name in STEPS}
-    if set(report.values()).isdisjoint({None}):
-        reasons = "; ".join(f"{name}: {why}" for name, why in report.items())
+    left = {name: _why_left(diffusion, name) for name in STEPS}
+    if None not in left.values():
+        reasons = "; ".join(f"{name}: {why}" for name, why in left.items())
         raise ValueError(f"nothing of this {base.__name__} can be replaced: {reasons}")
-    replaced = tuple(name for name, why in report.items() if why is None)
+    replaced = tuple(name for name, why in left.items() if why is None)
     diffusion.__class__ = _fused(base, replaced)
-    diffusion.__dict__["_fastddpm_report"] = {k: why or "replaced" for k, why in report.items()}
+    vars(diffusion)[_REPORT] = {name: why or "replaced" for name, why in left.items()}
     return diffusion
 
 
-def _undo(diffusion: nn.Module) -> nn.Module:
-    """The object as it was before `accelerate`."""
-    diffusion.__dict__.pop("_fastddpm_report")
-    diffusion.__class__ = type(diffusion).__bases__[0]
+def is_process(model: Any) -> bool:
+    """Whether `model` is a GaussianDiffusion as `accelerate` takes it."""
+    return _is_no_process(model) is None
+
+
+def undo(diffusion: nn.Module) -> nn.Module:
+    """The object as it was before `accelerate`; as it is, if it is not accelerated."""
+    if vars(diffusion).pop(_REPORT, None) is not None:
+        diffusion.__class__ = type(diffusion).__bases__[0]
     return diffusion
 
 
-def _report(diffusion: nn.Module) -> dict[str, str]:
-    """What `accelerate` replaced, and why it left the rest."""
-    return dict(diffusion.__dict__["_fastddpm_report"])
+def report(diffusion: nn.Module) -> dict[str, str]:
+    """What `accelerate` replaced, and why it left the rest; {} if it is not accelerated."""
+    return dict(vars(diffusion).get(_REPORT, {}))
 
 
 def _reduce(diffusion: nn.Module, protocol: Any) -> Any:
@@ -80,28 +87,29 @@ def _rebuilt(base: Any, replaced: tuple[str, ...]) -> nn.Module:
 def _fused(base: Any, replaced: tuple[str, ...]) -> Any:
     """A subclass of the same name that has some of our steps."""
     members: dict[str, Any] = {name: STEPS[name] for name in replaced}
-    members |= {"undo": _undo, "report": _report, "__reduce_ex__": _reduce}
+    members |= {"undo": undo, "report": report, "__reduce_ex__": _reduce}
     members |= {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(base.__name__, (base,), members)
 
 
-def _check_is_theirs(diffusion: Any) -> None:
+def _is_no_process(diffusion: Any) -> str | None:
+    """What the object lacks to be such a process; None for nothing."""
     kind = type(diffusion).__name__
     if not isinstance(diffusion, nn.Module):
-        raise ValueError(f"diffusion must be a GaussianDiffusion, a torch module; got {kind}")
+        return f"diffusion must be a GaussianDiffusion, a torch module; got {kind}"
     buffers = dict(diffusion.named_buffers(recurse=False))
     lacks = [name for name in BUFFERS if name not in buffers]
     lacks += [name for name in ATTRIBUTES if not hasattr(diffusion, name)]
     if lacks:
-        raise ValueError(
+        return (
             f"diffusion must be denoising_diffusion_pytorch's GaussianDiffusion; this {kind} has "
             f"no {lacks[0]}"
         )
-    if getattr(diffusion, "objective", None) not in OBJECTIVES:
-        raise ValueError(
-            f"objective must be one of {', '.join(map(repr, OBJECTIVES))}; got "
-            f"{shown(getattr(diffusion, 'objective', None))}"
-        )
+    objective = getattr(diffusion, "objective", None)
+    if str(objective) not in OBJECTIVES:
+        allowed = ", ".join(map(repr, OBJECTIVES))
+        return f"objective must be one of {allowed}; got {shown(objective)}"
+    return None
 
 
 def _why_left(diffusion: Any, name: str) -> str | None:
