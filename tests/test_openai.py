@@ -157,6 +157,27 @@ def test_p(mean, variance):
     close(given["pred_xstart"], x0, atol=1e-4)
 
 
+@pytest.mark.parametrize("mean", MEANS)
+def test_gradients_go_through_a_step(mean):
+    """As guidance through the x0 prediction takes them."""
+    model = network("LEARNED_RANGE")
+    ours, plain = pair(mean, "LEARNED_RANGE")
+    _, x, t = inputs()
+    gradients = []
+    for process in (ours, plain):
+        start = x.clone().requires_grad_()
+        torch.manual_seed(0)
+        if process is ours:
+            out = ours.p_sample(model, start, t)
+            parts = (out["sample"], out["pred_xstart"], ours.ddim_sample(model, start, t)["sample"])
+        else:
+            parts = (*plain.step(model, start, t), plain.ddim(model, start, t)[0])
+        weights = [torch.randn(SHAPE, generator=generator(k)) for k in range(3)]
+        total = sum((part * weight).sum() for part, weight in zip(parts, weights, strict=True))
+        gradients.append(torch.autograd.grad(total, start)[0])
+    assert_near(*gradients)
+
+
 def after(seed: int, draws: int) -> torch.Generator:
     """Torch's generator after so many draws of SHAPE."""
     random = generator(seed)
