@@ -439,12 +439,7 @@ class Diffusion:
         """
         true_mean, true_log_variance = self.q_posterior(x0, xt, t)
         mean, log_variance = self.p_mean_variance(xt, output, t, clip=clip)
-        kl = 0.5 * (
-            log_variance
-            - true_log_variance
-            + torch.expm1(true_log_variance - log_variance)
-            + (true_mean - mean).square() * torch.exp(-log_variance)
-        )
+        kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
         nll = -ops.discretized_log_likelihood(x0, mean, 0.5 * log_variance)
         term = torch.where(t.eq(0)[:, None, None, None], nll, kl)
         return term.mean(dim=(1, 2, 3)) / math.log(2)
@@ -605,3 +600,18 @@ class Diffusion:
 def _rows(table: torch.Tensor, names: tuple[str, ...], t: torch.Tensor) -> dict[str, torch.Tensor]:
     """The columns at t by name, (N, 1, 1, 1)."""
     return dict(zip(names, table[t][:, :, None, None, None].unbind(1), strict=True))
+
+
+def gaussian_kl(
+    mean: torch.Tensor,
+    log_variance: torch.Tensor,
+    other_mean: torch.Tensor,
+    other_log_variance: torch.Tensor,
+) -> torch.Tensor:
+    """KL(N(mean, exp(log_variance)) || the other), elementwise, nats."""
+    return 0.5 * (
+        other_log_variance
+        - log_variance
+        + torch.expm1(log_variance - other_log_variance)
+        + (mean - other_mean).square() * torch.exp(-other_log_variance)
+    )
