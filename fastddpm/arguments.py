@@ -184,9 +184,18 @@ def image_pair(a: Any, b: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if a.dtype != b.dtype or not (a.dtype == torch.uint8 or a.is_floating_point()):
         raise ValueError(f"a and b must be uint8 or float alike; got {a.dtype} and {b.dtype}")
     for name, image in (("a", a), ("b", b)):
-        if image.is_floating_point() and not bool((image.abs() <= 1.001).all()):  # NaN is not
-            low, high = (float(value) for value in torch.aminmax(image))
-            raise ValueError(
-                f"{name} must be uint8, or float in [-1, 1]; got floats in {low:g} .. {high:g}"
-            )
+        check_range(name, image)
     return a, b
+
+
+def check_range(name: str, image: torch.Tensor) -> None:
+    """ValueError unless the pixels are uint8, or float in [-1, 1]."""
+    if image.dtype == torch.uint8:
+        return
+    if not image.is_floating_point():
+        raise ValueError(f"{name} must be uint8, or float in [-1, 1]; got {image.dtype}")
+    if not bool((image.abs() <= 1.001).all()):  # NaN is not
+        low, high = (float(value) for value in torch.aminmax(image))
+        raise ValueError(
+            f"{name} must be uint8, or float in [-1, 1]; got floats in {low:g} .. {high:g}"
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,12 +16,13 @@ import torch
 
 from fastddpm import ops, reference
 from fastddpm.host import callers_level
+from fastddpm.networks import check_is_network
 from fastddpm.schedule import COLUMNS, Sampler, Schedule, Variance, check_choice
 from fastddpm.wrapped import parts, unwrap
 
 Prediction = Literal["eps", "x0", "mean"]
 Loss = Literal["simple", "vlb"]
-Model = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Model = Callable[..., torch.Tensor]  # (x_t, t), and what a model takes beside
 
 
 class Diffusion:
@@ -81,6 +82,7 @@ class Diffusion:
         process than the paper's (what it makes of its outputs is not known), and a traced one,
         which has lost what it had.
         """
+        check_is_network(model)
         if not callable(model):
             raise ValueError(
                 f"model must be a callable (x_t, t) -> output; got {type(model).__name__}"
@@ -158,13 +160,15 @@ class Diffusion:
             f"{t.device} timesteps", lambda: torch.from_numpy(steps.copy()).to(t.device)
         )[t]
 
-    def model_output(self, model: Model, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """model(x_t, its own step) at the chain indices t: (N, C, H, W) float32, or 2C channels for
-        a learned variance.
+    def model_output(
+        self, model: Callable[..., Any], xt: torch.Tensor, t: torch.Tensor, /, **model_kwargs: Any
+    ) -> torch.Tensor:
+        """model(x_t, its own step, **model_kwargs) at the chain indices t: (N, C, H, W) float32, or
+        2C channels for a learned variance.
 
         diffusers' outputs are taken too: their `sample` is the tensor. Raises ValueError for any
         other shape, which could broadcast unnoticed, and for another device."""
-        output = model(xt, self.model_t(t))
+        output = model(xt, self.model_t(t), **model_kwargs)
         output = getattr(output, "sample", output)
         channels = xt.shape[1] * (2 if self.variance == "learned" else 1)
         expected = (xt.shape[0], channels, *xt.shape[2:])
@@ -284,17 +288,18 @@ class Diffusion:
         *,
         t: torch.Tensor,
         flip: torch.Tensor | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
         **noise: Any,
     ) -> torch.Tensor:
         """The objective for each image, (N,) float32: Eq. 14, or the term L_{t} of Eq. 5 in
         bits/dim.
 
         x0: (N, C, H, W) uint8 or float in [-1, 1];  t: (N,) int64;  noise: eps=..., or seed=... and
-            sample_index=...
+            sample_index=...;  model_kwargs: what the model takes beside x_t and t, {"y": classes}
         """
         table = self.table(x0.device)
         xt, eps = ops.noise(x0, t, table, flip=flip, dtype=torch.float32, **noise)
-        output = self.model_output(model, xt, t)
+        output = self.model_output(model, xt, t, **(model_kwargs or {}))
         if self.objective == "simple" and self.prediction == "eps":
             return ops.squared_error(output, eps)
         x0 = reference.to_unit(x0) if x0.dtype == torch.uint8 else x0

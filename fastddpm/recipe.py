@@ -134,6 +134,8 @@ OPTIONS = (
            f"none {OF_THE_PRESET}"),
     Option("model", "head_dim", HEADS, "channels an attention head; none: one head "
            f"{OF_THE_PRESET}"),
+    Option("model", "num_heads", HEADS, "heads of every attention, in place of --head-dim "
+           f"{OF_THE_PRESET}"),
     Option("model", "num_groups", INTEGER, f"groups of every GroupNorm {OF_THE_PRESET}"),
     Option("model", "norm_eps", NUMBER, f"epsilon of every GroupNorm {OF_THE_PRESET}"),
     Option("model", "dropout", NUMBER, f"before each block's second convolution {OF_THE_PRESET}"),
@@ -141,6 +143,9 @@ OPTIONS = (
            "paper) or 1"),
     Option("model", "freq_shift", NUMBER, "of the time embedding: 1 (the paper) or 0"),
     Option("model", "flip_sin_to_cos", FLAG, "the time embedding's cosines come first"),
+    Option("model", "scale_shift_norm", FLAG, "the time embedding scales and shifts each block's "
+           "second norm"),
+    Option("model", "resblock_updown", FLAG, "residual blocks halve and double, not convolutions"),
     Option("diffusion", "schedule", _choice(SCHEDULES), "betas (default: linear)", "linear"),
     Option("diffusion", "T", INTEGER, "steps of the chain (default: 1000)"),
     Option("diffusion", "beta_start", NUMBER, "of linear and quadratic (default: 1e-4)"),
@@ -363,6 +368,8 @@ def _unknown(section: str, name: str) -> str:
     places = [f"[{o.section}]" for o in OPTIONS if o.name == name]
     if section == "model" and name in OF_THE_DATA:
         more = "; the images have it: [data] image_size and channels choose"
+    elif section == "model" and name == "num_classes":
+        more = "; data have no labels here: Trainer.step(x0, y) trains a model with classes"
     else:
         more = f"; {name} stands in {' or '.join(places)}" if places else ""
     allowed = ", ".join(o.name for o in OPTIONS if o.section == section)

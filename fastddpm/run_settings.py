@@ -14,6 +14,13 @@ from fastddpm import _native
 from fastddpm.ops import dispatch
 from fastddpm.unet import UNet
 
+LATER = {
+    "num_heads": None,
+    "num_classes": None,
+    "scale_shift_norm": False,
+    "resblock_updown": False,
+}
+
 
 def architecture(network: torch.nn.Module) -> Any:
     """What a network computes beside its weights, JSON-ready: a UNet's options; the lines of any
@@ -22,6 +29,12 @@ def architecture(network: torch.nn.Module) -> Any:
     if isinstance(network, UNet):
         return network.config
     return re.sub(r" at 0x[0-9a-f]+", "", repr(network)).splitlines()
+
+
+def with_later_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run that may be older than some of a UNet's options: these were off."""
+    model = settings.get("model")
+    return {**settings, "model": {**LATER, **model}} if isinstance(model, dict) else settings
 
 
 def machine(way: int, device: torch.device, ranks: int, accumulate: int) -> dict[str, Any]:

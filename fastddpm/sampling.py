@@ -7,8 +7,7 @@ the rest."""
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,21 +15,23 @@ import torch
 
 from fastddpm import arguments, ops, ranks, reference
 from fastddpm.arguments import indices, sample_indices
-from fastddpm.batching import Batches, batch_size_for
+from fastddpm.chain import Chain, bar, finite
 from fastddpm.diffusion import Diffusion, Model
-from fastddpm.engine import make_engine, runnable
-from fastddpm.engine.eager import Eager, OnStep
+from fastddpm.engine.eager import OnStep
+from fastddpm.engine.guided import check_callable
+from fastddpm.given import count, own_noise, own_shape, refuse
 from fastddpm.host import own_state
-from fastddpm.options import check_flag, check_number
-from fastddpm.progress import tqdm
 from fastddpm.schedule import Sampler, check_count
-from fastddpm.wrapped import unwrap
+
+# What only some ways of sampling take.
+BATCHES = ("batch_size", "distributed")
+BEGINNING = ("x_T", "init", "start", "generator", "on_step")
 
 
 @own_state()
 def sample(
-    model: Model,
-    n: int = 256,
+    model: Callable[..., Any],
+    n: int | None = None,
     *,
     seed: int = 0,
     first_index: int = 0,
@@ -46,11 +47,21 @@ def sample(
     device: torch.device | str | None = None,
     progress: bool = True,
     distributed: bool = True,
+    x_T: torch.Tensor | None = None,
+    init: torch.Tensor | None = None,
+    start: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    on_step: OnStep | None = None,
+    denoised_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    cond_fn: Callable[..., torch.Tensor] | None = None,
+    self_condition: bool = False,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> torch.Tensor:
     """Draw n images by the reverse process (DDPM Algorithm 2); (n, C, H, W) float32 in about [-1,
     1], on `device`.
 
     model:       a UNet or any callable (x_t, t) -> output of what `diffusion` says it predicts
+    n:           None: as many as x_T or init has, else 256
     first_index: draws samples first_index .. first_index + n - 1 of this seed, so that a set can be
                  continued
     shape:       (C, H, W) of one image; None: the model's own
@@ -70,26 +81,35 @@ def sample(
     rank, world = ranks.place() if distributed else (0, 1)
     together = ranks.together if world > 1 else contextlib.nullcontext
     with together():
-        n, first_index = indices(n, first_index)
+        n, first_index = indices(count(n, 256, x_T=x_T, init=init), first_index)
         seed = arguments.seed(seed)
-        chain = Chain(model, shape, diffusion, steps, sampler, eta, clip, precision, engine, device)
+        check_callable("on_step", on_step)
+        chain = Chain(
+            model, own_shape(shape, x_T=x_T, init=init), diffusion, steps, sampler, eta, clip,
+            precision, engine, device, model_kwargs=model_kwargs, denoised_fn=denoised_fn,
+            cond_fn=cond_fn, self_condition=self_condition,
+            own_noise=own_noise(generator, seed, first_index),
+        )  # fmt: skip
+        given = chain.given(n, first_index, x_T=x_T, init=init, start=start, generator=generator)
         batches = chain.batches(batch_size)
     if world > 1:
-        ranks.agree(n=n, seed=seed, first_index=first_index, **chain.facts)
-    start, stop = ranks.share(n, rank, world)
+        ranks.agree(n=n, seed=seed, first_index=first_index, **chain.facts, **given.facts())
+    first, last = ranks.share(n, rank, world)
     mine = torch.empty(0, *chain.shape, dtype=torch.float32, device=chain.device)
     with together():
-        with bar(n, chain.T, progress and rank == 0) as steps_bar:
-            index = torch.arange(first_index + start, first_index + stop, device="cpu")
-            parts = chain.draw(seed, index, batches, steps_bar)
+        with bar(n, given.start, progress and rank == 0, on_step=on_step) as steps_bar:
+            index = torch.arange(first_index + first, first_index + last, device="cpu")
+            parts = chain.draw(seed, index, batches, steps_bar, given=given)
         mine = finite(torch.cat([mine, *parts]))
+        if given.noise is not None:
+            given.noise.skip(slice(first, last), chain.draws(given))
     return ranks.gather(mine, n) if world > 1 else mine
 
 
 @own_state()
 def sample_progressive(
     model: Model,
-    n: int = 8,
+    n: int | None = None,
     *,
     frames: int = 10,
     seed: int = 0,
@@ -100,22 +120,31 @@ def sample_progressive(
     """Samples and how they came to be: the x0 predictions over time (DDPM Fig. 6, Section 4.3).
 
     Returns (samples (n, C, H, W), x0 predictions (frames, n, C, H, W), the model's steps t they
-    were made at), evenly spaced from T - 1 to 0. options: those of `sample` but batch_size."""
+    were made at), evenly spaced from T - 1, or from `start` - 1, to 0. n: None: as many as x_T or
+    init has, else 8. options: those of `sample` but batch_size and distributed."""
     frames, seed = check_count("frames", frames), arguments.seed(seed)
+    refuse("sample_progressive", options, BATCHES)
+    each = {name: options.pop(name, None) for name in BEGINNING}
+    on_step, x_T, init = each.pop("on_step"), each["x_T"], each["init"]
+    check_callable("on_step", on_step)
+    index = sample_indices(count(n, 8, x_T=x_T, init=init), first_index)
+    first = int(index[0])
+    options["shape"] = own_shape(options.get("shape"), x_T=x_T, init=init)
+    options["own_noise"] = own_noise(each["generator"], seed, first)
     chain = Chain(model, **options)
-    keep = {round(k) for k in np.linspace(chain.T - 1, 0, min(frames, chain.T))}
-    index = sample_indices(n, first_index)
-    with bar(len(index), chain.T, progress) as tick:
+    given = chain.given(len(index), first, **each)
+    keep = {round(k) for k in np.linspace(given.start - 1, 0, min(frames, given.start))}
+    with bar(len(index), given.start, progress, on_step=on_step) as tick:
 
         def draw(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             shown: list[torch.Tensor] = []
 
-            def on_step(i, x, x0):
+            def keep_some(i, x, x0):
                 tick(i, x, x0)
                 if i in keep:
                     shown.append(x0())
 
-            return chain.draw_batch(seed, part, on_step=on_step), torch.stack(shown)
+            return chain.draw_batch(seed, part, keep_some, given), torch.stack(shown)
 
         images, predictions = zip(*chain.batches(None).draw(draw, index, tick), strict=True)
     times = [int(chain.diffusion.schedule.timesteps[i]) for i in sorted(keep, reverse=True)]
@@ -137,22 +166,26 @@ def sample_shared_latent(
 
     Row k: n draws of p(x_0 | x_t) at the paper's t[k] (t = T shares only x_T), where x_t lies on
            the way to
-    the sample `first_index`, whose own noise the first draw of each row follows.
+    the sample `first_index`, whose own noise the first draw of each row follows. options: those of
+    `sample` that say no beginning, batch or order of the noise; of model_kwargs, n images long, x_t
+    takes the first.
     """
     index, seed = sample_indices(n, first_index), arguments.seed(seed)
     n = len(index)
+    refuse("sample_shared_latent", options, (*BATCHES, *BEGINNING, "self_condition"))
     chain = Chain(model, **options)
+    given = chain.given(n, int(index[0]))
+    first, every = given.kwargs(slice(0, 1)), given.kwargs(slice(0, n))
     levels, index = arguments.levels(t, 1, chain.T), index.to(chain.device)
     rows: dict[int, torch.Tensor] = {}
     x, at = chain.prior(seed, index[:1]), chain.T
     total = chain.T - min(levels) + sum(set(levels))
     with bar(n * len(levels), chain.T, progress, total) as tick:
-        run = chain.engine.run
         for level in sorted(set(levels), reverse=True):
-            x = run(x, seed=seed, sample_index=index[:1], start=at, stop=level, on_step=tick)
+            x = chain.run(x, seed, index[:1], tick, first, start=at, stop=level)
             at = level
             shared = x.expand(n, -1, -1, -1)
-            rows[level] = run(shared, seed=seed, sample_index=index, start=level, on_step=tick)
+            rows[level] = chain.run(shared, seed, index, tick, every, start=level)
     return finite(torch.stack([rows[level] for level in levels]))
 
 
@@ -173,12 +206,15 @@ def interpolate(
 
     a, b: (C, H, W) uint8 or float in [-1, 1];  t: the paper's step count of the latents, or several
           for Fig. 9.
-    All mixtures share the noise of the way up and of the way down. Returns (n, C, H, W), or
-    (len(t), n, C, H, W) for several t.
+    All mixtures share the noise of the way up and of the way down. options: those of `sample` that
+    say no beginning, batch or order of the noise; model_kwargs are the mixtures'. Returns (n, C, H,
+    W), or (len(t), n, C, H, W) for several t.
     """
     n, seed = check_count("n", n), arguments.seed(seed)
     a, b = arguments.image_pair(a, b)
+    refuse("interpolate", options, (*BATCHES, *BEGINNING))
     chain = Chain(model, **{"shape": tuple(a.shape), **options})
+    model_kwargs = chain.given(n, 0).kwargs(slice(0, n))
     levels = arguments.levels(t, 0, chain.T)
     x0 = torch.stack((a, b)).to(chain.device)
     x0 = reference.to_unit(x0) if x0.dtype == torch.uint8 else x0.float()
@@ -196,113 +232,6 @@ def interpolate(
                 )
                 xt = chain.diffusion.q_sample(x0, at, eps)
             mixed = (1 - weight) * xt[0] + weight * xt[1]
-            rows.append(
-                chain.engine.run(mixed, seed=seed, sample_index=shared, start=level, on_step=tick)
-            )
+            rows.append(chain.run(mixed, seed, shared, tick, model_kwargs, start=level))
     images = finite(torch.stack(rows))
     return images if arguments.several(t) else images[0]
-
-
-class Chain:
-    """What every function above needs: the engine, the process over `steps` steps, the device and
-    the shape.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        shape: Sequence[int] | None = None,
-        diffusion: Diffusion | None = None,
-        steps: int | None = None,
-        sampler: Sampler = "ddpm",
-        eta: float = 0.0,
-        clip: bool = True,
-        precision: str = "auto",
-        engine: str = "auto",
-        device: torch.device | str | None = None,
-    ):
-        full, model = Diffusion.of(model, diffusion), runnable(model)
-        self.device = arguments.device_of(model, device)
-        self.model, self.shape = model, arguments.image_shape(unwrap(model), shape)
-        eta = check_number("eta", eta, lambda x: x >= 0, "at least 0")
-        clip = check_flag("clip", clip)
-        full.warn_of_the_end()
-        self.diffusion = full.respace(steps)
-        self.T = self.diffusion.T
-        self.diffusion.table(self.device, sampler=sampler, eta=eta)
-        self._options = {"sampler": sampler, "eta": eta, "clip": clip}
-        self.engine: Eager = make_engine(
-            engine,
-            model,
-            self.diffusion,
-            device=self.device,
-            precision=precision,
-            sampler=sampler,
-            eta=eta,
-            clip=clip,
-        )
-
-    def prior(self, seed: int, index: torch.Tensor) -> torch.Tensor:
-        """x_T ~ N(0, I), the same for every chain length and sampler."""
-        step = self.diffusion.schedule.full_steps
-        return ops.randn((len(index), *self.shape), seed=seed, step=step, sample_index=index)
-
-    def draw_batch(self, seed: int, index: torch.Tensor, on_step: OnStep) -> torch.Tensor:
-        """x_0 of the samples `index`, all of them at a time."""
-        index = index.to(self.device)
-        return self.engine.run(
-            self.prior(seed, index), seed=seed, sample_index=index, on_step=on_step
-        )
-
-    def batches(self, size: int | None) -> Batches:
-        """Of `size` images, or of what memory holds."""
-        if size is not None:
-            return Batches(size)
-        most = batch_size_for(self.model, self.shape, self.engine.precision, self.device)
-        return Batches(most, even=True)
-
-    def draw(
-        self, seed: int, index: torch.Tensor, batches: Batches, steps: Steps, later: int = 0
-    ) -> list[torch.Tensor]:
-        """x_0 of the samples `index`, a tensor a batch."""
-        draw = functools.partial(self.draw_batch, seed, on_step=steps)
-        return batches.draw(draw, index, steps, later)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What a set of samples has in common, beside model and seed."""
-        return {"shape": list(self.shape), "steps": self.T, **self._options}
-
-
-class Steps:
-    """The steps of all batches, on a progress bar; an OnStep, and batching's Progress."""
-
-    reads_x0 = False  # no x0 prediction has to be at hand
-
-    def __init__(self, bar: tqdm, T: int):
-        self._bar, self._T, self._done = bar, T, 0
-
-    def __call__(self, i: int, x: torch.Tensor, x0: object) -> None:
-        self._bar.update()
-
-    def begin(self, batches: int) -> None:
-        self._bar.n, self._bar.total = self._done, self._done + batches * self._T
-
-    def end(self) -> None:
-        self._done = self._bar.n
-
-
-@contextlib.contextmanager
-def bar(images: int, T: int, progress: bool, total: int | None = None) -> Iterator[Steps]:
-    """A progress bar over the steps of the chains, `total` if that is known from the start."""
-    with tqdm(total=total, desc=f"{images} images", unit="step", disable=not progress) as shown:
-        yield Steps(shown, T)
-
-
-def finite(images: torch.Tensor) -> torch.Tensor:
-    if not torch.isfinite(images).all():
-        bad = int((~torch.isfinite(images)).flatten(1).any(dim=1).sum())
-        raise FloatingPointError(
-            f"{bad} of {len(images)} images are not finite: the model returned NaN or inf"
-        )
-    return images

@@ -24,11 +24,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from fastddpm import arguments, ranks
+from fastddpm.chain import Chain, bar, finite
 from fastddpm.checkpoint import atomic_write, remove_abandoned
 from fastddpm.diffusion import Diffusion
 from fastddpm.figures import check_channels, check_output, to_pil, to_uint8
 from fastddpm.host import own_state
-from fastddpm.sampling import Chain, bar, finite
 from fastddpm.unet import UNet
 from fastddpm.wrapped import unwrap
 

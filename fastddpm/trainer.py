@@ -32,7 +32,14 @@ from fastddpm.pretrained import save_config, save_model
 from fastddpm.ranks import losing
 from fastddpm.replicas import Replicas, replicated
 from fastddpm.run_folder import STATE
-from fastddpm.run_settings import architecture, compare, differing, machine, read_settings
+from fastddpm.run_settings import (
+    architecture,
+    compare,
+    differing,
+    machine,
+    read_settings,
+    with_later_options,
+)
 from fastddpm.trainer_state import check_tensors, take, tensors_of
 from fastddpm.training_graph import Recordings
 from fastddpm.training_step import take_step
@@ -177,9 +184,16 @@ class Trainer:
         self.replicas = Replicas(self.model)
 
     @own_state(grad=True)
-    def step(self, x0: torch.Tensor, *, part: tuple[int, int, int] | None = None) -> torch.Tensor:
-        """One optimiser step on x0, (N, C, H, W) uint8 or float in [-1, 1]; returns the mean loss,
-        detached, on the model's device.
+    def step(
+        self,
+        x0: torch.Tensor,
+        y: torch.Tensor | None = None,
+        *,
+        part: tuple[int, int, int] | None = None,
+    ) -> torch.Tensor:
+        """One optimiser step on x0, (N, C, H, W) uint8 or float in [-1, 1], whose classes are y,
+        (N,) int64 where the model takes some; returns the mean loss, detached, on the model's
+        device.
 
         On a GPU the step is queued, and what is wrong with its numbers is known at the next look
         (`read_every`, see check_finite).
@@ -194,13 +208,16 @@ class Trainer:
               are not those of one step, which then is none
         """
         self._check()
-        x0 = uploaded(plain(self._checked(x0)), self.device)
+        x0 = self._checked(x0)
+        self._check_labels(y, len(x0))
+        x0 = uploaded(plain(x0), self.device)
+        y = None if y is None else uploaded(plain(y), self.device)
         own, k = self.replicas.part(part, x0.shape[0]), self.step_count
         rate = _float32(self.lr * min((k + 1) / max(self.warmup, 1), 1.0))
         decay = min(self.ema_decay, (1 + k) / (10 + k)) if self.ema_warmup else self.ema_decay
         module = self.model if isinstance(self.model, torch.nn.Module) else self.network
         with training(module), float32_kept(self.precision, self.device), losing():
-            loss = take_step(self, x0, own, rate, _float32(1 - decay))
+            loss = take_step(self, x0, y, own, rate, _float32(1 - decay))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         before = self.step_count, self.example_count
@@ -272,6 +289,15 @@ class Trainer:
                 stacklevel=callers_level(),
             )
         return x0
+
+    def _check_labels(self, y: Any, n: int) -> None:
+        """ValueError where a UNet can't take the classes y of n images, or another network's are no
+        tensor of n rows."""
+        if isinstance(self.network, UNet):
+            self.network.check_labels(y, n)
+        elif y is not None and not (isinstance(y, torch.Tensor) and y.shape[:1] == (n,)):
+            got = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
+            raise ValueError(f"y must be a tensor of {n} rows, one for each image; got {got}")
 
     def ema_weights(self) -> dict[str, torch.Tensor]:
         """The averaged weights, float32 of half-precision ones, and the buffers as they are now,
@@ -351,7 +377,7 @@ class Trainer:
             check_integer(f"{path}: {name}", count, 0)
         there, before = (_object(settings.pop(name, None)) for name in ("machine", "run"))
         there = {"ranks": 1, "accumulate": 1, **there}
-        compare(path, settings, self.recipe())
+        compare(path, with_later_options(settings), self.recipe())
         if run is not None and before:
             compare(path, before, dict(run))
         elif run is not None and counts["step_count"]:

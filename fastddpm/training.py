@@ -104,6 +104,11 @@ def fit(
         save_every = check_integer("save_every", save_every, 1)
         sample_every = check_integer("sample_every", sample_every, 0)
         if isinstance(trainer.network, UNet):
+            if (classes := trainer.network.config["num_classes"]) is not None:
+                raise ValueError(
+                    f"the model has num_classes={classes}, and the data of a run have no labels: "
+                    "train it by Trainer.step(x0, y)"
+                )
             if sample_every:
                 check_channels(trainer.network.in_channels)
             _check_fits(dataset, trainer.network)
@@ -216,7 +221,7 @@ def _run(
         dataset, batch_size, range(first, steps), seed=trainer.seed, device=trainer.device,
         place=(rank, world),
     )  # fmt: skip
-    of_many = {"part": feed.part} if world > 1 else {}
+    of_many: dict[str, Any] = {"part": feed.part} if world > 1 else {}
     began = time.perf_counter()
     with (
         contextlib.closing(iter(feed)) as batches,

@@ -29,26 +29,31 @@ MOVING = ("params", "lr", "capturable")  # of Adam's options: what a step is giv
 
 
 def take_step(
-    run: Trainer, x0: torch.Tensor, part: Part, rate: float, share: float
+    run: Trainer,
+    x0: torch.Tensor,
+    y: torch.Tensor | None,
+    part: Part,
+    rate: float,
+    share: float,
 ) -> torch.Tensor:
     """The step of the examples from run.example_count on, by a recording or by itself; returns its
     loss.
 
-    x0: the images of this rank's `part` of the step, or one where that is empty;
+    x0: the images of this rank's `part` of the step, or one where that is empty;  y: their classes
     rate: Adam's;  share: of the weights in their average, 1 - ema_decay"""
     first, plain = run.example_count + part.start, is_plain(run.model)
     if plain:  # in the network's own layout while an image is bytes: x_t and eps are made in it
         x0 = x0.contiguous(memory_format=torch.channels_last)
     if plain and run.recordings.record is not None and not run.weights.has_halves:
         compute = functools.partial(_compute, run, part, plain=True)
-        recorded = run.recordings.get(_alike(run, x0), compute, x0)
+        recorded = run.recordings.get(_alike(run, x0), compute, x0, y)
         if recorded is not None:
-            loss = recorded(x0, first, rate, share)
+            loss = recorded(x0, y, first, rate, share)
             for p in run.weights.masters.values():  # as a write that torch has seen
                 torch.autograd.graph.increment_version(p)
             return loss
     index = torch.arange(first, first + x0.shape[0], device=run.device)
-    return _compute(run, part, x0, index, rate, share, plain=plain)
+    return _compute(run, part, x0, y, index, rate, share, plain=plain)
 
 
 def is_plain(model: object) -> bool:
@@ -81,6 +86,7 @@ def _compute(
     run: Trainer,
     part: Part,
     x0: torch.Tensor,
+    y: torch.Tensor | None,
     index: torch.Tensor,
     rate: float | torch.Tensor,
     share: float | torch.Tensor,
@@ -89,7 +95,7 @@ def _compute(
 ) -> torch.Tensor:
     """index: (N,) int64, the numbers of the examples;  rate, share: numbers, or () float32 on the
     device;  plain: whether the model is"""
-    loss = _gradients(run, part, x0, index, plain)
+    loss = _gradients(run, part, x0, y, index, plain)
     counts = run.step_count, run.example_count
     seen = run.replicas.agreed(loss, run.guard.range_of(x0), part, counts)
     norm = norm_of(run.weights.take_gradients(), run.device) / run.weights.loss_scale
@@ -103,7 +109,12 @@ def _compute(
 
 
 def _gradients(
-    run: Trainer, part: Part, x0: torch.Tensor, index: torch.Tensor, plain: bool
+    run: Trainer,
+    part: Part,
+    x0: torch.Tensor,
+    y: torch.Tensor | None,
+    index: torch.Tensor,
+    plain: bool,
 ) -> torch.Tensor:
     """The gradients of the step's mean loss, on every rank the same; returns this rank's share in
     the loss, detached.
@@ -128,6 +139,7 @@ def _gradients(
                 loss = run.diffusion.loss(
                     run.model, x0[here], t=t[here], flip=flip[here] if run.flip else None,
                     seed=run.seed, sample_index=index[here],
+                    model_kwargs=None if y is None else {"y": y[here]},
                 ).mean()  # fmt: skip
             if not loss.requires_grad:
                 raise ValueError(

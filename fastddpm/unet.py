@@ -1,19 +1,22 @@
 """The paper's U-Net (Appendix B): its parts put together, presets and nothing about diffusion
-beyond `forward(x, t)`. The parts are unet_parts.py's."""
+beyond `forward(x, t, y)`. The parts are unet_parts.py's."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from fastddpm import unet_walk
 from fastddpm.diffusion import Diffusion
 from fastddpm.memory import check_fits
+from fastddpm.ops import checks
 from fastddpm.options import check_flag
 from fastddpm.schedule import Variance
 from fastddpm.unet_config import check_config, fewest_parameters
@@ -46,7 +49,8 @@ __all__ = [
 
 
 class UNet(nn.Module):
-    """The U-Net of DDPM, Appendix B: eps(x_t, t) for (N, in_channels, H, W) x and (N,) integer t.
+    """The U-Net of DDPM, Appendix B: eps(x_t, t) for (N, in_channels, H, W) x and (N,) t; with
+    num_classes eps(x_t, t, y), y (N,) int64 in 0 .. num_classes - 1.
 
     Any H and W that len(channel_mult) - 1 halvings divide. Returns (N, out_channels, H, W) in x's
     dtype. Raises ValueError for an option or an input that does not fit, naming it and what is
@@ -65,13 +69,17 @@ class UNet(nn.Module):
         channel_mult: Sequence[int] = (1, 2, 2, 2),   # channels of each level, times `channels`
         num_res_blocks: int = 2,                      # residual blocks a level
         attention_levels: Sequence[int] = (1,),       # levels with attention, 0 the widest
-        head_dim: int | None = None,                  # channels an attention head; None: one head
+        head_dim: int | None = None,                  # channels an attention head, or
+        num_heads: int | None = None,                 # heads of every attention; None: one head
         num_groups: int = 32,                         # groups of every GroupNorm
         norm_eps: float = 1e-6,                       # epsilon of every GroupNorm
         dropout: float = 0.0,                         # before each block's second convolution
         downsample_padding: int = 0,                  # 0: at the end only (the paper); 1: both
         freq_shift: float = 1,                        # of the time embedding: 1 (the paper) or 0
         flip_sin_to_cos: bool = False,                # its order: [cos | sin], not [sin | cos]
+        scale_shift_norm: bool = False,               # t scales and shifts norm2's result
+        resblock_updown: bool = False,                # residual blocks halve and double
+        num_classes: int | None = None,               # of the images; None: they have no labels
         diffusion: Diffusion | None = None,           # what it is trained for; None: Diffusion()
     ):  # fmt: skip
         super().__init__()
@@ -90,12 +98,16 @@ class UNet(nn.Module):
                 "num_res_blocks": num_res_blocks,
                 "attention_levels": attention_levels,
                 "head_dim": head_dim,
+                "num_heads": num_heads,
                 "num_groups": num_groups,
                 "norm_eps": norm_eps,
                 "dropout": dropout,
                 "downsample_padding": downsample_padding,
                 "freq_shift": freq_shift,
                 "flip_sin_to_cos": flip_sin_to_cos,
+                "scale_shift_norm": scale_shift_norm,
+                "resblock_updown": resblock_updown,
+                "num_classes": num_classes,
             },
             outputs=2 if self.diffusion.variance == "learned" else 1,
         )
@@ -107,18 +119,24 @@ class UNet(nn.Module):
         )  # fmt: skip
         num_res_blocks, attention_levels = config["num_res_blocks"], config["attention_levels"]
         num_groups, norm_eps, dropout = config["num_groups"], config["norm_eps"], config["dropout"]
-        head_dim, padding = config["head_dim"], config["downsample_padding"]
+        head_dim, num_heads = config["head_dim"], config["num_heads"]
+        padding, classes = config["downsample_padding"], config["num_classes"]
         self.in_channels, self.image_size = in_channels, tuple(config["image_size"])
         widths = [channels * m for m in channel_mult]
         temb = 4 * channels
 
-        def resnet(c_in: int, c_out: int) -> ResnetBlock:
-            return ResnetBlock(c_in, c_out, temb, num_groups, norm_eps, dropout)
+        def resnet(c_in: int, c_out: int, resample: Any = None) -> ResnetBlock:
+            return ResnetBlock(
+                c_in, c_out, temb, num_groups, norm_eps, dropout,
+                scale_shift=config["scale_shift_norm"], resample=resample,
+            )  # fmt: skip
 
         def attention(c: int) -> AttentionBlock:
-            return AttentionBlock(c, num_groups, norm_eps, c // (head_dim or c))
+            return AttentionBlock(c, num_groups, norm_eps, num_heads or c // (head_dim or c))
 
+        within = config["resblock_updown"]
         self.temb = TimeEmbedding(channels, temb)
+        self.label_emb = None if classes is None else nn.Embedding(classes, temb)
         self.conv_in = convolution(in_channels, channels)
 
         skips, c = [channels], channels
@@ -129,7 +147,7 @@ class UNet(nn.Module):
                 c = width
                 skips.append(c)
             if i < len(widths) - 1:
-                level.downsample = Downsample(c, padding)
+                level.downsample = resnet(c, c, "down") if within else Downsample(c, padding)
                 skips.append(c)
 
         mid = Middle(resnet(c, c), attention(c), resnet(c, c))
@@ -141,7 +159,7 @@ class UNet(nn.Module):
                 up[i].append(block, attention(width) if i in attention_levels else None)
                 c = width
             if i > 0:
-                up[i].upsample = Upsample(c)
+                up[i].upsample = resnet(c, c, "up") if within else Upsample(c)
 
         self.down = cast(Sequence[Level], nn.ModuleList(down))
         self.mid = mid
@@ -150,19 +168,24 @@ class UNet(nn.Module):
         self.conv_out = convolution(c, self.config["out_channels"], scale=0.0)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The model's output for x_t (N, C, H, W) at the 0-based steps t (N,)."""
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The model's output for x_t (N, C, H, W) at the 0-based steps t (N,), of the classes y
+        (N,) int64, which a model with classes needs and no other takes."""
         self.check_input(x, t)
-        self._check_devices(x, t)
+        self.check_labels(y, len(x))
+        self._check_devices(x, t, y)
         dtype = self.conv_in.weight.dtype
         sinusoids = self.sinusoids(t).to(dtype)
+        label = None if self.label_emb is None else self.label_emb(y)
         h = x.to(dtype, memory_format=torch.channels_last)
         if (way := unet_walk.way(self, h)) is not None:
-            temb = way.embedded(self.temb, sinusoids)
+            temb = way.embedded(self.temb, sinusoids, label)
             walk = way(temb, unet_walk.stream_of(self), again=self.checkpointing)
             return walk.walk(self, h).to(x.dtype)
 
-        temb = self.temb(sinusoids)
+        temb = self.temb(sinusoids, label)
         h = self.conv_in(h)
         skips = [h]
         for level in self.down:
@@ -170,7 +193,9 @@ class UNet(nn.Module):
                 h = self._kept(_block, level, j, temb, h)
                 skips.append(h)
             if level.downsample is not None:
-                h = level.downsample(h)
+                keeping = isinstance(level.downsample, ResnetBlock)
+                move = functools.partial(self._kept, Level.moved) if keeping else Level.moved
+                h = move(level.downsample, h, temb)
                 skips.append(h)
 
         h = self._kept(self.mid, h, temb)
@@ -179,7 +204,7 @@ class UNet(nn.Module):
             for j in range(len(level.block)):
                 h = self._kept(_block, level, j, temb, h, skips.pop())
             if level.upsample is not None:
-                h = self._kept(level.upsample, h)
+                h = self._kept(Level.moved, level.upsample, h, temb)
         return self.conv_out(self.norm_out(h)).to(x.dtype)
 
     def checkpoint_blocks(self, on: bool = True) -> UNet:
@@ -222,10 +247,26 @@ class UNet(nn.Module):
                 f"t must be ({x.shape[0]},), a step for each image; got shape {tuple(t.shape)}"
             )
 
-    def _check_devices(self, x: torch.Tensor, t: torch.Tensor) -> None:
+    def check_labels(self, y: Any, n: int, *, wait: bool = False) -> None:
+        """ValueError for what are not the classes of n images. On a GPU their values are read with
+        wait=True or FASTDDPM_STRICT=1 only, or one out of range is torch's own failure there."""
+        classes = self.config["num_classes"]
+        if classes is None:
+            if y is not None:
+                raise ValueError("y was given, and the model has no classes (num_classes is None)")
+            return
+        needed = f"the model has {classes} classes: it needs y, ({n},) int64 in 0 .. {classes - 1}"
+        if not isinstance(y, torch.Tensor):
+            raise ValueError(f"{needed}; got {'no y' if y is None else type(y).__name__}")
+        if y.dtype != torch.int64 or y.shape != (n,):
+            raise ValueError(f"{needed}; got shape {tuple(y.shape)} {y.dtype}")
+        if not torch.compiler.is_compiling() and not isinstance(y, FakeTensor):
+            checks.values_in("y", y.cpu() if wait else y, classes, str(classes - 1))
+
+    def _check_devices(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> None:
         own = self.conv_in.weight.device
-        for name, tensor in (("x", x), ("t", t)):
-            if tensor.device != own:
+        for name, tensor in (("x", x), ("t", t), ("y", y)):
+            if tensor is not None and tensor.device != own:
                 raise ValueError(f"{name} must be on {own} like the model; got {tensor.device}")
 
     # ---- the paper's models ---------------------------------------------------------------------

@@ -16,12 +16,15 @@ MAX_IMAGE_SIZE = 2**14
 MAX_LEVELS = 10
 MAX_RES_BLOCKS = 32
 MAX_VALUES = 64  # of a sequence
+MAX_CLASSES = 2**24
 _LARGEST = {
     "in_channels": MAX_CHANNELS,
     "out_channels": MAX_CHANNELS,
     "channels": MAX_CHANNELS,
     "num_groups": MAX_CHANNELS,
     "head_dim": MAX_CHANNELS,
+    "num_heads": MAX_CHANNELS,
+    "num_classes": MAX_CLASSES,
     "channel_mult": MAX_CHANNELS,
     "image_size": MAX_IMAGE_SIZE,
     "num_res_blocks": MAX_RES_BLOCKS,
@@ -43,8 +46,9 @@ def check_config(config: dict[str, Any], *, outputs: int) -> dict[str, Any]:
     c["channel_mult"] = _all_positive("channel_mult", c["channel_mult"])
     size = c["image_size"]
     c["image_size"] = _all_positive("image_size", [size, size] if _is_integer(size) else size)
-    if c["head_dim"] is not None:
-        c["head_dim"] = _positive("head_dim", c["head_dim"])
+    for name in ("head_dim", "num_heads", "num_classes"):
+        if c[name] is not None:
+            c[name] = _positive(name, c[name])
     mult, size = c["channel_mult"], c["image_size"]
     if len(mult) > MAX_LEVELS:
         raise ValueError(f"channel_mult must have at most {MAX_LEVELS} levels; got {len(mult)}")
@@ -68,9 +72,10 @@ def check_config(config: dict[str, Any], *, outputs: int) -> dict[str, Any]:
     if not _is_integer(c["downsample_padding"]) or c["downsample_padding"] not in (0, 1):
         raise ValueError(f"downsample_padding must be 0 or 1; got {c['downsample_padding']!r}")
     c["downsample_padding"] = int(c["downsample_padding"])
-    if not isinstance(c["flip_sin_to_cos"], (bool, np.bool_)):
-        raise ValueError(f"flip_sin_to_cos must be true or false; got {c['flip_sin_to_cos']!r}")
-    c["flip_sin_to_cos"] = bool(c["flip_sin_to_cos"])
+    for name in ("flip_sin_to_cos", "scale_shift_norm", "resblock_updown"):
+        if not isinstance(c[name], (bool, np.bool_)):
+            raise ValueError(f"{name} must be true or false; got {c[name]!r}")
+        c[name] = bool(c[name])
     c["freq_shift"] = check_freq_shift(c["freq_shift"], c["channels"])
     return c
 
@@ -91,13 +96,15 @@ def check_freq_shift(freq_shift: float, dim: int) -> float:
 
 def fewest_parameters(config: dict[str, Any]) -> int:
     """A count that the UNet of a checked config is sure to exceed: its second convolutions, its
-    ends and its time embedding.
+    ends and its embeddings.
     """
     c = config["channels"]
     widths = [c * m for m in config["channel_mult"]]
     blocks = 2 * config["num_res_blocks"] + 1
     ends = 9 * c * (config["in_channels"] + config["out_channels"])
-    return 9 * (blocks * sum(w * w for w in widths) + 2 * widths[-1] ** 2) + ends + 20 * c * c
+    labels = 4 * c * (config["num_classes"] or 0)
+    convs = 9 * (blocks * sum(w * w for w in widths) + 2 * widths[-1] ** 2)
+    return convs + ends + 20 * c * c + labels
 
 
 def _check_widths(c: dict[str, Any]) -> None:
@@ -110,11 +117,17 @@ def _check_widths(c: dict[str, Any]) -> None:
         raise ValueError(
             f"num_groups must divide every width; {c['num_groups']} does not divide {bad[0]}"
         )
-    attended = {widths[-1], *(widths[level] for level in c["attention_levels"])}
-    if c["head_dim"] and (bad := [w for w in attended if w % c["head_dim"]]):
+    if c["head_dim"] and c["num_heads"]:
         raise ValueError(
-            f"head_dim must divide every attention width; {c['head_dim']} does not divide {bad[0]}"
+            f"head_dim and num_heads are two ways to say the same: give one of them; got "
+            f"{c['head_dim']} and {c['num_heads']}"
         )
+    attended = {widths[-1], *(widths[level] for level in c["attention_levels"])}
+    for name in ("head_dim", "num_heads"):
+        if c[name] and (bad := [w for w in attended if w % c[name]]):
+            raise ValueError(
+                f"{name} must divide every attention width; {c[name]} does not divide {bad[0]}"
+            )
 
 
 def _is_integer(value: Any) -> bool:

@@ -27,8 +27,8 @@ class Order:
     """One pass through a U-Net; an image between two parts is of any type. The methods that are
     missing here are what the parts compute:
 
-    first(conv_in, x), last(norm_out, conv_out, h), downsample(part, h), upsample(part, h),
-    resnet(block, place, h, skip, whole=) of cat(h, skip), attention(block, h),
+    first(conv_in, x), last(norm_out, conv_out, h), downsample(part, h), upsample(part, h) by a
+    convolution, resnet(block, place, h, skip, whole=) of cat(h, skip), attention(block, h),
 
     again: each residual block is computed again in the backward, with the attention after it, and
     so is a doubling: kept is what they get"""
@@ -52,7 +52,10 @@ class Order:
             for block, attn in _blocks(level):
                 h = self.unit(block, attn, next(places), h, whole=attn is None)
                 skips.append(h)
-            if level.downsample is not None:
+            if isinstance(level.downsample, ResnetBlock):
+                h = self.unit(level.downsample, None, next(places), h, whole=True)
+                skips.append(h)
+            elif level.downsample is not None:
                 h = self.downsample(level.downsample, h)
                 skips.append(h)
 
@@ -63,7 +66,9 @@ class Order:
         for level in reversed(model.up):
             for block, attn in _blocks(level):
                 h = self.unit(block, attn, next(places), h, skips.pop())
-            if level.upsample is not None:
+            if isinstance(level.upsample, ResnetBlock):
+                h = self.unit(level.upsample, None, next(places), h)
+            elif level.upsample is not None:
                 h = self.passed(functools.partial(self.upsample, level.upsample), h)
         return self.last(model.norm_out, model.conv_out, h)
 
@@ -150,7 +155,7 @@ def dropout_stream(model: UNet, *, seed: int, sample_index: Tensor) -> Iterator[
 
     seed in [0, 2^64);  sample_index: (N,) int64 on the device of the batch, an index for each
     example"""
-    blocks = 2 + sum(len(level.block) for level in (*model.down, *model.up))
+    blocks = sum(isinstance(part, ResnetBlock) for part in model.modules())
     steps = DROPOUT_STEP - torch.arange(blocks, device=sample_index.device)
     stream, before = Stream(seed, sample_index, steps), _backwards.get(model)
     token = _stream.set((model, stream))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,24 +48,43 @@ def convolution(
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm, then SiLU unless silu=False, as one op."""
+    """silu(GroupNorm(x) (1 + scale) + shift) as one op; scale and shift (N, C), or none."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps)
+    def forward(
+        self,
+        x: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return ops.group_norm_silu(
+            x, self.num_groups, self.weight, self.bias, self.eps, scale=scale, shift=shift
+        )
 
 
 class ResnetBlock(nn.Module):
-    """x -> shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) +
-    temb_proj(silu(temb)))))).
-    """
+    """x -> shortcut(r(x)) + conv2(dropout(silu(modulated(conv1(r(silu(norm1(x)))))))).
+
+    With e = temb_proj(silu(temb)): modulated(h) = norm2(h + e), or with scale_shift
+    norm2(h) (1 + scale) + shift of (scale, shift) = e. r is `resample`: None, "down" (the mean of
+    each 2x2 pixels) or "up" (each pixel as 2x2)."""
 
     def __init__(
-        self, c_in: int, c_out: int, temb_channels: int, num_groups: int, eps: float, dropout: float
+        self,
+        c_in: int,
+        c_out: int,
+        temb_channels: int,
+        num_groups: int,
+        eps: float,
+        dropout: float,
+        *,
+        scale_shift: bool = False,
+        resample: Literal["down", "up"] | None = None,
     ):
         super().__init__()
+        self.scale_shift, self.resample = scale_shift, resample
         self.norm1 = GroupNorm(num_groups, c_in, eps)
         self.conv1 = convolution(c_in, c_out)
-        self.temb_proj = initialised(nn.Linear(temb_channels, c_out))
+        self.temb_proj = initialised(nn.Linear(temb_channels, (1 + scale_shift) * c_out))
         self.norm2 = GroupNorm(num_groups, c_out, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = convolution(c_out, c_out, scale=0.0)
@@ -73,10 +92,22 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = convolution(c_in, c_out, 1)
 
     def forward(self, x: torch.Tensor, silu_temb: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(self.norm1(x))
-        h = h + self.temb_proj(silu_temb)[:, :, None, None]
-        h = self.conv2(self.dropout(self.norm2(h)))
+        h = self.conv1(resampled(self.norm1(x), self.resample))
+        e = self.temb_proj(silu_temb)
+        if self.scale_shift:
+            h = self.norm2(h, *e.chunk(2, dim=1))
+        else:
+            h = self.norm2(h + e[:, :, None, None])
+        h = self.conv2(self.dropout(h))
+        x = resampled(x, self.resample)
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+def resampled(x: torch.Tensor, how: str | None) -> torch.Tensor:
+    """The means of 2x2 pixels ("down"), each pixel as 2x2 ("up"), or x itself (None)."""
+    if how is None:
+        return x
+    return F.avg_pool2d(x, 2) if how == "down" else F.interpolate(x, scale_factor=2.0)
 
 
 class AttentionBlock(nn.Module):
@@ -184,8 +215,8 @@ class Level(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.block, self.attn = nn.ModuleList(), nn.ModuleList()
-        self.downsample: Downsample | None = None
-        self.upsample: Upsample | None = None
+        self.downsample: Downsample | ResnetBlock | None = None
+        self.upsample: Upsample | ResnetBlock | None = None
 
     def append(self, block: ResnetBlock, attention: AttentionBlock | None) -> None:
         self.block.append(block)
@@ -196,6 +227,11 @@ class Level(nn.Module):
         """Block j and the attention after it."""
         x = self.block[j](x, silu_temb)
         return self.attn[j](x) if self.attn else x
+
+    @staticmethod
+    def moved(way: Any, x: torch.Tensor, silu_temb: torch.Tensor) -> torch.Tensor:
+        """x on its way to the next level: by `downsample` or `upsample`."""
+        return way(x, silu_temb) if isinstance(way, ResnetBlock) else way(x)
 
 
 class Middle(nn.Module):
@@ -210,12 +246,14 @@ class Middle(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Two dense layers with SiLU between and after, as all that reads it wants silu(temb)."""
+    """Two dense layers with SiLU between and after, as all that reads it wants silu(temb). label,
+    (N, temb_channels): that of each image's class, added before the last SiLU."""
 
     def __init__(self, channels: int, temb_channels: int):
         super().__init__()
         layers = (nn.Linear(channels, temb_channels), nn.Linear(temb_channels, temb_channels))
         self.dense = nn.ModuleList([initialised(layer) for layer in layers])
 
-    def forward(self, sinusoids: torch.Tensor) -> torch.Tensor:
-        return F.silu(self.dense[1](F.silu(self.dense[0](sinusoids))))
+    def forward(self, sinusoids: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
+        temb = self.dense[1](F.silu(self.dense[0](sinusoids)))
+        return F.silu(temb if label is None else temb + label)

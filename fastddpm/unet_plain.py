@@ -26,14 +26,14 @@ from fastddpm.unet_parts import (
 # norm of an attention is read and not called; what begins with "?" may be missing.
 _NORM, _CONV, _LINEAR = (GroupNorm,), (nn.Conv2d,), (nn.Linear,)
 _UNET: dict[str, Any] = {
-    "temb": (TimeEmbedding,), "conv_in": _CONV, "down": [Level], "mid": (Middle,), "up": [Level],
-    "norm_out": _NORM, "conv_out": _CONV,
+    "temb": (TimeEmbedding,), "?label_emb": (nn.Embedding,), "conv_in": _CONV, "down": [Level],
+    "mid": (Middle,), "up": [Level], "norm_out": _NORM, "conv_out": _CONV,
 }  # fmt: skip
 _PARTS: dict[type, dict[str, Any]] = {
     TimeEmbedding: {"dense": [nn.Linear]},
     Level: {
         "block": [ResnetBlock], "attn": [AttentionBlock],
-        "?downsample": (Downsample,), "?upsample": (Upsample,),
+        "?downsample": (Downsample, ResnetBlock), "?upsample": (Upsample, ResnetBlock),
     },
     Middle: {"block_1": (ResnetBlock,), "attn_1": (AttentionBlock,), "block_2": (ResnetBlock,)},
     ResnetBlock: {
@@ -44,14 +44,16 @@ _PARTS: dict[type, dict[str, Any]] = {
     Downsample: {"conv": _CONV},
     Upsample: {"conv": _CONV},
 }  # fmt: skip
-_WEIGHTED = frozenset((nn.Conv2d, nn.Linear))
+_RESAMPLE = {"?downsample": "down", "?upsample": "up"}  # a residual block's, by its place
+_WEIGHTED = frozenset((nn.Conv2d, nn.Linear, nn.Embedding))
 _SETTINGS = frozenset((bool, int, float, str, tuple))
 _HELD: dict[type, tuple[str, ...]] = {  # of those types, by the parts of a plain one
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
     **dict.fromkeys((nn.GroupNorm, GroupNorm), ("num_groups", "eps")),
     AttentionBlock: ("num_heads",),
     nn.Dropout: ("p",),
-    **dict.fromkeys((nn.Linear, nn.ModuleList, ResnetBlock, Level), ()),
+    ResnetBlock: ("scale_shift", "resample"),
+    **dict.fromkeys((nn.Linear, nn.ModuleList, Level), ()),
 }
 _CONVOLUTION: dict[str, tuple] = {  # what one of the paper's may have
     "kernel_size": ((3, 3),), "stride": ((1, 1),), "padding": ((1, 1),),
@@ -67,6 +69,7 @@ _METHODS = tuple(
         *((kind, "forward") for kind in _PARTS if kind is not Level),
         *((kind, "forward") for kind in (GroupNorm, nn.Conv2d, nn.Linear, nn.Dropout)),
         *((Level, "run"), (nn.Conv2d, "_conv_forward"), (nn.Module, "__call__")),
+        *((Level, "moved"), (nn.Embedding, "forward")),
     )
 )
 
@@ -90,10 +93,10 @@ def unusual(model: Any) -> str | None:
     named: 3x3 with zeros around, of stride 1, or in a Downsample of stride 2 with zeros around or
     after the end only. None where all are as they should; shortcuts are asked by `foreign`."""
     levels = (*model.down, *model.up)
-    blocks = [block for level in levels for block in level.block]
-    convs = [c for b in (*blocks, model.mid.block_1, model.mid.block_2) for c in (b.conv1, b.conv2)]
-    convs += [level.upsample.conv for level in levels if level.upsample is not None]
-    halving = [level.downsample.conv for level in levels if level.downsample is not None]
+    blocks = [m for m in model.modules() if type(m) is ResnetBlock]
+    convs = [c for block in blocks for c in (block.conv1, block.conv2)]
+    convs += [level.upsample.conv for level in levels if type(level.upsample) is Upsample]
+    halving = [level.downsample.conv for level in levels if type(level.downsample) is Downsample]
     for conv in (model.conv_in, *convs, model.conv_out, *halving):
         is_halving = any(conv is other for other in halving)
         for name, allowed in (_HALVING if is_halving else _CONVOLUTION).items():
@@ -149,12 +152,25 @@ def _find(model: nn.Module) -> tuple[nn.Module, str] | None:
                     return member, "is not a part that a plan knows"
                 if what := changed(member):
                     return member, what
+                if kind is ResnetBlock and (what := _odd_block(member, _RESAMPLE.get(name))):
+                    return member, what
                 if inner := _PARTS.get(kind):
                     waiting.append((member, inner))
                 elif kind in _WEIGHTED and type(member._parameters.get("weight")) not in _WEIGHTS:
                     return member, "has a weight that is no plain tensor"
             if name == "?nin_shortcut" and not _is_pointwise(part):
                 return part, "is not a 1x1 convolution"
+            if name == "?label_emb" and (part.max_norm is not None or part.scale_grad_by_freq):
+                return part, "does more than look up its rows"
+    return None
+
+
+def _odd_block(block: Any, resample: str | None) -> str | None:
+    """What a residual block in a place where it resamples so has that no walk computes."""
+    if block.resample != resample:
+        return f"has resample {block.resample!r}, not {resample!r}"
+    if resample is not None and "nin_shortcut" in block._modules:
+        return "resamples and has a shortcut"
     return None
 
 

@@ -29,6 +29,7 @@ from fastddpm.unet_parts import (
     Upsample,
     attend,
     image,
+    resampled,
     tokens,
 )
 from fastddpm.unet_plain import foreign, unusual
@@ -85,9 +86,10 @@ class Walk(Order):
         self.silu_temb = silu_temb
 
     @staticmethod
-    def embedded(temb: TimeEmbedding, sinusoids: Tensor) -> Tensor:
-        """What the blocks take of the steps' sinusoids, (N, channels)."""
-        return temb(sinusoids)
+    def embedded(temb: TimeEmbedding, sinusoids: Tensor, label: Tensor | None) -> Tensor:
+        """What the blocks take of the steps' sinusoids and the classes' embeddings, (N,
+        channels)."""
+        return temb(sinusoids, label)
 
     def passed(self, compute: Callable[..., Image], *sources: Image, draws: bool = False) -> Image:
         """Order's. What is kept of an image that the first norm adds up is the sum."""
@@ -116,9 +118,21 @@ class Walk(Order):
         """ResnetBlock's of cat(h, skip). whole: a skip, whose sum the next norm is to write; else a
         shortcut is added to the convolution's own result."""
         skip = None if skip_image is None else skip_image.value()
-        c = Image(self.convolution(block.conv1, self.normed(block.norm1, h, skip)))
-        c.before = self.time(block)
-        out = self.convolution(block.conv2, self.dropped(block, place, c))
+        if block.resample and h.residual is None:
+            h.value()  # is needed below: a norm that added it up, too, would keep what it is not
+        y = self.normed(block.norm1, h, skip)
+        if block.resample == "up":
+            c = Image(self.doubled(block.conv1, y))
+        else:
+            c = Image(self.convolution(block.conv1, resampled(y, block.resample)))
+        modulation = {}
+        if block.scale_shift:
+            c.before, modulation = self.bias(block.conv1), self.modulation(block, len(y))
+        else:
+            c.before = self.time(block)
+        out = self.convolution(block.conv2, self.dropped(block, place, c, **modulation))
+        if block.resample:  # of one source, with as many channels: see unet_plain.py
+            return Image(out, resampled(h.value(), block.resample), self.bias(block.conv2))
         if "nin_shortcut" not in block._modules:
             return Image(out, h.x, self.bias(block.conv2, h.before))
         weight = self.pointwise(block.nin_shortcut)
@@ -143,11 +157,11 @@ class Walk(Order):
         out = F.linear(attend(qkv, block.num_heads), self.linear(block.proj_out)[0])
         return Image(image(out, y), h.x, self.bias(block.proj_out, h.before))
 
-    def dropped(self, block: ResnetBlock, place: int, h: Image) -> Tensor:
+    def dropped(self, block: ResnetBlock, place: int, h: Image, **modulation: Tensor) -> Tensor:
         """dropout(norm2(h))."""
         if self.torchs_dropout(block):
-            return block.dropout(self.normed(block.norm2, h))
-        return self.normed(block.norm2, h, **self.dropout(block, place))
+            return block.dropout(self.normed(block.norm2, h, **modulation))
+        return self.normed(block.norm2, h, **modulation, **self.dropout(block, place))
 
     def normed(self, norm: Any, h: Image, x2: Tensor | None = None, **options: Any) -> Tensor:
         """group_norm_silu of cat(h, x2). A residual of h is added up from here on."""
@@ -188,8 +202,17 @@ class Walk(Order):
         return Image(part(h.value()))
 
     def upsample(self, part: Upsample, h: Image) -> Image:
-        doubled = F.interpolate(h.value(), scale_factor=2.0, mode="nearest")
-        return Image(self.convolution(part.conv, doubled), None, self.bias(part.conv))
+        return Image(self.doubled(part.conv, h.value()), None, self.bias(part.conv))
+
+    def doubled(self, conv: Any, x: Tensor) -> Tensor:
+        """The convolution, without its bias, of x with each pixel as 2x2."""
+        return self.convolution(conv, resampled(x, "up"))
+
+    def modulation(self, block: Any, n: int) -> dict[str, Tensor]:
+        """What n images' norm2 is scaled and shifted by, of the time embedding."""
+        layer = block.temb_proj
+        scale, shift = F.linear(cast(Tensor, self.silu_temb), layer.weight, layer.bias).chunk(2, 1)
+        return {"scale": scale, "shift": shift}
 
     def time(self, block: Any) -> Tensor:
         """What is added to conv1's result: its bias and the time embedding."""

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from fastddpm import ops
 from fastddpm.unet_order import Order, Stream
-from fastddpm.unet_parts import AttentionBlock, Downsample, ResnetBlock, TimeEmbedding, Upsample
+from fastddpm.unet_parts import (
+    AttentionBlock,
+    Downsample,
+    ResnetBlock,
+    TimeEmbedding,
+    Upsample,
+    resampled,
+)
 
 
 class CpuWalk(Order):
@@ -31,10 +38,12 @@ class CpuWalk(Order):
         self.temb = temb
 
     @staticmethod
-    def embedded(temb: TimeEmbedding, sinusoids: Tensor) -> Tensor:
-        """What the blocks take of the steps' sinusoids, (N, channels)."""
-        rows = sinusoids.t()[None, :, :, None]
-        return linear(temb.dense[1], linear(temb.dense[0], rows), silu=True)
+    def embedded(temb: TimeEmbedding, sinusoids: Tensor, label: Tensor | None) -> Tensor:
+        """What the blocks take of the steps' sinusoids and the classes' embeddings, (N,
+        channels)."""
+        rows = linear(temb.dense[0], pixels(sinusoids))
+        residual = None if label is None else pixels(label)
+        return linear(temb.dense[1], rows, silu=True, residual=residual)
 
     def first(self, conv: Any, x: Tensor) -> Tensor:
         if x.dtype == torch.float32 and asked_for_bf16():
@@ -54,17 +63,31 @@ class CpuWalk(Order):
         whole: bool = False,
     ) -> Tensor:
         """ResnetBlock's of cat(h, skip)."""
-        time = linear(block.temb_proj, self.temb, silu=True).permute(2, 1, 0, 3).flatten(1)
-        c = convolution(block.conv1, h, block.norm1, x2=skip, shift=time)
-        residual = h
+        rows = linear(block.temb_proj, self.temb, silu=True).permute(2, 1, 0, 3).flatten(1)
+        time: Tensor | None = rows
+        modulation: dict[str, Tensor] = {}
+        if block.scale_shift:
+            scale, shift = rows.chunk(2, dim=1)
+            modulation, time = {"scale": scale, "shift": shift}, None
+        c, residual = self.entered(block, h, skip, time), resampled(h, block.resample)
         if "nin_shortcut" in block._modules:
             residual = convolution(block.nin_shortcut, h, x2=skip, padding=0)
-        if self.torchs_dropout(block):
-            norm: Any = block.norm2
-            c = ops.group_norm_silu(c, norm.num_groups, norm.weight, norm.bias, norm.eps)
-            return convolution(block.conv2, block.dropout(c), residual=residual)
         dropout = self.dropout(block, place)
+        if block.scale_shift or self.torchs_dropout(block):
+            c = normed(block.norm2, c, **modulation, **dropout)
+            if self.torchs_dropout(block):
+                c = block.dropout(c)
+            return convolution(block.conv2, c, residual=residual)
         return convolution(block.conv2, c, block.norm2, residual=residual, **dropout)
+
+    def entered(
+        self, block: ResnetBlock, h: Tensor, skip: Tensor | None, time: Tensor | None
+    ) -> Tensor:
+        """conv1 of the block, of its norm's result as it resamples it, and `time`."""
+        if block.resample == "down":  # of one source: see unet_plain.py
+            return convolution(block.conv1, resampled(normed(block.norm1, h), "down"), shift=time)
+        upsample = 2 if block.resample == "up" else 1
+        return convolution(block.conv1, h, block.norm1, x2=skip, shift=time, upsample=upsample)
 
     def attention(self, block: AttentionBlock, h: Tensor) -> Tensor:
         """AttentionBlock's of h."""
@@ -95,6 +118,16 @@ def convolution(conv: Any, x: Tensor, norm: Any = None, **options: Any) -> Tenso
     return ops.convolution(x, conv.weight, conv.bias, **options)
 
 
-def linear(layer: Any, x: Tensor, *, silu: bool = False) -> Tensor:
-    """The layer of silu(x), for the channels of each pixel."""
-    return ops.convolution(x, layer.weight, layer.bias, padding=0, silu=silu)
+def normed(norm: Any, x: Tensor, **options: Any) -> Tensor:
+    """silu(norm(x)); options: ops.group_norm_silu's."""
+    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **options)
+
+
+def pixels(rows: Tensor) -> Tensor:
+    """(N, C) as the pixels of one image, (1, C, N, 1)."""
+    return rows.t()[None, :, :, None]
+
+
+def linear(layer: Any, x: Tensor, *, silu: bool = False, residual: Tensor | None = None) -> Tensor:
+    """The layer of silu(x), for the channels of each pixel; and the residual."""
+    return ops.convolution(x, layer.weight, layer.bias, padding=0, silu=silu, residual=residual)

@@ -29,7 +29,7 @@ class WorkingCopies:
         for prefix, module in network.named_modules():
             if type(module) not in (nn.Conv2d, nn.Linear):
                 continue
-            is_called = f"{prefix}.".startswith(BIASES) or ".downsample." in prefix
+            is_called = f"{prefix}.".startswith(BIASES) or prefix.endswith(".downsample.conv")
             for leaf, p in module._parameters.items():
                 if p is None or p.dtype != torch.float32 or not (leaf == "weight" or is_called):
                     continue

@@ -264,18 +264,26 @@ def plan_calls() -> list[tuple[str, list, dict]]:
     }
     three, one = torch.randn(4, 36), torch.randn(12, 4)
     borders = {"before": 1, "after": 1}
-    options = {**borders, "norm": norm, "time_offset": 1, "algorithm": "auto"}
+    options = {
+        **borders,
+        "norm": norm,
+        "time_offset": 1,
+        "modulation_offset": 5,
+        "algorithm": "auto",
+    }
     return [
         ("convolution", ["a", [0], three, [0.0] * 4, 3], options),
         ("convolution", ["b", [1], one, [0.0] * 12, 1], {}),
         ("attention", ["c", LAST, 2], {}),
         ("convolution", ["d", [LAST], three, [0.0] * 4, 3], {**borders, "residual": 0}),
+        ("convolution", ["e", [LAST], three, [0.0] * 4, 3], {**borders, "halve": True}),
+        ("resample", ["f", LAST, True], {}),
         ("channels", [LAST], {}),
         ("finish", [LAST], {}),
-        ("forward", [x, torch.zeros(5), out, 2], {"group": 1}),
-        ("step", [x, torch.zeros(5), out, 2], step),
-        ("profile", [x, torch.zeros(5), out, 1], {}),
-        ("not_finite", [x, torch.zeros(5), 2], {}),
+        ("forward", [x, torch.zeros(13), out, 2], {"group": 1}),
+        ("step", [x, torch.zeros(2, 13), out, 2], step),
+        ("profile", [x, torch.zeros(2, 13), out, 1], {}),
+        ("not_finite", [x, torch.zeros(13), 2], {}),
         ("layers", [], {}),
         ("segments", [], {}),
     ]
@@ -294,7 +302,7 @@ def plan_call(pick: random.Random):
             match pick.choice(("drop", "twice", "swap")):
                 case "drop":
                     del calls[i]
-                    calls.append(plan_calls()[6])
+                    calls.append(plan_calls()[8])
                 case "twice":
                     calls.insert(j, calls[i])
                 case "swap":
@@ -320,7 +328,7 @@ def plan_call(pick: random.Random):
             except ALLOWED as error:  # what comes after an error is a misuse too
                 wrong = wrong or error
                 continue
-            if name in ("convolution", "attention"):
+            if name in ("convolution", "attention", "resample"):
                 last = made
         for name in ("weight_bytes", "image_bytes", "peak_bytes", "isa"):
             getattr(plan, name)

@@ -18,7 +18,7 @@ namespace {
 
 struct Case {
   int64_t channels[2], c_out, kernel, height, width, groups, stride, before, after, repeat;
-  bool residual;
+  bool residual, halve = false, modulated = false;
 };
 
 int64_t convolution(Plan& plan, const std::vector<int64_t>& sources, const Case& c, int64_t c_in,
@@ -32,6 +32,7 @@ int64_t convolution(Plan& plan, const std::vector<int64_t>& sources, const Case&
   layer.time_offset = 0, layer.residual = residual, layer.stride = c.stride;
   layer.before = c.before, layer.after = c.after, layer.repeat = c.repeat;
   layer.algorithm = algorithm;
+  layer.halve = c.halve, layer.modulation_offset = c.modulated ? c.c_out : -1;
   if (c.groups) layer.norm = {c.groups, 1e-6f, normals(c_in), normals(c_in), true};
   return plan.convolution(layer);
 }
@@ -44,15 +45,17 @@ struct Result {
   std::vector<float> y, x;  // the network's, and where it is like its input that of a step
 };
 
-// For n images on so many threads; x, time and the results are as large as they must be.
-Result forward(Plan& plan, std::vector<float> x, int64_t n, int threads, std::vector<float> time) {
+// For n images on so many threads; x, time and the results are as large as they must be. row: of
+// the time, from an image's to the next one's.
+Result forward(Plan& plan, std::vector<float> x, int64_t n, int threads, std::vector<float> time,
+               int64_t row = 0) {
   const Shape in = plan.input_shape(n), out = plan.output_shape(n);
   x.resize(size_t(n * in.c * in.h * in.w));
   x.shrink_to_fit();
   Result result{std::vector<float>(size_t(n * out.c * out.h * out.w), NAN), {}};
   const Tensor xt = contiguous(x, in), output = contiguous(result.y, out);
   if (x.size() != result.y.size()) {
-    plan.forward(xt, n, time.data(), output, threads, 0);
+    plan.forward(xt, n, {time.data(), row}, output, threads, 0);
     return result;
   }
   const float table[COLUMNS] = {0.7f, 0.7f, 1.4f, 1.0f, 0.4f, 0.6f, 0.1f, -4.6f};
@@ -69,7 +72,7 @@ Result forward(Plan& plan, std::vector<float> x, int64_t n, int threads, std::ve
                      Prediction::eps,
                      true,
                      {table, 1}};
-  plan.forward(xt, n, time.data(), output, threads, 0, &step);
+  plan.forward(xt, n, {time.data(), row}, output, threads, 0, &step);
   std::vector<float> alone(x.size(), NAN);
   step.out = contiguous(alone, in);
   plain::posterior_step(step, 1);
@@ -92,6 +95,7 @@ void build(Plan& plan, const Case& c, const std::string& algorithm) {
     residual = convolution(plan, {0}, copy, c.channels[0], -1, plain);
   }
   int64_t y = convolution(plan, sources, c, c_in, residual, algorithm);
+  if (c.modulated) y = plan.resample("resample", y, c.halve);
   if (c.c_out % 6 == 0) y = plan.attention("attention", y, 2);
   plan.finish(y);
 }
@@ -119,6 +123,14 @@ void check(const Case& c, const std::string& algorithm) {
   good &= two.y == expected.y && two.x == expected.x;
   good &= std::equal(one.y.begin(), one.y.end(), expected.y.begin());
   good &= std::equal(one.x.begin(), one.x.end(), expected.x.begin());
+  const int64_t row = plan.time_size(), size = int64_t(x.size()) / N;
+  const std::vector<float> rows = normals(N * row);
+  const Result own = forward(plan, x, N, 2, rows, row);
+  for (int64_t i = 0; i < N; ++i) {
+    const Result alone = forward(plan, {x.begin() + i * size, x.begin() + (i + 1) * size}, 1, 1,
+                                 {rows.begin() + i * row, rows.begin() + (i + 1) * row});
+    good &= std::equal(alone.y.begin(), alone.y.end(), own.y.begin() + i * alone.y.size());
+  }
   if (good) return;
   ++failures;
   std::printf("%s %ldx%ld, %ld+%ld -> %ld channels: wrong\n", algorithm.c_str(), long(c.height),
@@ -193,13 +205,23 @@ void check_packing(const std::string& algorithm) {
 
 int main(int count, char** algorithms) {
   const Case cases[] = {
-      {{1, 0}, 1, 3, 1, 1, 0, 1, 1, 1, 1, false},    {{3, 0}, 12, 3, 5, 7, 3, 1, 1, 1, 1, false},
-      {{16, 0}, 16, 3, 8, 8, 4, 1, 1, 1, 1, true},   {{5, 7}, 18, 3, 4, 9, 2, 1, 1, 1, 1, true},
-      {{33, 8}, 40, 3, 6, 6, 1, 1, 1, 1, 1, true},   {{6, 0}, 9, 3, 3, 4, 0, 1, 1, 1, 2, false},
-      {{6, 0}, 20, 3, 6, 8, 0, 2, 0, 1, 1, false},   {{6, 0}, 20, 3, 6, 8, 0, 2, 1, 1, 1, false},
-      {{17, 4}, 24, 1, 7, 7, 0, 1, 0, 0, 1, true},   {{24, 0}, 72, 1, 7, 7, 3, 1, 0, 0, 1, false},
-      {{64, 0}, 64, 3, 13, 2, 32, 1, 1, 1, 1, true}, {{40, 0}, 72, 3, 2, 32, 8, 1, 1, 1, 1, true},
-      {{9, 0}, 40, 3, 3, 16, 0, 1, 1, 1, 2, false},  {{9, 0}, 20, 3, 4, 32, 0, 2, 0, 1, 1, false},
+      {{1, 0}, 1, 3, 1, 1, 0, 1, 1, 1, 1, false},
+      {{3, 0}, 12, 3, 5, 7, 3, 1, 1, 1, 1, false},
+      {{16, 0}, 16, 3, 8, 8, 4, 1, 1, 1, 1, true},
+      {{5, 7}, 18, 3, 4, 9, 2, 1, 1, 1, 1, true},
+      {{33, 8}, 40, 3, 6, 6, 1, 1, 1, 1, 1, true},
+      {{6, 0}, 9, 3, 3, 4, 0, 1, 1, 1, 2, false},
+      {{6, 0}, 20, 3, 6, 8, 0, 2, 0, 1, 1, false},
+      {{6, 0}, 20, 3, 6, 8, 0, 2, 1, 1, 1, false},
+      {{17, 4}, 24, 1, 7, 7, 0, 1, 0, 0, 1, true},
+      {{24, 0}, 72, 1, 7, 7, 3, 1, 0, 0, 1, false},
+      {{64, 0}, 64, 3, 13, 2, 32, 1, 1, 1, 1, true},
+      {{40, 0}, 72, 3, 2, 32, 8, 1, 1, 1, 1, true},
+      {{9, 0}, 40, 3, 3, 16, 0, 1, 1, 1, 2, false},
+      {{9, 0}, 20, 3, 4, 32, 0, 2, 0, 1, 1, false},
+      {{6, 0}, 18, 3, 4, 6, 2, 1, 1, 1, 1, false, true, true},
+      {{5, 7}, 20, 3, 6, 2, 3, 1, 1, 1, 1, false, true, true},
+      {{40, 0}, 33, 3, 3, 4, 8, 1, 1, 1, 2, false, false, true},
   };
   for (int i = 1; i < count; ++i) {
     check_packing(algorithms[i]);

@@ -17,9 +17,9 @@ using NormValues = std::tuple<int64_t, float, std::vector<float>, std::vector<fl
 int64_t add_convolution(cpu::Plan& plan, const std::string& name,
                         const std::vector<int64_t>& sources, py::handle weight,
                         const std::vector<float>& bias, int64_t kernel, int64_t time_offset,
-                        const std::optional<NormValues>& norm, int64_t residual, int64_t stride,
-                        int64_t before, int64_t after, int64_t repeat,
-                        const std::string& algorithm) {
+                        const std::optional<NormValues>& norm, int64_t modulation_offset,
+                        int64_t residual, int64_t stride, int64_t before, int64_t after,
+                        int64_t repeat, bool halve, const std::string& algorithm) {
   if (kernel != 1 && kernel != 3) throw py::value_error(name + ": kernel must be 1 or 3");
   if (sources.empty() || int64_t(sources.size()) > SOURCES)
     throw py::value_error(name + ": a convolution reads one or two activations");
@@ -30,6 +30,7 @@ int64_t add_convolution(cpu::Plan& plan, const std::string& name,
   layer.name = name, layer.sources = sources, layer.bias = bias, layer.kernel = kernel;
   layer.c_out = int64_t(bias.size()), layer.time_offset = time_offset, layer.residual = residual;
   layer.stride = stride, layer.before = before, layer.after = after, layer.repeat = repeat;
+  layer.modulation_offset = modulation_offset, layer.halve = halve;
   layer.algorithm = algorithm;
   if (weight.is_none()) throw py::value_error("weight must be a tensor");
   layer.weight = read.floats(weight, "weight", layer.c_out, c_in * kernel * kernel);
@@ -43,7 +44,7 @@ int64_t add_convolution(cpu::Plan& plan, const std::string& name,
 struct PlanCall {  // the arguments of one run, checked
   Tensor x{}, out{};
   int64_t n;
-  const float* time;
+  cpu::Time time{};
   int threads;
 
   PlanCall(const cpu::Plan& plan, py::handle x_, py::handle time_, py::handle out_,
@@ -56,8 +57,13 @@ struct PlanCall {  // the arguments of one run, checked
                             std::to_string(wanted.h) + ", " + std::to_string(wanted.w) + ")");
     n = shape.n;
     x = read.tensor(x_, "x");
-    time = read.floats(time_, "time", plan.time_size());
-    if (!time && plan.time_size()) throw py::value_error("time must be a tensor");
+    if (time_.is_none()) {
+      if (plan.time_size()) throw py::value_error("time must be a tensor");
+    } else if (read.is_vector(time_, "time")) {
+      time.row = read.floats(time_, "time", plan.time_size());
+    } else {
+      time = {read.floats(time_, "time", n, plan.time_size()), plan.time_size()};
+    }
     if (out_.is_none()) return;
     const Shape result = plan.output_shape(n);
     const Shape given = read.set_shape(out_, "out");
@@ -78,9 +84,11 @@ void def_plan(py::module_& m) {
       .def(py::init<int64_t, int64_t, int64_t, bool>(), "height"_a, "width"_a, "channels"_a,
            "bf16"_a = false)
       .def("convolution", add_convolution, "name"_a, "sources"_a, "weight"_a, "bias"_a, "kernel"_a,
-           py::kw_only(), "time_offset"_a = -1, "norm"_a = py::none(), "residual"_a = -1,
-           "stride"_a = 1, "before"_a = 0, "after"_a = 0, "repeat"_a = 1, "algorithm"_a = "auto")
+           py::kw_only(), "time_offset"_a = -1, "norm"_a = py::none(), "modulation_offset"_a = -1,
+           "residual"_a = -1, "stride"_a = 1, "before"_a = 0, "after"_a = 0, "repeat"_a = 1,
+           "halve"_a = false, "algorithm"_a = "auto")
       .def("attention", &Plan::attention, "name"_a, "qkv"_a, "heads"_a)
+      .def("resample", &Plan::resample, "name"_a, "source"_a, "doubles"_a)
       .def("channels", &Plan::channels, "activation"_a)
       .def("finish", &Plan::finish, "output"_a)
       .def(

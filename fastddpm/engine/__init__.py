@@ -7,6 +7,7 @@ returns x at its end."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -36,12 +37,16 @@ def make_engine(
     sampler: Sampler = "ddpm",
     eta: float = 0.0,
     clip: bool = True,
+    guided: Sequence[str] = (),
+    model_kwargs: Iterable[str] = (),
 ) -> Eager:
     """The engine called `name`, or the fastest that can run this model; ValueError lists the
     choices, or says why the engine asked for can't run it.
+
+    guided: the caller's options that need a Guide;  model_kwargs: names of what the model gets
     """
     model = runnable(model)
-    engine, precision = choose(name, model, device, precision)
+    engine, precision = choose(name, model, device, precision, guided, model_kwargs)
     options: dict[str, Any] = {"sampler": sampler, "eta": eta, "clip": clip}
     return engine(model, diffusion, device=device, precision=precision, **options)
 
@@ -53,10 +58,41 @@ def runnable(model: Model) -> Model:
 
 
 def choose(
-    name: str, model: Model, device: torch.device, precision: str
+    name: str,
+    model: Model,
+    device: torch.device,
+    precision: str,
+    guided: Sequence[str] = (),
+    model_kwargs: Iterable[str] = (),
 ) -> tuple[type[Eager], str]:
     """The engine's class and the precision that `make_engine` would take."""
     check_choice("engine", name, get_args(EngineName))
+    classes: dict[str, type[Eager]] = {
+        engine.name: engine for engine in (CpuPlan, CudaPlan, CudaGraph, Eager)
+    }
+    lacking = {key: _lacks(engine, guided, model_kwargs) for key, engine in classes.items()}
+    if name != "auto" and (reason := lacking[name]):
+        raise ValueError(f"engine {name!r} can't run here: {reason}")
+    engine, precision = _fastest(name, model, device, precision)
+    if lacking[engine.name] is None:
+        return engine, precision
+    return Eager, resolve_precision(precision, device)
+
+
+def _lacks(engine: type[Eager], guided: Sequence[str], model_kwargs: Iterable[str]) -> str | None:
+    """What a caller asks for that the engine can't do, or None."""
+    if guided and not engine.guided:
+        return f"{guided[0]} is at work in each step, which it records: engine='eager' takes it"
+    others = [] if engine.takes is None else [x for x in model_kwargs if x not in engine.takes]
+    if others:
+        return f"it passes no {others[0]} on to the model: engine='eager' does"
+    return None
+
+
+def _fastest(
+    name: str, model: Model, device: torch.device, precision: str
+) -> tuple[type[Eager], str]:
+    """The engine's class and precision for a model that is asked for its output alone."""
     refused = cpu_plan.unsupported(model, device)
     planned = name == "cpu_plan" or (name == "auto" and refused is None)
     if precision == "auto":

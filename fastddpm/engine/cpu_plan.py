@@ -9,14 +9,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fastddpm import _native
+from fastddpm import _native, ops
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine.eager import Eager
 from fastddpm.engine.plannable import unplannable
-from fastddpm.engine.time_table import time_offsets, time_rows
+from fastddpm.engine.time_table import time_embeddings, time_layer, time_offsets, time_rows
 from fastddpm.ops import checks, dispatch
 from fastddpm.precision import resolve_precision
 from fastddpm.unet import AttentionBlock, Level, ResnetBlock, UNet
+from fastddpm.unet_walk_cpu import pixels
 
 
 def unsupported(model: Model, device: torch.device) -> str | None:
@@ -52,6 +53,7 @@ class CpuPlan(Eager):
     bits of an image do not depend on the batch or the number of threads."""
 
     name = "cpu_plan"
+    takes = ("y",)
 
     def __init__(
         self,
@@ -71,31 +73,48 @@ class CpuPlan(Eager):
         self.precision = resolve_precision(precision, device)
         self._unet = model
         self._steps = diffusion.model_t(torch.arange(diffusion.T, device=device))
-        self._time = time_rows(model, self._steps)
+        self._labels: torch.Tensor | None = None
+        if model.label_emb is None:
+            self._time = time_rows(model, self._steps)
+        else:
+            steps = time_embeddings(model, self._steps).float()
+            weight, bias = (p.float() for p in time_layer(model))
+            self._labels = model.label_emb.weight.detach().float().clone()
+            self._embeddings = steps, weight, bias
         self._table = diffusion.table(
             device, sampler=self.step_options["sampler"], eta=self.step_options["eta"]
         )
         self._plans: dict[tuple[int, int], Any] = {}
 
-    def output(self, xt: torch.Tensor, i: int, t: torch.Tensor) -> torch.Tensor:
-        plan, out = self._plan(xt, t), self._empty_output(xt)
-        if not plan.forward(xt, self._time[i], out, torch.get_num_threads()):
-            raise self._not_finite(plan, xt, i)
+    def output(
+        self, xt: torch.Tensor, i: int, t: torch.Tensor, /, **model_kwargs: Any
+    ) -> torch.Tensor:
+        plan, out, time = self._plan(xt, t), self._empty_output(xt), self._rows(i, **model_kwargs)
+        if not plan.forward(xt, time, out, torch.get_num_threads()):
+            raise self._not_finite(plan, xt, time, i)
         return out
 
     def step(
-        self, xt: torch.Tensor, i: int, t: torch.Tensor, seed: int, sample_index: torch.Tensor
+        self,
+        xt: torch.Tensor,
+        i: int,
+        t: torch.Tensor,
+        seed: int,
+        sample_index: torch.Tensor,
+        /,
+        **model_kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As Eager's, in one native call: each image takes its step where its eps was computed."""
         sampler, prediction = self.step_options["sampler"], self.diffusion.prediction
         if not self.diffusion.takes_output(sampler):
-            return super().step(xt, i, t, seed, sample_index)
+            return super().step(xt, i, t, seed, sample_index, **model_kwargs)
+        time = self._rows(i, **model_kwargs)
         checks.values_in("sample_index", sample_index, checks.INDEX_END, "2^63 - 1")
         plan, out, x = self._plan(xt, t), self._empty_output(xt), torch.empty_like(xt)
         model_output, log_variance = self.diffusion.split(out)
         finite = plan.step(
             xt,
-            self._time[i],
+            time,
             out,
             torch.get_num_threads(),
             model_output=model_output,
@@ -110,8 +129,18 @@ class CpuPlan(Eager):
             clip=self.step_options["clip"],
         )
         if not finite:
-            raise self._not_finite(plan, xt, i)
+            raise self._not_finite(plan, xt, time, i)
         return x, out
+
+    def _rows(self, i: int, y: torch.Tensor | None = None) -> torch.Tensor:
+        """What the blocks take of the time at chain index i, (K,), or with classes y (N, K)."""
+        if self._labels is None:
+            return self._time[i]
+        steps, weight, bias = self._embeddings
+        rows = pixels(steps[i] + self._labels[y])
+        with torch.autocast("cpu", enabled=False):
+            rows = ops.convolution(rows, weight, bias, padding=0, silu=True)
+        return rows[0, :, :, 0].t().contiguous()
 
     def _plan(self, xt: torch.Tensor, t: torch.Tensor) -> Any:
         size = (xt.shape[2], xt.shape[3])
@@ -123,8 +152,10 @@ class CpuPlan(Eager):
     def _empty_output(self, xt: torch.Tensor) -> torch.Tensor:
         return xt.new_empty((xt.shape[0], self._unet.config["out_channels"], *xt.shape[2:]))
 
-    def _not_finite(self, plan: Any, xt: torch.Tensor, i: int) -> FloatingPointError:
-        layer = plan.not_finite(xt, self._time[i], torch.get_num_threads()) or "the input"
+    def _not_finite(
+        self, plan: Any, xt: torch.Tensor, time: torch.Tensor, i: int
+    ) -> FloatingPointError:
+        layer = plan.not_finite(xt, time, torch.get_num_threads()) or "the input"
         return FloatingPointError(
             f"not a number or infinite at step t = {int(self._steps[i])}, first in {layer}"
         )
@@ -163,10 +194,20 @@ def build_plan(
         )
 
     def resnet(block: ResnetBlock, sources: list[int]) -> int:
-        h = conv(sources, block.conv1, norm=norm_of(block.norm1, True), time_offset=offsets[block])
+        offset, how = offsets[block], block.resample
+        within: dict[str, Any] = {}
+        if how is not None:
+            within = {"halve": True} if how == "down" else {"repeat": 2}
+        added = {} if block.scale_shift else {"time_offset": offset}
+        h = conv(sources, block.conv1, norm=norm_of(block.norm1, True), **added, **within)
         shortcut = getattr(block, "nin_shortcut", None)
         residual = conv(sources, shortcut) if shortcut is not None else sources[0]
-        return conv([h], block.conv2, norm=norm_of(block.norm2, True), residual=residual)
+        if how is not None:
+            residual = plan.resample(names[block], sources[0], how == "up")
+        modulated = {"modulation_offset": offset} if block.scale_shift else {}
+        return conv(
+            [h], block.conv2, norm=norm_of(block.norm2, True), residual=residual, **modulated
+        )
 
     def attention(block: AttentionBlock, x: int) -> int:
         qkv = conv([x], block.qkv, norm=norm_of(block.norm, False))
@@ -183,7 +224,10 @@ def build_plan(
         for j in range(len(level.block)):
             h = level_block(level, j, [h])
             skips.append(h)
-        if level.downsample is not None:
+        if isinstance(level.downsample, ResnetBlock):
+            h = resnet(level.downsample, [h])
+            skips.append(h)
+        elif level.downsample is not None:
             layer = cast(Any, level.downsample.conv)
             h = conv([h], layer, stride=2, before=layer.padding[0], after=1)
             skips.append(h)
@@ -193,7 +237,9 @@ def build_plan(
     for level in reversed(model.up):
         for j in range(len(level.block)):
             h = level_block(level, j, [h, skips.pop()])
-        if level.upsample is not None:
+        if isinstance(level.upsample, ResnetBlock):
+            h = resnet(level.upsample, [h])
+        elif level.upsample is not None:
             h = conv([h], level.upsample.conv, repeat=2)
     plan.finish(conv([h], model.conv_out, norm=norm_of(model.norm_out, True)))
     return plan

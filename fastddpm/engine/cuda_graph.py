@@ -6,7 +6,8 @@ What is recorded is here, and what a recording needs; the step itself is eager.p
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from fastddpm.batching import is_out_of_memory
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine.eager import Eager, OnStep
+from fastddpm.engine.guided import Guide
 from fastddpm.host import evaluating
 from fastddpm.ops import checks
 from fastddpm.ops.dispatch import report_slower
@@ -98,6 +100,8 @@ class CudaGraph(Eager):
     recording's own tensors, good until the next step."""
 
     name = "cuda_graph"
+    takes = ("y",)
+    guided = False
     records_xt = True  # whether the recording itself keeps x_t
 
     def __init__(
@@ -111,7 +115,7 @@ class CudaGraph(Eager):
     ):
         super().__init__(model, diffusion, device=device, **options)
         self._record = record
-        self._recorded: dict[tuple[int, ...], Step] = {}
+        self._recorded: dict[tuple[tuple[int, ...], tuple[Any, ...]], Step] = {}
         self._read: list[Any] = []
         self._refused = False
 
@@ -125,27 +129,40 @@ class CudaGraph(Eager):
         start: int | None = None,
         stop: int = 0,
         on_step: OnStep | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        guide: Guide | None = None,
     ) -> torch.Tensor:
         """As Eager's, which see; a shape that was not met before is recorded first."""
+        assert guide is None, "make_engine chose it for steps that are guided"
         start = self.diffusion.T if start is None else start
+        model_kwargs = dict(model_kwargs or {})
+        self.check_arguments(model_kwargs, len(xt))
         try:
-            recorded = self._get(xt) if start > stop and len(xt) else None
+            recorded = self._get(xt, model_kwargs) if start > stop and len(xt) else None
             if recorded is not None:
-                return self._replay(recorded, xt, seed, sample_index, start, stop, on_step)
+                recorded.begin(xt, seed, sample_index, start, model_kwargs)
+                return self._replay(recorded, xt, start, stop, on_step)
         except (RuntimeError, MemoryError, OSError) as error:
             if is_out_of_memory(error):  # a smaller batch may fit where this is not
                 self._recorded = {}
             raise
         return super().run(
-            xt, seed=seed, sample_index=sample_index, start=start, stop=stop, on_step=on_step
-        )
+            xt, seed=seed, sample_index=sample_index, start=start, stop=stop, on_step=on_step,
+            model_kwargs=model_kwargs,
+        )  # fmt: skip
+
+    def check_arguments(self, model_kwargs: Mapping[str, Any], n: int) -> None:
+        super().check_arguments(model_kwargs, n)
+        for name, value in model_kwargs.items():
+            shape = value.shape if isinstance(value, torch.Tensor) else None
+            if shape is None or shape[:1] != (n,):
+                got = type(value).__name__ if shape is None else tuple(shape)
+                raise ValueError(f"{name} must be a tensor of {n} rows here; got {got}")
 
     def _replay(
         self,
         recorded: Step,
         xt: torch.Tensor,
-        seed: int,
-        sample_index: torch.Tensor,
         start: int,
         stop: int,
         on_step: OnStep | None,
@@ -153,7 +170,6 @@ class CudaGraph(Eager):
         clip, n, pace = bool(self.step_options["clip"]), len(xt), _Pace(self.device)
         # Who only counts steps says so, and spares the copy of x_t that predict_x0 needs.
         shown = on_step is not None and getattr(on_step, "reads_x0", True)
-        recorded.begin(xt, seed, sample_index, start)
         for i in reversed(range(stop, start)):
             if shown and not self.records_xt:
                 recorded.keep()
@@ -168,50 +184,53 @@ class CudaGraph(Eager):
     def advance(self, step: Step) -> torch.Tensor:
         """The recorded work of a step: x <- x_{t-1} of x_t = x; what the model said of it."""
         step.keep()
-        output = self.output(step.xt, -1, step.t)
+        output = self.output(step.xt, -1, step.t, **step.model_kwargs)
         self.diffusion.p_step(
             step.xt, output, step.t, seed=step.seed, sample_index=step.sample_index, out=step.x,
             **self.step_options,
         )  # fmt: skip
         return output
 
-    def _get(self, xt: torch.Tensor) -> Step | None:
+    def _get(self, xt: torch.Tensor, model_kwargs: dict[str, torch.Tensor]) -> Step | None:
         """The recording for this shape; None where none can be made."""
         self.follow()
         if self._refused:
             return None
         if self._read != (read := self._reads()):
             self._recorded, self._read = {}, read
-        recorded = self._find(tuple(xt.shape))
-        return self._make(xt) if recorded is None else recorded
+        kinds = tuple((k, v.shape[1:], v.dtype) for k, v in model_kwargs.items())
+        recorded = self._find(tuple(xt.shape), kinds)
+        return self._make(xt, model_kwargs, kinds) if recorded is None else recorded
 
     def _reads(self) -> list[Any]:
         """What of the model a recording depends on: where its weights lie, and what Python read."""
         own = settings(self.model) if isinstance(self.model, UNet) else ()
         return [own, *_places(self.model)]
 
-    def _find(self, shape: tuple[int, ...]) -> Step | None:
+    def _find(self, shape: tuple[int, ...], kinds: tuple[Any, ...]) -> Step | None:
         if not isinstance(self._given, UNet):  # another model may mix the images of a batch
-            return self._recorded.get(shape)
-        for (n, *size), recorded in self._recorded.items():
+            return self._recorded.get((shape, kinds))
+        for ((n, *size), _), recorded in self._recorded.items():
             if n >= shape[0] and tuple(size) == shape[1:]:
                 return recorded
         return None
 
-    def _make(self, xt: torch.Tensor) -> Step | None:
+    def _make(
+        self, xt: torch.Tensor, model_kwargs: dict[str, torch.Tensor], kinds: tuple[Any, ...]
+    ) -> Step | None:
         shape = tuple(xt.shape)
         if isinstance(self._given, UNet):  # the smaller one's memory is given back first
-            kept = {key: step for key, step in self._recorded.items() if key[1:] != shape[1:]}
+            kept = {key: step for key, step in self._recorded.items() if key[0][1:] != shape[1:]}
             self._recorded = kept
         try:
             with evaluating(self.model):
-                self._recorded[shape] = Step(self, xt)
+                self._recorded[shape, kinds] = recorded = Step(self, xt, model_kwargs)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             self._refuse(first_line(error))
             return None
-        return self._recorded[shape]
+        return recorded
 
     def _refuse(self, why: str) -> None:
         """From here on, steps are not recorded."""
@@ -234,8 +253,14 @@ class Step:
     """A recording: t <- t - 1, x <- x_{t-1}, on tensors of its own; of at most as many images as xt
     has."""
 
-    def __init__(self, engine: CudaGraph, xt: torch.Tensor):
+    def __init__(
+        self,
+        engine: CudaGraph,
+        xt: torch.Tensor,
+        model_kwargs: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ):
         n, device = xt.shape[0], engine.device
+        self.model_kwargs = {k: v.to(device, copy=True) for k, v in model_kwargs.items()}
         self.x = xt.to(device, memory_format=torch.channels_last, copy=True)
         self.xt = torch.empty_like(self.x)
         self.t = torch.empty(n, dtype=torch.int64, device=device)
@@ -252,12 +277,22 @@ class Step:
     def _rewind(self, start: int) -> None:
         self.t.fill_(start)
 
-    def begin(self, xt: torch.Tensor, seed: int, sample_index: torch.Tensor, start: int) -> None:
+    def begin(
+        self,
+        xt: torch.Tensor,
+        seed: int,
+        sample_index: torch.Tensor,
+        start: int,
+        model_kwargs: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
         """From xt at chain index `start` on. Fewer images than there is room for are repeated."""
         n, room = len(xt), len(self.x)
         if n < room:
             row = torch.arange(room, device=xt.device) % n
             xt, sample_index = xt.index_select(0, row), sample_index.index_select(0, row)
+            model_kwargs = {k: v[row.to(v.device)] for k, v in model_kwargs.items()}
+        for name, value in model_kwargs.items():
+            self.model_kwargs[name].copy_(value)
         self.x.copy_(xt)
         self.sample_index.copy_(sample_index)
         self.seed.fill_(checks.seed_word(seed))

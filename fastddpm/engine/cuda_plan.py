@@ -83,7 +83,7 @@ class CudaPlan(CudaGraph):
     def advance(self, step: Step) -> torch.Tensor:
         assert self.network is not None
         with self._context():
-            output = self.network(step.x, step.t[:1])
+            output = self.network(step.x, step.t[:1], **step.model_kwargs)
         if output.dtype == torch.float64:
             output = output.float()
         self.diffusion.p_step(

@@ -7,12 +7,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 
 from fastddpm.diffusion import Diffusion, Model
+from fastddpm.engine.guided import Guide
 from fastddpm.host import evaluating
 from fastddpm.precision import autocast, float32_kept, resolve_precision
 from fastddpm.schedule import Sampler
@@ -25,6 +26,9 @@ OnStep = Callable[[int, torch.Tensor, Callable[[], torch.Tensor]], None]
 class Eager:
     """Algorithm 2 around any callable (x_t, t) -> output.
 
+    takes:  the keyword arguments of a model that the engine can pass on; None: all of them
+    guided: whether it can hand a step's output to a Guide, as one that records both can't
+
     precision "bf16": a UNet runs as a bfloat16 copy, any other module under autocast; "auto" is
     bf16 for a UNet where the hardware multiplies it, float32 for everything else. x_t and the
     update stay float32. On a GPU "fp32" is float32, in convolutions too, unless torch is told to
@@ -32,6 +36,8 @@ class Eager:
     run begins."""
 
     name = "eager"
+    takes: ClassVar[tuple[str, ...] | None] = None
+    guided: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -79,16 +85,46 @@ class Eager:
         for mine, given in zip(ours, theirs, strict=True):
             mine.copy_(given)
 
-    def output(self, xt: torch.Tensor, i: int, t: torch.Tensor) -> torch.Tensor:
+    def check_arguments(self, model_kwargs: Mapping[str, Any], n: int) -> None:
+        """ValueError for what the model or the engine does not take for n images."""
+        for name in model_kwargs:
+            if self.takes is not None and name not in self.takes:
+                raise ValueError(
+                    f"engine {self.name!r} takes no {name!r} for the model, only "
+                    f"{', '.join(map(repr, self.takes))}; engine='eager' does"
+                )
+        if isinstance(self._given, UNet):
+            if more := ", ".join(map(repr, model_kwargs.keys() - {"y"})):
+                raise ValueError(f"a fastddpm.UNet takes x, t and y; got {more}, too")
+            self._given.check_labels(model_kwargs.get("y"), n, wait=True)
+
+    def output(
+        self, xt: torch.Tensor, i: int, t: torch.Tensor, /, **model_kwargs: Any
+    ) -> torch.Tensor:
         """What the model says of x_t at chain index i; t: the same as a tensor (N,)."""
         with self._context():
-            return self.diffusion.model_output(self.model, xt, t)
+            return self.diffusion.model_output(self.model, xt, t, **model_kwargs)
+
+    def output_after(
+        self, xt: torch.Tensor, t: torch.Tensor, x0: torch.Tensor, /, **model_kwargs: Any
+    ) -> torch.Tensor:
+        """What a model (x_t, t, x0) says that sees the x0 predicted one step before."""
+        with self._context():
+            model = lambda x, t, /, **kw: cast(Any, self.model)(x, t, x0, **kw)  # noqa: E731
+            return self.diffusion.model_output(model, xt, t, **model_kwargs)
 
     def step(
-        self, xt: torch.Tensor, i: int, t: torch.Tensor, seed: int, sample_index: torch.Tensor
+        self,
+        xt: torch.Tensor,
+        i: int,
+        t: torch.Tensor,
+        seed: int,
+        sample_index: torch.Tensor,
+        /,
+        **model_kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x_{t-1}, what the model said of x_t) at chain index i; t: the same as a tensor (N,)."""
-        output = self.output(xt, i, t)
+        output = self.output(xt, i, t, **model_kwargs)
         x = self.diffusion.p_step(
             xt, output, t, seed=seed, sample_index=sample_index, **self.step_options
         )
@@ -104,6 +140,8 @@ class Eager:
         start: int | None = None,
         stop: int = 0,
         on_step: OnStep | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        guide: Guide | None = None,
     ) -> torch.Tensor:
         """Take x from chain index `start` (None: T) down to `stop` (DDPM Algorithm 2, lines 2 to
         5).
@@ -111,14 +149,23 @@ class Eager:
         xt: (N, C, H, W) float32, left as it is;  sample_index: (N,) int64, whose noise each sample
             takes.
         on_step(i, x, x0): after the step at chain index i, with its result and a function for the
-        x0 prediction."""
+        x0 prediction.
+        model_kwargs: what the model takes beside x_t and t, of these images: {"y": classes};
+            guide: of this run, between the model and the step."""
         diffusion, clip = self.diffusion, bool(self.step_options["clip"])
+        model_kwargs = dict(model_kwargs or {})
+        self.check_arguments(model_kwargs, len(xt))
         self.follow()
         with evaluating(self.model):
             for i in reversed(range(stop, diffusion.T if start is None else start)):
                 t = torch.full((xt.shape[0],), i, dtype=torch.int64, device=self.device)
-                x, output = self.step(xt, i, t, seed, sample_index)
+                x0: Callable[[], torch.Tensor]
+                if guide is None:
+                    x, output = self.step(xt, i, t, seed, sample_index, **model_kwargs)
+                    x0 = functools.partial(diffusion.predict_x0, xt, output, t, clip=clip)
+                else:
+                    x, x0 = guide.step(self, xt, i, t, seed, sample_index, model_kwargs)
                 if on_step is not None:
-                    on_step(i, x, functools.partial(diffusion.predict_x0, xt, output, t, clip=clip))
+                    on_step(i, x, x0)
                 xt = x
         return xt

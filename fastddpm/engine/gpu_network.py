@@ -10,21 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastddpm.engine.time_table import time_offsets, time_rows
+from fastddpm.engine.time_table import time_embeddings, time_layer, time_offsets, time_rows
 from fastddpm.unet import UNet
-from fastddpm.unet_parts import Downsample, Upsample, regrouped
+from fastddpm.unet_parts import Downsample, regrouped
 from fastddpm.unet_walk import Image, Walk, matrix, shortcut_bias
 
 WIDTH = 8  # channels of an image's ends are padded to a multiple: what tensor cores take in NHWC
 
 
 class Network(Walk):
-    """`__call__(x, t)`: the U-Net's output for x (N, C, H, W) float32 at the chain index t, (1,)
-    int64 on the device, of the steps `model_t`; in the weights' dtype, without a host wait.
+    """`__call__(x, t, y)`: the U-Net's output for x (N, C, H, W) float32 at the chain index t, (1,)
+    int64 on the device, of the steps `model_t`, and of the classes y, (N,) int64 there; in the
+    weights' dtype, without a host wait.
 
     Prepared are, in `dtype`, the weights of products; in float32 at least (`wide`), biases, norms
-    and one row of all that the blocks add after conv1 for each step, so that a step reads its time
-    embedding by its counter. Two convolutions are regrouped: a doubling becomes a transposed one
+    and one row of all that the blocks take of the time for each step, so that a step reads its row
+    by its counter; with classes it reads its embedding, and one product makes the images' rows. Two
+     convolutions are regrouped: a doubling becomes a transposed one
     of stride 2 with the repeated pixels' weights summed (4/9 of the products, no doubled copy),
     and a halving that is padded at the end a 4x4 one whose first row and column are 0. conv_in's
     bias is the weight of one more input channel, which is 1."""
@@ -45,14 +47,32 @@ class Network(Walk):
             place.copy_(make())
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
         self.model.check_input(x, t.expand(len(x)))
-        rows = self._kept(self.model, "rows", self.wide, lambda: self._rows())
-        self._row = rows.index_select(0, t)[0]
+        if self.model.label_emb is None:
+            rows = self._kept(self.model, "rows", self.wide, lambda: self._rows())
+            self._row = rows.index_select(0, t)[0]
+        else:
+            self._row = self._rows_of(t, cast(Tensor, y))
         return self.walk(self.model, self._padded(x))
 
     def _rows(self) -> Tensor:
         return time_rows(self.model, self._model_t, conv_bias=True, dtype=self.wide)
+
+    def _rows_of(self, t: Tensor, y: Tensor) -> Tensor:
+        """The rows of images of the classes y at one step, (N, K)."""
+        model = self.model
+        steps = self._kept(model, "steps", self.wide, lambda: time_embeddings(model, self._model_t))
+        labels = self._kept(
+            model, "labels", self.wide, lambda: cast(nn.Embedding, model.label_emb).weight
+        )
+        weight = self._kept(model, "rows' weight", self.wide, lambda: self._layer()[0])
+        bias = self._kept(model, "rows' bias", self.wide, lambda: self._layer()[1])
+        embedding = steps.index_select(0, t) + labels.index_select(0, y)
+        return F.linear(F.silu(embedding), weight, bias)
+
+    def _layer(self) -> tuple[Tensor, Tensor]:
+        return time_layer(self.model, conv_bias=True)
 
     def _kept(
         self, owner: nn.Module, name: str, dtype: torch.dtype, make: Callable[[], Tensor]
@@ -79,8 +99,8 @@ class Network(Walk):
         self._input[:, :c].copy_(x)
         return self._input
 
-    def dropped(self, block: Any, place: int, h: Image) -> Tensor:
-        return self.normed(block.norm2, h)  # in whatever mode the model is
+    def dropped(self, block: Any, place: int, h: Image, **modulation: Tensor) -> Tensor:
+        return self.normed(block.norm2, h, **modulation)  # in whatever mode the model is
 
     # ---- layers ---------------------------------------------------------------------------------
 
@@ -138,15 +158,17 @@ class Network(Walk):
             bias = self._kept(conv, "bias", self.dtype, lambda: conv.bias)
         return Image(F.conv2d(h.value(), weight, bias, stride=2, padding=1))
 
-    def upsample(self, part: Upsample, h: Image) -> Image:
-        conv: Any = part.conv
+    def doubled(self, conv: Any, x: Tensor) -> Tensor:
         weight = self._weight(conv, lambda: regrouped(conv.weight))
-        y = F.conv_transpose2d(h.value(), weight, None, stride=2, padding=1)
-        return Image(y, None, self.bias(conv))
+        return F.conv_transpose2d(x, weight, None, stride=2, padding=1)
+
+    def modulation(self, block: Any, n: int) -> dict[str, Tensor]:
+        scale, shift = self.time(block).expand(n, -1).chunk(2, 1)
+        return {"scale": scale, "shift": shift}
 
     def time(self, block: Any) -> Tensor:
         begin = self._offsets[block]
-        return self._row[begin : begin + block.temb_proj.out_features]
+        return self._row[..., begin : begin + block.temb_proj.out_features]
 
     def pointwise(self, conv: Any) -> Tensor:
         return matrix(self._weight(conv))

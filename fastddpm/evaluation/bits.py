@@ -8,12 +8,12 @@ import torch
 
 from fastddpm import arguments
 from fastddpm.batching import Batches, batch_size_for
+from fastddpm.chain import Steps
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine import runnable
 from fastddpm.host import evaluating, own_state
 from fastddpm.precision import float32_kept
 from fastddpm.progress import tqdm
-from fastddpm.sampling import Steps
 from fastddpm.schedule import check_count
 
 

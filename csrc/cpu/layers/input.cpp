@@ -84,11 +84,16 @@ void coefficients_of(const GroupCoefficients& op, int64_t image) {
     }
     const double rstd = 1.0 / sqrt(squares / double(width * op.pixels) + double(op.eps));
     for (int64_t c = first; c < first + width; ++c) {
+      double weight = double(op.weight[c]), bias = double(op.bias[c]);
+      if (op.gain) {
+        const double gain = 1.0 + double(op.gain[image * op.modulation + c]);
+        weight *= gain, bias = bias * gain + double(op.addend[image * op.modulation + c]);
+      }
       // What rounding the centre leaves of the mean is part of the shift.
-      const double scale = double(op.weight[c]) * rstd, rest = double(float(mean)) - mean;
+      const double scale = weight * rstd, rest = double(float(mean)) - mean;
       op.centre[image * channels + c] = float(mean);
       op.scale[image * channels + c] = float(scale);
-      op.shift[image * channels + c] = float(double(op.bias[c]) + rest * scale);
+      op.shift[image * channels + c] = float(bias + rest * scale);
     }
   }
 }
@@ -181,23 +186,66 @@ void prepare_row(const PrepareInput& op, int64_t image, int64_t y, T* out) {
                          size_t(op.pixel) * sizeof(T));
 }
 
+void put(const float* x, int64_t count, float* out) {
+  __builtin_memcpy(out, x, size_t(count) * sizeof(float));
+}
+
+void put(const float* x, int64_t count, BF16* out) { narrow(x, count, out); }
+
+// The mean of the 2x2 pixels at x, `line` floats a row and `step` a pixel, each normalised and
+// activated first.
+void mean_of_square(const PrepareInput& op, const float* x, int64_t line, int64_t step,
+                    const Run& run, float* mean) {
+  for (int64_t c = 0; c < run.channels; ++c) mean[c] = 0.0f;
+  const float* const corners[] = {x, x + step, x + line, x + line + step};
+  for (const float* corner : corners) {
+    float piece[PIECE];
+    prepare_pixel(op, corner, run, piece);
+    if (op.silu) silu_run(piece, run.channels);
+    for (int64_t c = 0; c < run.channels; ++c) mean[c] += piece[c];
+  }
+  for (int64_t c = 0; c < run.channels; ++c) mean[c] *= 0.25f;
+}
+
+// Rows 2y and 2y + 1 of the sources to the inner part of a row of the output.
+template <class T>
+void halve_rows(const PrepareInput& op, int64_t image, int64_t y, T* out) {
+  const int64_t all = op.channels[0] + op.channels[1];
+  for (int64_t s = 0, c = 0; s < SOURCES && op.channels[s]; c += op.channels[s], ++s) {
+    const int64_t own = op.channels[s], line = op.width * own;
+    const float* x = op.source[s] + (image * op.height + 2 * y) * line;
+    for (int64_t i = 0; i < op.width / 2; ++i)
+      for (int64_t first = 0; first < own; first += PIECE) {
+        const int64_t count = own - first < PIECE ? own - first : PIECE;
+        float mean[PIECE];
+        mean_of_square(op, x + 2 * i * own + first, line, own,
+                       {count, image * all + c + first, image, 0}, mean);
+        put(mean, count, out + i * op.pixel + c + first);
+      }
+  }
+  if (op.pixel > all)
+    for (int64_t i = 0; i < op.width / 2; ++i) fill_zero(out + i * op.pixel + all, op.pixel - all);
+}
+
 template <class T>
 void prepare_rows(const PrepareInput& op, T* out, int threads) {
-  const int64_t border = op.before + op.after;
-  const int64_t columns = op.width * op.repeat + border, line = columns * op.pixel;
-  const int64_t rows = op.height * op.repeat + border;
-  parallel_for(op.images * op.height, op.images * rows * line, threads, [&](int64_t job, int) {
-    const int64_t image = job / op.height, y = job % op.height;
+  const int64_t border = op.before + op.after, share = op.halve ? 2 : 1;
+  const int64_t height = op.height / share;
+  const int64_t columns = op.width / share * op.repeat + border, line = columns * op.pixel;
+  const int64_t rows = height * op.repeat + border;
+  parallel_for(op.images * height, op.images * rows * line, threads, [&](int64_t job, int) {
+    const int64_t image = job / height, y = job % height;
     T* row = out + image * op.image + (op.before + y * op.repeat) * line;
     if (y == 0) fill_zero(row - op.before * line, op.before * line);
     if (border) {
       fill_zero(row, op.before * op.pixel);
       fill_zero(row + (columns - op.after) * op.pixel, op.after * op.pixel);
     }
-    prepare_row(op, image, y, row + op.before * op.pixel);
+    T* const inner = row + op.before * op.pixel;
+    op.halve ? halve_rows(op, image, y, inner) : prepare_row(op, image, y, inner);
     for (int64_t r = 1; r < op.repeat; ++r)
       __builtin_memcpy(row + r * line, row, size_t(line) * sizeof(T));
-    if (y == op.height - 1) fill_zero(row + op.repeat * line, op.after * line);
+    if (y == height - 1) fill_zero(row + op.repeat * line, op.after * line);
   });
 }
 

@@ -20,7 +20,8 @@ struct ChannelStatistics {
 };
 
 // GroupNorm's statistics of a layer's sources as one affine map per channel: v = (x - centre) scale
-// + shift. A source's statistics are ChannelStatistics: a group may lie across two sources.
+// + shift, of (1 + gain) GroupNorm(x) + addend where those are given. A source's statistics are
+// ChannelStatistics: a group may lie across two sources.
 struct GroupCoefficients {
   int64_t images, pixels, groups;
   int64_t channels[SOURCES];
@@ -28,10 +29,13 @@ struct GroupCoefficients {
   float eps;
   const float *weight, *bias;     // (C,), all sources'
   float *centre, *scale, *shift;  // (images, C)
+  const float *gain, *addend;     // (images or 1, C), or both null
+  int64_t modulation;             // floats from one image's gain and addend to the next; 0: one
 };
 
-// What a convolution reads: its sources side by side, normalised, silu applied, each pixel repeated
-// to a square of `repeat` by `repeat`, with a border of zeros.
+// What a convolution reads: its sources side by side, normalised, silu applied, each square of 2x2
+// pixels made its mean if `halve`, or each pixel repeated to a square of `repeat` by `repeat`, with
+// a border of zeros.
 struct PrepareInput {
   int64_t images, height, width;  // of the sources
   int64_t channels[SOURCES];
@@ -44,6 +48,7 @@ struct PrepareInput {
   int64_t image;                  // values from image to image, rows * columns * pixel or more
   float* out;                     // (images, rows, columns, pixel), or null:
   BF16* out_bf16;                 // the same, rounded
+  bool halve;                     // height and width are even then, repeat 1, and nothing dropped
 };
 
 enum class Algorithm : int32_t {

@@ -191,14 +191,21 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
   if (spec.c_out < 1 || int64_t(spec.bias.size()) != spec.c_out)
     refuse(name, "bias must have a value for each output channel");
   layer.norm = spec.norm, layer.bias = spec.bias, layer.time_offset = spec.time_offset;
-  const Geometry is{x.height,    x.width,     c_in,       spec.c_out, spec.kernel,
-                    spec.stride, spec.before, spec.after, spec.repeat};
+  layer.modulation_offset = spec.modulation_offset, layer.halve = spec.halve;
+  if (spec.halve && (spec.repeat != 1 || x.height % 2 || x.width % 2))
+    refuse(name, "halve needs an even height and width, and repeat 1");
+  const int64_t share = spec.halve ? 2 : 1;
+  const Geometry is{x.height / share, x.width / share, c_in,       spec.c_out, spec.kernel,
+                    spec.stride,      spec.before,     spec.after, spec.repeat};
   const int64_t height = is.rows(), width = is.columns();
   if (height < 1 || width < 1) refuse(name, "the input is smaller than the kernel");
   check_size(name, height, width, spec.c_out);
   if (spec.time_offset < -1 || spec.time_offset > MAX_CHANNELS)
     refuse(name, "time_offset must be -1 or lie in 0 .. 2^24");
+  if (spec.modulation_offset < -1 || spec.modulation_offset > MAX_CHANNELS)
+    refuse(name, "modulation_offset must be -1 or lie in 0 .. 2^24");
   const Norm& norm = spec.norm;
+  if (spec.modulation_offset >= 0 && !norm.groups) refuse(name, "modulation_offset needs a norm");
   if (!(norm.eps >= 0.0f)) refuse(name, "eps must be a number of at least 0");
   if (norm.groups < 0 || (norm.groups && c_in % norm.groups))
     refuse(name, "num_groups must divide the " + std::to_string(c_in) + " channels");
@@ -221,9 +228,11 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
     for (int64_t id : layer.sources) s.need_statistics(id);
     layer.coefficients = s.add_scratch(3 * c_in);
   }
-  if (!layer.way.reads_sources() || norm.groups || norm.silu)
+  if (!layer.way.reads_sources() || norm.groups || norm.silu || layer.halve)
     layer.prepared = s.add_scratch(layer.way.prepared_floats());
   if (layer.time_offset >= 0) s.time_size = std::max(s.time_size, layer.time_offset + spec.c_out);
+  if (layer.modulation_offset >= 0)
+    s.time_size = std::max(s.time_size, layer.modulation_offset + 2 * c_in);
   layer.y = s.add_image(height, width, spec.c_out);
   s.layers.push_back(std::move(layer));
   return s.layers.back().y;
@@ -239,6 +248,21 @@ int64_t Plan::attention(const std::string& name, int64_t qkv, int64_t heads) {
   layer.kind = Layer::ATTENTION;
   layer.name = name, layer.sources = {qkv}, layer.heads = heads;
   layer.y = s.add_image(x.height, x.width, x.channels / 3);
+  s.layers.push_back(std::move(layer));
+  return s.layers.back().y;
+}
+
+int64_t Plan::resample(const std::string& name, int64_t x, bool doubles) {
+  State& s = *state;
+  const Activation source = s.read(name, x);
+  if (!doubles && (source.height % 2 || source.width % 2))
+    refuse(name, "an odd height or width can't be halved");
+  Layer layer{};
+  layer.kind = Layer::RESAMPLE;
+  layer.name = name, layer.sources = {x}, layer.halve = !doubles;
+  const auto moved = [&](int64_t size) { return doubles ? 2 * size : size / 2; };
+  check_size(name, moved(source.height), moved(source.width), source.channels);
+  layer.y = s.add_image(moved(source.height), moved(source.width), source.channels);
   s.layers.push_back(std::move(layer));
   return s.layers.back().y;
 }
@@ -265,7 +289,10 @@ std::vector<LayerReport> Plan::layers() const {
     const Activation& y = state->activations[layer.y];
     const Geometry& is = layer.way.is;
     const double pixels = double(y.height * y.width);
-    if (layer.kind == Layer::ATTENTION)
+    if (layer.kind == Layer::RESAMPLE)
+      reports.push_back(
+          {layer.name, "resample", y.channels, y.channels, y.height, y.width, 0, 0.0});
+    else if (layer.kind == Layer::ATTENTION)
       reports.push_back({layer.name, "attention", y.channels, y.channels, y.height, y.width, 0,
                          4.0 * pixels * pixels * double(y.channels)});
     else

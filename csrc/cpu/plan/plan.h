@@ -21,6 +21,13 @@ struct Norm {
   bool silu = false;
 };
 
+// What the layers take of the time: a row of time_size() floats for each image, `image` floats from
+// one to the next; 0: one for all.
+struct Time {
+  const float* row;
+  int64_t image;
+};
+
 // y = conv(norm(sources side by side)) + bias + time[offset ...] (+ residual).
 struct ConvolutionLayer {
   std::string name;
@@ -30,9 +37,12 @@ struct ConvolutionLayer {
   std::vector<float> bias;       // (c_out,)
   int64_t time_offset = -1;      // of its c_out values in the row of time embeddings, or -1
   Norm norm;
+  int64_t modulation_offset = -1;  // of the norm's (scale, shift), (1 + scale) norm + shift, each
+                                   // of all channels, in the row of time embeddings, or -1
   int64_t residual = -1;                      // an activation like y, or -1
   int64_t stride = 1, before = 0, after = 0;  // the border of zeros, before and after
   int64_t repeat = 1;                         // 2: each pixel of the sources becomes 2x2 first
+  bool halve = false;              // 2x2 pixels, normed, become their mean first; repeat is 1
   std::string algorithm = "auto";  // or "direct", "winograd_2", "winograd_4"; "bf16" in bfloat16
 };
 
@@ -63,21 +73,22 @@ class Plan {
 
   int64_t convolution(const ConvolutionLayer& layer);                      // returns y
   int64_t attention(const std::string& name, int64_t qkv, int64_t heads);  // returns y
+  // Returns y, x with each pixel as 2x2 if `doubles`, else the means of its 2x2 pixels.
+  int64_t resample(const std::string& name, int64_t x, bool doubles);
   void finish(int64_t output);  // places all activations in the arena; no layer can follow
 
-  // out = network(x). time: the row of time embeddings, time_size() floats. Threads of the
-  // caller take turns. group: images that go through all layers together, 0: chosen. step: what
-  // each image does next, n samples whose model_output lies in out, checked by check(); or null.
-  // Returns whether all of out is finite.
-  bool forward(const Tensor& x, int64_t n, const float* time, const Tensor& out, int threads,
-               int64_t group, const PosteriorStep* step = nullptr);
+  // out = network(x). Threads of the caller take turns. group: images that go through all layers
+  // together, 0: chosen. step: what each image does next, n samples whose model_output lies in out,
+  // checked by check(); or null. Returns whether all of out is finite.
+  bool forward(const Tensor& x, int64_t n, Time time, const Tensor& out, int threads, int64_t group,
+               const PosteriorStep* step = nullptr);
 
   // forward with the seconds of each layer, one layer after the other on all threads.
-  std::vector<double> profile(const Tensor& x, int64_t n, const float* time, const Tensor& out,
+  std::vector<double> profile(const Tensor& x, int64_t n, Time time, const Tensor& out,
                               int threads);
 
   // The first layer whose result has a NaN or an infinity for this input, or "".
-  std::string not_finite(const Tensor& x, int64_t n, const float* time, int threads);
+  std::string not_finite(const Tensor& x, int64_t n, Time time, int threads);
 
   int64_t channels(int64_t activation) const;
   std::vector<LayerReport> layers() const;

@@ -31,11 +31,13 @@ int64_t Plan::State::c_in_2(const Layer& layer) const {
   return activations[layer.sources[1]].channels;
 }
 
-// Per thread of an outer loop, or of all threads of an inner one: biases, then what kernels need.
-int64_t Plan::State::workspace(int64_t images, int threads) const {
+// Per thread of an outer loop, or of all threads of an inner one: biases, of all images or each
+// one's, then what kernels need.
+int64_t Plan::State::workspace(int64_t images, int threads, bool own_biases) const {
   int64_t most = 0, bias = 0;
   for (const Layer& layer : layers) {
-    bias = std::max(bias, layer.way.is.c_out);
+    if (layer.kind == Layer::RESAMPLE) continue;
+    bias = std::max(bias, layer.way.is.c_out * (own_biases ? images : 1));
     if (layer.kind == Layer::ATTENTION) {
       const auto needs = bf16 ? kernels.attention_workspace_bf16 : kernels.attention_workspace;
       most = std::max(most, needs(attention(layer, images), threads));
@@ -48,7 +50,7 @@ int64_t Plan::State::workspace(int64_t images, int threads) const {
 
 // Memory for n images, of which each thread takes `share` at a time where a segment runs by
 // image; 0: none does.
-void Plan::State::reserve(int64_t n, int64_t share, int threads) {
+void Plan::State::reserve(int64_t n, int64_t share, int threads, bool own_biases) {
   if (output < 0) throw std::invalid_argument("the plan is not finished");
   const auto grow = [&](Buffer& buffer, int64_t& floats, int64_t needed) {
     if (needed <= floats) return;
@@ -60,7 +62,8 @@ void Plan::State::reserve(int64_t n, int64_t share, int threads) {
   for (const Segment& segment : segments)
     if (n > MAX_ARENA / (arena + segment.arena + 1)) throw std::bad_alloc();
   int64_t local = 0, work = 0;
-  const int64_t shares = share ? threads * workspace(share, 1) : 0, all = workspace(n, threads);
+  const int64_t shares = share ? threads * workspace(share, 1, own_biases) : 0;
+  const int64_t all = workspace(n, threads, own_biases);
   for (const Segment& segment : segments) {
     const bool by_image = segment.by_image && share;
     local = std::max(local, (by_image ? threads * share : n) * segment.arena);
@@ -77,13 +80,13 @@ namespace {
 // A segment's layers on a group of images.
 struct Run {
   const Plan::State& plan;
-  const float* time;
+  const Time time;
   int64_t first, images;  // the group's
   int threads;
   int64_t capacity, local_capacity;  // images that there is memory for
   float *arena, *local, *workspace;
 
-  Run(const Plan::State& plan, int64_t n, const float* time, int threads)  // all images
+  Run(const Plan::State& plan, int64_t n, Time time, int threads)  // all images
       : plan(plan),
         time(time),
         first(0),
@@ -96,7 +99,7 @@ struct Run {
         workspace(plan.workspace_memory.get()) {}
 
   // Group `job` of `share` images at most, on one thread; needs: floats of its workspace.
-  Run(const Plan::State& plan, int64_t n, const float* time, const Segment& segment, int64_t job,
+  Run(const Plan::State& plan, int64_t n, Time time, const Segment& segment, int64_t job,
       int64_t share, int64_t needs, int thread)
       : Run(plan, n, time, 1) {
     first = job * share, images = std::min(share, n - first);
@@ -133,6 +136,7 @@ struct Run {
   void run_input(const Layer& layer) const {
     const Activation& x = plan.activations[layer.sources[0]];
     PrepareInput op = preparation(layer.way, images);
+    op.halve = layer.halve, op.height = x.height, op.width = x.width;
     for (size_t s = 0; s < layer.sources.size(); ++s) {
       op.channels[s] = plan.activations[layer.sources[s]].channels;
       op.source[s] = memory(layer.sources[s]);
@@ -149,11 +153,28 @@ struct Run {
       norm.centre = memory(layer.coefficients);
       norm.scale = norm.centre + images * layer.way.is.c_in;
       norm.shift = norm.scale + images * layer.way.is.c_in;
+      if (layer.modulation_offset >= 0) {
+        norm.gain = row(0) + layer.modulation_offset, norm.addend = norm.gain + layer.way.is.c_in;
+        norm.modulation = time.image;
+      }
       plan.kernels.group_coefficients(norm, threads);
       op.centre = norm.centre, op.scale = norm.scale, op.shift = norm.shift;
     }
     op.silu = layer.norm.silu;
     prepare(plan.kernels, layer.way, op, memory(layer.prepared), threads);
+  }
+
+  // The row of the time of one of the group's images.
+  const float* row(int64_t image) const { return time.row + (first + image) * time.image; }
+
+  void run_resample(const Layer& layer) const {
+    const Activation &x = plan.activations[layer.sources[0]], &y = plan.activations[layer.y];
+    PrepareInput op{};
+    op.images = images, op.height = x.height, op.width = x.width;
+    op.channels[0] = op.pixel = x.channels, op.source[0] = memory(layer.sources[0]);
+    op.halve = layer.halve, op.repeat = layer.halve ? 1 : 2;
+    op.image = y.floats, op.out = memory(layer.y);
+    plan.kernels.prepare_input(op, threads);
   }
 
   void run_attention(const Layer& layer) const {
@@ -167,10 +188,12 @@ struct Run {
     operands.bias = layer.bias.data();
     float* scratch = workspace;
     if (layer.time_offset >= 0) {
-      const int64_t c_out = layer.way.is.c_out;
-      for (int64_t c = 0; c < c_out; ++c) scratch[c] = layer.bias[c] + time[layer.time_offset + c];
-      operands.bias = scratch;
-      scratch += lines(c_out);
+      const int64_t c_out = layer.way.is.c_out, rows = time.image ? images : 1;
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t c = 0; c < c_out; ++c)
+          scratch[i * c_out + c] = layer.bias[c] + row(i)[layer.time_offset + c];
+      operands.bias = scratch, operands.bias_image = time.image ? c_out : 0;
+      scratch += lines(rows * c_out);
     }
     if (layer.prepared >= 0) run_input(layer);
     operands.x = memory(layer.prepared >= 0 ? layer.prepared : layer.sources[0]);
@@ -183,7 +206,9 @@ struct Run {
   }
 
   void run_layer(const Layer& layer) const {
-    if (layer.kind == Layer::ATTENTION)
+    if (layer.kind == Layer::RESAMPLE)
+      run_resample(layer);
+    else if (layer.kind == Layer::ATTENTION)
       run_attention(layer);
     else
       run_convolution(layer);
@@ -222,10 +247,10 @@ struct Run {
 // All n images through the layers, one after the other on all threads; visit(run, index) after
 // layer `index`, stop at the first for which it is false.
 template <class Visit>
-void one_by_one(Plan::State& plan, const Tensor& x, int64_t n, const float* time, int threads,
+void one_by_one(Plan::State& plan, const Tensor& x, int64_t n, Time time, int threads,
                 const Visit& visit) {
   if (n == 0 && plan.output >= 0) return;  // kernels count on an image
-  plan.reserve(n, 0, threads);
+  plan.reserve(n, 0, threads, time.image);
   const Run run(plan, n, time, threads);
   run.run_load(x);
   for (size_t i = 0; i < plan.layers.size(); ++i) {
@@ -236,7 +261,7 @@ void one_by_one(Plan::State& plan, const Tensor& x, int64_t n, const float* time
 
 }  // namespace
 
-bool Plan::forward(const Tensor& x, int64_t n, const float* time, const Tensor& out, int threads,
+bool Plan::forward(const Tensor& x, int64_t n, Time time, const Tensor& out, int threads,
                    int64_t group, const PosteriorStep* step) {
   State& s = *state;
   const std::lock_guard<std::mutex> turn(s.running);
@@ -250,8 +275,8 @@ bool Plan::forward(const Tensor& x, int64_t n, const float* time, const Tensor& 
     const int64_t fit = std::max<int64_t>(1, GROUP_BYTES / bytes);
     share = std::min(group > 0 ? group : fit, (n + threads - 1) / threads);
   }
-  s.reserve(n, share, threads);
-  const int64_t needs = share ? s.workspace(share, 1) : 0;
+  s.reserve(n, share, threads, time.image);
+  const int64_t needs = share ? s.workspace(share, 1, time.image) : 0;
   for (const Segment& segment : s.segments) {
     const auto run_layers = [&](const Run& run) {
       if (segment.first == 0) run.run_load(x);
@@ -271,7 +296,7 @@ bool Plan::forward(const Tensor& x, int64_t n, const float* time, const Tensor& 
   return finite;
 }
 
-std::vector<double> Plan::profile(const Tensor& x, int64_t n, const float* time, const Tensor& out,
+std::vector<double> Plan::profile(const Tensor& x, int64_t n, Time time, const Tensor& out,
                                   int threads) {
   using Clock = std::chrono::steady_clock;
   const std::lock_guard<std::mutex> turn(state->running);
@@ -287,7 +312,7 @@ std::vector<double> Plan::profile(const Tensor& x, int64_t n, const float* time,
   return seconds;
 }
 
-std::string Plan::not_finite(const Tensor& x, int64_t n, const float* time, int threads) {
+std::string Plan::not_finite(const Tensor& x, int64_t n, Time time, int threads) {
   const std::lock_guard<std::mutex> turn(state->running);
   std::string name;
   one_by_one(*state, x, n, time, threads, [&](const Run& run, size_t i) {

@@ -22,13 +22,14 @@ struct Activation {                         // or any other memory that a layer 
 };
 
 struct Layer {
-  enum Kind { CONVOLUTION, ATTENTION } kind;
+  enum Kind { CONVOLUTION, ATTENTION, RESAMPLE } kind;
   std::string name;
   std::vector<int64_t> sources;
   int64_t y, prepared = -1, coefficients = -1, residual = -1;
   // A convolution's:
   Way way{};
-  int64_t time_offset = -1;
+  int64_t time_offset = -1, modulation_offset = -1;
+  bool halve = false;  // a resampling's, too; without it that doubles
   Norm norm;
   std::vector<float> bias;
   Buffer weight{nullptr, scratch_free};
@@ -70,8 +71,8 @@ struct Plan::State {
   // Running, in run.cpp.
   int64_t c_in_2(const Layer& layer) const;
   Attention attention(const Layer& layer, int64_t images) const;
-  int64_t workspace(int64_t images, int threads) const;
-  void reserve(int64_t n, int64_t share, int threads);
+  int64_t workspace(int64_t images, int threads, bool own_biases) const;
+  void reserve(int64_t n, int64_t share, int threads, bool own_biases);
 };
 
 inline bool all_finite(const float* x, int64_t count) {
