@@ -24,7 +24,7 @@ enum Column : int {
   COLUMNS
 };
 
-enum class Prediction : int32_t { eps = 0, x0 = 1, mean = 2 };
+enum class Prediction : int32_t { eps = 0, x0 = 1, mean = 2, v = 3 };
 
 namespace {
 
@@ -171,15 +171,33 @@ FASTDDPM_HD float q_sample(const float* row, float x0, float eps) {
   return madd(row[SQRT_AB], x0, row[SQRT_1M_AB] * eps);
 }
 
-// Mean of p(x_{t-1} | x_t): x0 by Eq. 15, clipped to [-bound, bound], mean by Eq. 7.
+// Mean of p(x_{t-1} | x_t): x0 by Eq. 15, or of v = sqrt(abar) eps - sqrt(1 - abar) x0, clipped to
+// [-bound, bound], mean by Eq. 7.
 FASTDDPM_HD float posterior_mean(const float* row, float xt, float out, Prediction prediction,
                                  float bound) {
   if (prediction == Prediction::mean) return out;
-  float x0 =
-      prediction == Prediction::x0 ? out : madd(row[INV_SQRT_AB], xt, -(row[SQRT_INV_AB_M1] * out));
+  float x0 = out;
+  if (prediction == Prediction::eps)
+    x0 = madd(row[INV_SQRT_AB], xt, -(row[SQRT_INV_AB_M1] * out));
+  else if (prediction == Prediction::v)
+    x0 = madd(row[SQRT_AB], xt, -(row[SQRT_1M_AB] * out));
   x0 = x0 > bound ? bound : x0;
   x0 = x0 < -bound ? -bound : x0;
   return madd(row[MEAN_X0], x0, row[MEAN_XT] * xt);
+}
+
+// How sigma follows from what the model says of it, at a row whose sigma is not 0. The word is log
+// sigma^2, or, in a learned range, where it lies from -1, log beta-tilde, to 1, log beta.
+struct Deviation {
+  float base, slope, offset;
+
+  FASTDDPM_HD float of(float word) const { return base * exponential(madd(slope, word, offset)); }
+};
+
+FASTDDPM_HD Deviation deviation(const float* row, bool learned_range) {
+  if (!learned_range) return {1.0f, 0.5f, 0.0f};
+  const float quarter = 0.5f * madd(0.5f, row[LOG_VARIANCE], -logarithm(row[SIGMA]));
+  return {row[SIGMA], quarter, quarter};
 }
 
 FASTDDPM_HD float clip_bound(bool clip) { return clip ? 1.0f : bit_cast<float>(0x7f800000u); }

@@ -85,14 +85,15 @@ struct Noise {
 
 // x_{t-1} = mean + sigma_t z through the x0 prediction (Eq. 15, clip, Eq. 7; Algorithm 2).
 // z: read if given, else drawn in float32 from `random`; neither read nor drawn where sigma_t = 0.
-// log_variance replaces sigma_t where that is not 0. out may be xt itself.
+// log_variance replaces sigma_t where that is not 0; learned_range: it is no log sigma^2 but where
+// that lies from log sigma_t^2 (-1) to the table's LOG_VARIANCE (1). out may be xt itself.
 struct PosteriorStep {
   Shape shape;
   Tensor xt, model_output, z, log_variance, out;
   Random random;
   PerSample t;
   Prediction prediction;
-  bool clip;
+  bool clip, learned_range;
   Table table;
 };
 

@@ -55,7 +55,7 @@ class Chain:
     ):
         full, model = Diffusion.of(model, diffusion), runnable(model)
         self.hooks = Hooks(denoised_fn, cond_fn, self_condition)
-        self.model_kwargs = _named(model_kwargs)
+        self.model_kwargs = named_arguments(model_kwargs)
         self.device = arguments.device_of(model, device)
         self.model, self.shape = model, arguments.image_shape(unwrap(model), shape)
         eta = check_number("eta", eta, lambda x: x >= 0, "at least 0")
@@ -65,6 +65,7 @@ class Chain:
         check_call(model, self.model_kwargs, self.hooks.self_condition)
         full.warn_of_the_end()
         self.diffusion = full.respace(steps)
+        self.diffusion.warn_of_the_end()  # a list of steps may leave out the last
         self.T = self.diffusion.T
         self.diffusion.table(self.device, sampler=sampler, eta=eta)
         self._options = {"sampler": sampler, "eta": eta, "clip": clip}
@@ -84,6 +85,8 @@ class Chain:
     def given(self, n: int, first: int, **each: Any) -> Given:
         """What the caller gives for the n images first ... of a set; see Given."""
         kwargs = self.model_kwargs
+        if isinstance(self.model, UNet):
+            self.model.check_labels(kwargs.get("y"), n, wait=True)
         return Given(n, first, self.shape, self.T, self.device, model_kwargs=kwargs, **each)
 
     def prior(self, seed: int, index: torch.Tensor) -> torch.Tensor:
@@ -173,7 +176,7 @@ class Chain:
         return {"shape": list(self.shape), "steps": self.T, **self._options}
 
 
-def _named(model_kwargs: Any) -> dict[str, Any]:
+def named_arguments(model_kwargs: Any) -> dict[str, Any]:
     if model_kwargs is None:
         return {}
     if not isinstance(model_kwargs, Mapping) or not all(isinstance(k, str) for k in model_kwargs):

@@ -27,6 +27,7 @@ from fastddpm.recipe import (
     NUMBERS_OF_SCHEDULES,
     OF_THE_DATA,
     OPTIONS,
+    PLAIN,
     SECTIONS,
     Recipe,
     read_recipe,
@@ -170,8 +171,7 @@ def _built(recipe: Recipe, source: str, model: UNet | None) -> tuple[Dataset, UN
                 f"{source} has images of shape {dataset.shape}; the run's model takes {own}"
             )
         return dataset, model
-    process = {k: recipe[f"diffusion.{k}"] for k in ("prediction", "variance", "loss")}
-    diffusion = Diffusion(recipe.schedule(), **process)
+    diffusion = Diffusion(recipe.schedule(), **recipe.process())
     shape: dict[str, Any] = {"in_channels": dataset.shape[0], "image_size": dataset.shape[1:]}
     seed = recipe["training.seed"]
     with seeded(seed % 2**63, torch.device("cpu")):  # the Trainer names one out of range
@@ -199,7 +199,7 @@ def _of_model(model: UNet) -> dict[str, Any]:
     kind = schedule.pop("kind")
     values = {f"model.{k}": v for k, v in model.config.items() if k not in OF_THE_DATA}
     values |= {f"diffusion.{name}": None for name in ("T", *NUMBERS_OF_SCHEDULES)}
-    values |= {f"diffusion.{k}": v for k, v in {**process, "schedule": kind}.items()}
+    values |= {f"diffusion.{k}": v for k, v in {**PLAIN, **process, "schedule": kind}.items()}
     if kind != "custom":
         values |= {f"diffusion.{k}": v for k, v in schedule.items()}
     return {**values, "data.image_size": list(model.image_size), "data.channels": model.in_channels}
@@ -207,10 +207,11 @@ def _of_model(model: UNet) -> dict[str, Any]:
 
 def _record(recipe: Recipe, trainer: Trainer, model: UNet) -> dict[str, Any] | None:
     """The whole recipe of this run, as a file of which it can be begun again; None where a schedule
-    has no name.
+    or the loss's weights have no name.
     """
     of_model = _of_model(model)
-    if of_model["diffusion.schedule"] == "custom":
+    weight = of_model["diffusion.loss_weight"]
+    if of_model["diffusion.schedule"] == "custom" or not isinstance(weight, str):
         return None
     whole = Recipe(recipe.preset, {**recipe.values, **of_model})
     whole.values |= {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,12 +16,16 @@ import torch
 
 from fastddpm import ops, reference
 from fastddpm.host import callers_level
+from fastddpm.loss_weights import GAMMA, LossWeight, check_loss_weight, weights
 from fastddpm.networks import check_is_network
+from fastddpm.options import check_flag
 from fastddpm.schedule import COLUMNS, Sampler, Schedule, Variance, check_choice
+from fastddpm.spacing import Spacing
 from fastddpm.wrapped import parts, unwrap
 
-Prediction = Literal["eps", "x0", "mean"]
-Loss = Literal["simple", "vlb"]
+Prediction = Literal["eps", "x0", "mean", "v"]
+Loss = Literal["simple", "vlb", "hybrid"]
+LEARNED = ("learned", "learned_range")  # variances that the model gives
 Model = Callable[..., torch.Tensor]  # (x_t, t), and what a model takes beside
 
 
@@ -29,16 +33,24 @@ class Diffusion:
     """A schedule together with what the model predicts, its variance and its objective (DDPM Table
     2).
 
-    prediction: "eps" (Eq. 11), "x0" (Eq. 8 through Eq. 7) or "mean" (the posterior mean mu-tilde)
-    variance:   "fixed_large" (sigma^2 = beta), "fixed_small" (beta-tilde) or "learned" (a diagonal:
-                the model has twice the channels, the second half is log sigma^2)
-    loss:       "simple" (Eq. 14, mean squared error of the prediction) or "vlb" (a term of Eq. 5,
-                bits/dim)
+    prediction: "eps" (Eq. 11), "x0" (Eq. 8 through Eq. 7), "v" (sqrt(abar) eps - sqrt(1 - abar) x0)
+                or "mean" (the posterior mean mu-tilde)
+    variance:   "fixed_large" (sigma^2 = beta), "fixed_small" (beta-tilde) or a diagonal, whose
+                model has twice the channels: "learned", the second half is log sigma^2, or
+                "learned_range", it is -1 for log beta-tilde, 1 for log beta, and any number for
+                what lies between and beyond (Nichol & Dhariwal 2021, Eq. 15)
+    loss:       "simple" (Eq. 14, mean squared error of the prediction), "vlb" (a term of Eq. 5,
+                bits/dim), or "hybrid", the former plus T / 1000 times the latter, of which only
+                the variance learns (improved-diffusion's rescaled)
+    loss_weight: what the simple loss is multiplied with: "min_snr" with its min_snr_gamma, or (T,)
+                numbers, one for each step; None: 1
+    rescale_timesteps: the model gets t * 1000 / T as float32, T that of its training, not t
 
     A mean and a learned variance speak of one step of the chain that the model was trained with.
     For the steps of a shorter chain the mean is solved for x0 in that one, at the model's own t,
     and goes on as any x0, clipped if asked; log sigma^2 keeps its fraction of the way from
-    log beta-tilde to log beta.
+    log beta-tilde to log beta. A learned range says that fraction itself, of the shorter chain's
+    own bounds, as in improved-diffusion.
 
     Raises ValueError for an option that is not among these, and where such a step's coefficients
     are not known: see Schedule.trained.
@@ -52,13 +64,23 @@ class Diffusion:
         prediction: Prediction = "eps",
         variance: Variance = "fixed_large",
         loss: Loss = "simple",
+        loss_weight: LossWeight = None,
+        min_snr_gamma: float = GAMMA,
+        rescale_timesteps: bool = False,
     ):
         check_choice("prediction", prediction, get_args(Prediction))
         check_choice("variance", variance, get_args(Variance))
         check_choice("loss", loss, get_args(Loss))
-        if variance == "learned" and loss == "simple":
+        learned = variance in LEARNED
+        if learned and loss == "simple":
             raise ValueError(
-                "variance='learned' needs loss='vlb': the simple loss has no gradient for it"
+                f"variance={variance!r} needs loss='vlb' or 'hybrid': the simple loss has no "
+                "gradient for it"
+            )
+        if loss == "hybrid" and not learned:
+            raise ValueError(
+                f"loss='hybrid' needs a variance that is learned, {' or '.join(map(repr, LEARNED))}"
+                f": its bound teaches nothing else; got variance={variance!r}"
             )
         if not isinstance(schedule, (Schedule, type(None))):
             raise ValueError(f"schedule must be a fastddpm.Schedule; got {type(schedule).__name__}")
@@ -66,6 +88,10 @@ class Diffusion:
         self.prediction: Prediction = prediction
         self.variance: Variance = variance
         self.objective: Loss = loss
+        self.loss_weight, self.min_snr_gamma = check_loss_weight(
+            loss_weight, min_snr_gamma, self.T, prediction, loss
+        )
+        self.rescale_timesteps = check_flag("rescale_timesteps", rescale_timesteps)
         self._tables: dict[str, torch.Tensor] = {}
         if prediction == "mean" or variance == "learned":
             _ = self.schedule.trained
@@ -73,6 +99,16 @@ class Diffusion:
     @property
     def T(self) -> int:
         return self.schedule.T
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the model gives the variance, in as many channels again."""
+        return self.variance in LEARNED
+
+    @property
+    def learned_range(self) -> bool:
+        """Whether it gives it as ops.posterior_step's learned_range."""
+        return self.variance == "learned_range"
 
     @classmethod
     def of(cls, model: Model, diffusion: Diffusion | None = None) -> Diffusion:
@@ -110,13 +146,25 @@ class Diffusion:
             )
         return process
 
-    def respace(self, steps: int | None) -> Diffusion:
-        """The same process over `steps` of its steps (None: all); see Schedule.respace."""
-        if steps is None:
+    def respace(
+        self, steps: int | str | Sequence[int] | None, *, spacing: Spacing = "strided"
+    ) -> Diffusion:
+        """The same process over `steps` of its steps (None: all); see Schedule.respace. The noise
+        of a step and what the model gets stay those of the model's own t.
+        """
+        schedule = self.schedule.respace(self.T if steps is None else steps, spacing=spacing)
+        if schedule is self.schedule:
             return self
-        return Diffusion(
-            self.schedule.respace(steps), self.prediction, self.variance, self.objective
-        )
+        weight = self.loss_weight
+        if isinstance(weight, np.ndarray):
+            weight = weight[np.searchsorted(self.schedule.timesteps, schedule.timesteps)]
+        short = Diffusion(
+            schedule, self.prediction, self.variance, self.objective,
+            weight, self.min_snr_gamma, self.rescale_timesteps,
+        )  # fmt: skip
+        if schedule.timesteps[-1] == self.schedule.timesteps[-1]:  # it starts where this one does
+            short._warned_of_the_end = self._warned_of_the_end
+        return short
 
     def table(
         self,
@@ -137,19 +185,24 @@ class Diffusion:
 
         A tenth of its power is much, and a hundredth where the betas are no larger than the paper's
         for 1000 steps: these were left as they are over fewer. A chain that was made shorter is as
-        good as the full one. Trainers and samplers ask; a bound needs no word, its L_T is exact.
+        good as the full one where it keeps its end. Trainers and samplers ask; a bound needs no
+        word, its L_T is exact.
         """
         chain = self.schedule.full or self.schedule
-        ab = float(chain.alphas_cumprod[-1])
+        ab = float(self.schedule.alphas_cumprod[-1])
         if self._warned_of_the_end or ab <= (0.01 if chain.betas.max() <= 0.02 else 0.1):
             return
         self._warned_of_the_end = True
         warnings.warn(
             f"abar_T is {ab:.2g}: that share of an image's power is left in x_T, where sampling "
-            "starts from pure noise (the paper's schedule leaves 4e-5). Train with more steps, "
-            "larger betas or Schedule.linear(T, scaled=True)",
+            "starts from pure noise (the paper's schedule leaves 4e-5). " + self._what_helps(chain),
             stacklevel=callers_level(),
         )
+
+    def _what_helps(self, chain: Schedule) -> str:
+        if self.schedule.timesteps[-1] != chain.timesteps[-1]:
+            return f"Take a last step nearer to the model's own, {chain.timesteps[-1]}"
+        return "Train with more steps, larger betas or Schedule.linear(T, scaled=True)"
 
     def model_t(self, t: torch.Tensor) -> torch.Tensor:
         """The step that the model was trained with for each chain index t."""
@@ -160,27 +213,51 @@ class Diffusion:
             f"{t.device} timesteps", lambda: torch.from_numpy(steps.copy()).to(t.device)
         )[t]
 
+    def model_time(self, t: torch.Tensor) -> torch.Tensor:
+        """What the model gets for each chain index t: its own step, or that times 1000 / T as
+        float32 where its timesteps are rescaled (improved-diffusion's arithmetic, to the bit).
+        """
+        own = self.model_t(t)
+        return own.float() * (1000.0 / self.schedule.full_steps) if self.rescale_timesteps else own
+
     def model_output(
         self, model: Callable[..., Any], xt: torch.Tensor, t: torch.Tensor, /, **model_kwargs: Any
     ) -> torch.Tensor:
-        """model(x_t, its own step, **model_kwargs) at the chain indices t: (N, C, H, W) float32, or
+        """model(x_t, its own time, **model_kwargs) at the chain indices t: (N, C, H, W) float32, or
         2C channels for a learned variance.
 
         diffusers' outputs are taken too: their `sample` is the tensor. Raises ValueError for any
         other shape, which could broadcast unnoticed, and for another device."""
-        output = model(xt, self.model_t(t), **model_kwargs)
+        output = model(xt, self.model_time(t), **model_kwargs)
         output = getattr(output, "sample", output)
-        channels = xt.shape[1] * (2 if self.variance == "learned" else 1)
+        channels = xt.shape[1] * (2 if self.learns_variance else 1)
         expected = (xt.shape[0], channels, *xt.shape[2:])
         if not isinstance(output, torch.Tensor) or output.shape != expected:
             got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-            raise ValueError(f"the model must return a tensor of shape {expected} here; got {got}")
+            why = self._why(xt.shape, got)
+            raise ValueError(
+                f"the model must return a tensor of shape {expected} here; got {got}{why}"
+            )
         if output.device != xt.device:
             raise ValueError(f"the model must return a tensor on {xt.device}, where x_t is; got "
                              f"one on {output.device}")  # fmt: skip
         if output.is_complex():
             raise ValueError(f"the model must return real numbers; got {output.dtype}")
         return output.float()
+
+    def _why(self, image: torch.Size, got: Any) -> str:
+        """What an output of another shape means, where only its channels are not as they should
+        be."""
+        n, channels, *size = image
+        if got == (n, 2 * channels, *size):
+            return (
+                ": twice the channels are those of a learned variance, for which "
+                "diffusion=fastddpm.Diffusion(..., variance='learned_range', loss='hybrid') is "
+                "passed (OpenAI's networks), or variance='learned' of one that says log sigma^2"
+            )
+        if got == tuple(image):
+            return f": with variance={self.variance!r} the model returns twice the channels"
+        return ""
 
     # ---- q: the forward process -----------------------------------------------------------------
 
@@ -202,12 +279,15 @@ class Diffusion:
     # ---- p: the reverse process -----------------------------------------------------------------
 
     def split(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The model's output as (prediction, log sigma^2 or None)."""
-        if self.variance != "learned":
+        """The model's output as (prediction, its word on the variance or None): log sigma^2, or
+        where that lies in a learned range.
+        """
+        if not self.learns_variance:
             return output, None
         if output.shape[1] % 2:
             raise ValueError(
-                f"variance='learned' needs an even number of output channels; got {output.shape[1]}"
+                f"variance={self.variance!r} needs an even number of output channels; got "
+                f"{output.shape[1]}"
             )
         prediction, log_variance = output.chunk(2, dim=1)
         return prediction, log_variance
@@ -242,6 +322,8 @@ class Diffusion:
         c = self._at(t, xt)
         if log_variance is None:
             log_variance = c["log_variance"].expand_as(xt)
+        elif self.learned_range:
+            log_variance = self._within_range(log_variance.float(), t)
         elif not self.takes_output():
             log_variance = self._translate(log_variance, t)
         if self.prediction == "mean" and self.takes_output():
@@ -270,14 +352,15 @@ class Diffusion:
         if not self.takes_output(sampler):
             if kind == "mean":
                 prediction, kind = self.predict_x0(xt, output, t, clip=clip), "x0"
-            if log_variance is not None:
+            if log_variance is not None and not self.learned_range:
                 log_variance = self._translate(log_variance, t)
         table = self.table(xt.device, sampler=sampler, eta=eta)
         if "z" not in noise:
             noise.setdefault("step", self.model_t(t))
         return ops.posterior_step(
-            xt, prediction, t, table, clip=clip, prediction=kind, log_variance=log_variance, **noise
-        )
+            xt, prediction, t, table, clip=clip, prediction=kind, log_variance=log_variance,
+            learned_range=self.learned_range and log_variance is not None, **noise,
+        )  # fmt: skip
 
     # ---- objectives -----------------------------------------------------------------------------
 
@@ -291,8 +374,8 @@ class Diffusion:
         model_kwargs: Mapping[str, Any] | None = None,
         **noise: Any,
     ) -> torch.Tensor:
-        """The objective for each image, (N,) float32: Eq. 14, or the term L_{t} of Eq. 5 in
-        bits/dim.
+        """The objective for each image, (N,) float32: Eq. 14, the term L_{t} of Eq. 5 in bits/dim,
+        or their hybrid.
 
         x0: (N, C, H, W) uint8 or float in [-1, 1];  t: (N,) int64;  noise: eps=..., or seed=... and
             sample_index=...;  model_kwargs: what the model takes beside x_t and t, {"y": classes}
@@ -301,17 +384,46 @@ class Diffusion:
         xt, eps = ops.noise(x0, t, table, flip=flip, dtype=torch.float32, **noise)
         output = self.model_output(model, xt, t, **(model_kwargs or {}))
         if self.objective == "simple" and self.prediction == "eps":
-            return ops.squared_error(output, eps)
+            return self._weighted(ops.squared_error(output, eps), t)
         x0 = reference.to_unit(x0) if x0.dtype == torch.uint8 else x0
         if flip is not None:
             x0 = torch.where(flip[:, None, None, None], x0.flip(-1), x0)
         if self.objective == "vlb":
             return self.vlb_term(x0, xt, output, t, clip=False)
-        target = x0
-        if self.prediction == "mean":  # q_posterior's, over the chain that the model speaks of
-            c = _rows(self._trained_table(x0.device), COLUMNS, t)
-            target = c["mean_x0"] * x0 + c["mean_xt"] * xt
-        return ops.squared_error(output, target)
+        prediction, variance = self.split(output)
+        target = self._target(x0, xt, eps, t)
+        simple = self._weighted(ops.squared_error(prediction, target), t)
+        if self.objective == "simple":
+            return simple
+        assert variance is not None
+        of_variance = torch.cat((prediction.detach(), variance), dim=1)
+        return simple + self.T / 1000 * self.vlb_term(x0, xt, of_variance, t, clip=False)
+
+    def _target(
+        self, x0: torch.Tensor, xt: torch.Tensor, eps: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """What the model is to predict at x_t."""
+        if self.prediction == "eps":
+            return eps
+        if self.prediction == "x0":
+            return x0
+        if self.prediction == "v":
+            c = _rows(self.table(x0.device), COLUMNS, t)
+            return c["sqrt_ab"] * eps - c["sqrt_1m_ab"] * x0
+        # q_posterior's, over the chain that the model speaks of
+        c = _rows(self._trained_table(x0.device), COLUMNS, t)
+        return c["mean_x0"] * x0 + c["mean_xt"] * xt
+
+    def _weighted(self, loss: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The simple loss (N,) times the weights of its steps."""
+        if self.loss_weight is None:
+            return loss
+
+        def make() -> torch.Tensor:
+            given = weights(self.loss_weight, self.min_snr_gamma, self.schedule, self.prediction)
+            return torch.tensor(given, dtype=torch.float32, device=loss.device)
+
+        return loss * self._kept(f"{loss.device} loss_weight {self.prediction}", make)[t]
 
     def vlb_term(
         self,
@@ -345,9 +457,11 @@ class Diffusion:
         seed: int = 0,
         sample_index: torch.Tensor | None = None,
         on_step: Callable[[], object] | None = None,
+        clip: bool = True,
+        model_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Every L_{t} of Eq. 5, one draw of x_t each: (N, T) bits/dim, column 0 the decoder, and
-        the (N, T) mse of x0.
+        the (N, T) mse of x0, which is clipped or not.
         """
         n, device = x0.shape[0], x0.device
         if sample_index is None:
@@ -366,9 +480,10 @@ class Diffusion:
                     sample_index=sample_index,
                     step=self.model_t(t),
                 )
-                output = self.model_output(model, xt, t)
-                terms[:, i] = self.vlb_term(x0, xt, output, t)
-                mse[:, i] = (self.predict_x0(xt, output, t) - x0).square().mean(dim=(1, 2, 3))
+                output = self.model_output(model, xt, t, **(model_kwargs or {}))
+                terms[:, i] = self.vlb_term(x0, xt, output, t, clip=clip)
+                predicted = self.predict_x0(xt, output, t, clip=clip)
+                mse[:, i] = (predicted - x0).square().mean(dim=(1, 2, 3))
                 if on_step is not None:
                     on_step()
         return terms, mse
@@ -419,6 +534,19 @@ class Diffusion:
         between = torch.maximum(torch.minimum(log_variance, first + way), first)
         return lower + scale * (between - first) + (log_variance - between)
 
+    def _within_range(self, word: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """log sigma^2 = f log beta + (1 - f) log beta-tilde, f = (word + 1) / 2, of this chain; log
+        beta-tilde copies t = 1 at t = 0.
+        """
+        table = self._kept(
+            f"{word.device} range",
+            lambda: torch.from_numpy(np.stack(self.schedule.log_variance_bounds(), axis=1)).to(
+                word.device, torch.float32
+            ),
+        )
+        lower, way = _rows(table, ("lower", "way"), t).values()
+        return lower + (0.5 * word + 0.5) * way
+
     def _kept(self, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """make(), called once a key: a tensor that later gradients can go through, whatever the
         mode of the first call.
@@ -434,20 +562,32 @@ class Diffusion:
         return (
             np.array_equal(mine.betas, others.betas)
             and np.array_equal(mine.timesteps, others.timesteps)
+            and np.array_equal(self.loss_weight, other.loss_weight)  # type: ignore[arg-type]
             and (self.prediction, self.variance, self.objective, mine.full_steps)
             == (other.prediction, other.variance, other.objective, others.full_steps)
+            and (self.min_snr_gamma, self.rescale_timesteps)
+            == (other.min_snr_gamma, other.rescale_timesteps)
         )
 
     # ---- files ----------------------------------------------------------------------------------
 
     def to_config(self) -> dict[str, Any]:
-        """JSON-ready, for `from_config`."""
-        return {
+        """JSON-ready, for `from_config`; what few processes have stands there if this one has."""
+        config: dict[str, Any] = {
             "schedule": self.schedule.to_config(),
             "prediction": self.prediction,
             "variance": self.variance,
             "loss": self.objective,
         }
+        if self.loss_weight is not None:
+            if isinstance(self.loss_weight, str):
+                config["loss_weight"] = self.loss_weight
+                config["min_snr_gamma"] = self.min_snr_gamma
+            else:
+                config["loss_weight"] = self.loss_weight.tolist()
+        if self.rescale_timesteps:
+            config["rescale_timesteps"] = True
+        return config
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Diffusion:

@@ -14,6 +14,11 @@ from fastddpm.ops import checks
 from fastddpm.schedule import check_count
 from fastddpm.torch_noise import Draw, TorchNoise
 
+# Options of `sample` that not every way of sampling takes.
+BATCHES = ("batch_size", "distributed")
+BEGINNING = ("x_T", "init", "start", "generator", "on_step")
+HOOKS = ("denoised_fn", "cond_fn", "self_condition")
+
 
 def count(n: Any, default: int, **images: Any) -> Any:
     """n, or where it is None as many as there are `images`, else `default`."""

@@ -22,16 +22,21 @@ from typing import Any, NamedTuple, get_args
 from fastddpm.cli_arguments import integers, path, size
 from fastddpm.data.files import RegularFile
 from fastddpm.diffusion import Loss, Prediction
+from fastddpm.loss_weights import GAMMA
 from fastddpm.options import shown
 from fastddpm.precision import Precision
 from fastddpm.presets import preset
 from fastddpm.run_folder import WRITER
+from fastddpm.schedule import KINDS as SCHEDULES
 from fastddpm.schedule import Schedule, Variance
 from fastddpm.unet import UNet
 
 LONGEST = 2**20  # bytes of a file
-SCHEDULES = ("linear", "quadratic", "constant", "cosine")
-NUMBERS_OF_SCHEDULES = ("beta_start", "beta_end", "scaled", "beta", "s", "beta_max")
+NUMBERS_OF_SCHEDULES = (
+    "beta_start", "beta_end", "scaled", "beta", "s", "beta_max", "start", "end", "tau",
+)  # fmt: skip
+# What Diffusion.to_config leaves out where it is so.
+PLAIN = {"loss_weight": "none", "min_snr_gamma": GAMMA, "rescale_timesteps": False}
 OF_THE_DATA = ("image_size", "in_channels", "out_channels")  # of a model, which follow the images
 
 
@@ -148,15 +153,26 @@ OPTIONS = (
     Option("model", "resblock_updown", FLAG, "residual blocks halve and double, not convolutions"),
     Option("diffusion", "schedule", _choice(SCHEDULES), "betas (default: linear)", "linear"),
     Option("diffusion", "T", INTEGER, "steps of the chain (default: 1000)"),
-    Option("diffusion", "beta_start", NUMBER, "of linear and quadratic (default: 1e-4)"),
-    Option("diffusion", "beta_end", NUMBER, "of linear and quadratic (default: 0.02)"),
+    Option("diffusion", "beta_start", NUMBER, "of linear, quadratic and sigmoid_betas (default: "
+           "1e-4)"),
+    Option("diffusion", "beta_end", NUMBER, "of linear, quadratic and sigmoid_betas (default: "
+           "0.02)"),
     Option("diffusion", "scaled", FLAG, "linear betas times 1000 / T"),
     Option("diffusion", "beta", NUMBER, "of constant (default: 0.01)"),
     Option("diffusion", "s", NUMBER, "of cosine (default: 0.008)", word="cosine-s"),
-    Option("diffusion", "beta_max", NUMBER, "of cosine (default: 0.999)"),
+    Option("diffusion", "beta_max", NUMBER, "of cosine and sigmoid (default: 0.999)"),
+    Option("diffusion", "start", NUMBER, "of sigmoid (default: -3)", word="sigmoid-start"),
+    Option("diffusion", "end", NUMBER, "of sigmoid (default: 3)", word="sigmoid-end"),
+    Option("diffusion", "tau", NUMBER, "of sigmoid (default: 1)", word="sigmoid-tau"),
     Option("diffusion", "prediction", _choice(get_args(Prediction)), "(default: eps)", "eps"),
     Option("diffusion", "variance", _choice(get_args(Variance)), OF_THE_PRESET),
     Option("diffusion", "loss", _choice(get_args(Loss)), "(default: simple)", "simple"),
+    Option("diffusion", "loss_weight", _choice(("none", "min_snr")), "of the simple loss at each "
+           "step (default: none)", PLAIN["loss_weight"]),
+    Option("diffusion", "min_snr_gamma", NUMBER, "the largest SNR that min_snr counts (default: "
+           "5)", PLAIN["min_snr_gamma"]),
+    Option("diffusion", "rescale_timesteps", FLAG, "the model gets t * 1000 / T",
+           PLAIN["rescale_timesteps"]),
     Option("training", "steps", INTEGER, f"optimiser steps in all {OF_THE_PRESET}"),
     Option("training", "batch_size", INTEGER, OF_THE_PRESET),
     Option("training", "accumulate", INTEGER, "pieces of a batch, computed one after the other for "
@@ -247,6 +263,12 @@ class Recipe:
                     f"{', '.join(allowed)}"
                 )
         return make(**numbers)
+
+    def process(self) -> dict[str, Any]:
+        """Diffusion's options but the schedule."""
+        names = ("prediction", "variance", "loss", *PLAIN)
+        process = {name: self[f"diffusion.{name}"] for name in names}
+        return {k: None if v == "none" else v for k, v in process.items()}
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:

@@ -129,12 +129,17 @@ def to_unit(x0: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def predict_x0(xt, model_output, t, table, *, prediction, clip):
-    """x0 from the model's output: eps by Eq. 15, x0 as it is, mean by Eq. 7 solved for x0."""
+    """x0 from the model's output: eps by Eq. 15, x0 as it is, v = sqrt(abar) eps - sqrt(1 - abar)
+    x0 by x0 = sqrt(abar) x_t - sqrt(1 - abar) v, mean by Eq. 7 solved for x0.
+    """
     compute = _compute(xt)
     xt, out = xt.to(compute), model_output.to(compute)
-    _, _, inv_sqrt_ab, sqrt_inv_ab_m1, mean_x0, mean_xt, *_ = _coefficients(table, t, xt)
+    coefficients = _coefficients(table, t, xt)
+    sqrt_ab, sqrt_1m_ab, inv_sqrt_ab, sqrt_inv_ab_m1, mean_x0, mean_xt, *_ = coefficients
     if prediction == "eps":
         x0 = inv_sqrt_ab * xt - sqrt_inv_ab_m1 * out
+    elif prediction == "v":
+        x0 = sqrt_ab * xt - sqrt_1m_ab * out
     elif prediction == "x0":
         x0 = out
     else:
@@ -145,18 +150,18 @@ def predict_x0(xt, model_output, t, table, *, prediction, clip):
 def posterior_step(
     xt, model_output, t, table, *,
     z=None, seed=None, step=None, sample_index=None,
-    clip=True, prediction="eps", log_variance=None, out=None,
+    clip=True, prediction="eps", log_variance=None, learned_range=False, out=None,
 ):  # fmt: skip
     """x_{t-1} = mean + sigma_t z: Algorithm 2 through the x0 prediction (Eq. 15, clip, Eq. 7).
 
     prediction="mean": the mean is the model's output itself. log_variance: the learned diagonal,
-    which replaces sigma_t wherever the table's sigma is not 0.
+    which replaces sigma_t wherever the table's sigma is not 0; with learned_range see `_deviation`.
     """
     compute = _compute(xt)
     if z is None:
         step = t if step is None else step
         z = randn(xt.shape, seed=seed, step=step, sample_index=sample_index, dtype=compute)
-    *_, mean_x0, mean_xt, sigma, _ = _coefficients(table, t, xt)
+    *_, mean_x0, mean_xt, sigma, top = _coefficients(table, t, xt)
     if prediction == "mean":
         mean = model_output.to(compute)
     else:
@@ -164,20 +169,21 @@ def posterior_step(
         mean = mean_x0 * x0 + mean_xt * xt.to(compute)
     noisy = sigma > 0
     if log_variance is not None:
-        sigma = torch.exp(0.5 * log_variance.to(compute))
+        sigma, _ = _deviation(log_variance.to(compute), sigma, top, learned_range)
     # Not sigma z with sigma = 0: at the last step nothing of z may pass, be it inf or NaN.
     x = torch.where(noisy, mean + sigma * z.to(compute), mean)
     return _as(xt, x) if out is None else out.copy_(x)
 
 
 def posterior_step_backward(
-    grad, xt, model_output, t, table, *, z, clip, prediction, log_variance=None
-):
+    grad, xt, model_output, t, table, *,
+    z, clip, prediction, log_variance=None, learned_range=False,
+):  # fmt: skip
     """(dxt, dmodel_output, dz, dlog_variance) of `posterior_step`."""
     compute = _compute(xt)
     grad = grad.to(compute)
     coefficients = _coefficients(table, t, xt)
-    _, _, inv_sqrt_ab, sqrt_inv_ab_m1, mean_x0, mean_xt, sigma, _ = coefficients
+    sqrt_ab, sqrt_1m_ab, inv_sqrt_ab, sqrt_inv_ab_m1, mean_x0, mean_xt, sigma, top = coefficients
     if prediction == "mean":
         dxt, dout = torch.zeros_like(grad), grad
     else:
@@ -188,10 +194,26 @@ def posterior_step_backward(
         dxt, dout = mean_xt * grad, dx0
         if prediction == "eps":
             dxt, dout = dxt + inv_sqrt_ab * dx0, -sqrt_inv_ab_m1 * dx0
+        elif prediction == "v":
+            dxt, dout = dxt + sqrt_ab * dx0, -sqrt_1m_ab * dx0
     if log_variance is None:
         return dxt, dout, sigma * grad, None
-    dz = torch.where(sigma > 0, torch.exp(0.5 * log_variance.to(compute)) * grad, 0)
-    return dxt, dout, dz, torch.where(sigma > 0, 0.5 * z.to(compute) * dz, 0)
+    deviation, slope = _deviation(log_variance.to(compute), sigma, top, learned_range)
+    dz = torch.where(sigma > 0, deviation * grad, 0)
+    return dxt, dout, dz, torch.where(sigma > 0, slope * z.to(compute) * dz, 0)
+
+
+def _deviation(word, sigma, top, learned_range):
+    """(sigma of the model's word on it, d log sigma / d word) where the table's sigma is not 0.
+
+    The word is log sigma^2; with learned_range, where it lies between the table's log sigma^2 (-1:
+    log beta-tilde) and `top`, its log_variance (1: log beta): f top + (1 - f) log beta-tilde for
+    f = (word + 1) / 2 (Nichol & Dhariwal 2021, Eq. 15).
+    """
+    if not learned_range:
+        return torch.exp(0.5 * word), 0.5
+    half_way = 0.5 * top - torch.log(torch.where(sigma > 0, sigma, 1))
+    return sigma * torch.exp((0.5 * word + 0.5) * half_way), 0.5 * half_way
 
 
 # ---- group_norm_silu -----------------------------------------------------------------------------

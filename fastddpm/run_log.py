@@ -42,11 +42,18 @@ COLUMNS = list(FORMATS)
 NEEDED = COLUMNS[:3]  # the others are written where a row has them
 
 
+UNITS = {
+    "simple": "mean squared error",
+    "vlb": "bits/dim",
+    "hybrid": "mean squared error + T/1000 bits/dim",
+}  # of a loss
+
+
 class Log:
     """log.csv and loss.png of a run, up to the step that its checkpoint holds."""
 
     def __init__(self, out: Path, step: int, objective: str):
-        self.out, self.unit = out, "mean squared error" if objective == "simple" else "bits/dim"
+        self.out, self.unit = out, UNITS[objective]
         self.rows: list[Row] = []
         if step and (out / LOG).exists():
             self.rows = [row for row in read_log(out / LOG) if row.step <= step]

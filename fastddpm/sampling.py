@@ -19,13 +19,9 @@ from fastddpm.chain import Chain, bar, finite
 from fastddpm.diffusion import Diffusion, Model
 from fastddpm.engine.eager import OnStep
 from fastddpm.engine.guided import check_callable
-from fastddpm.given import count, own_noise, own_shape, refuse
+from fastddpm.given import BATCHES, BEGINNING, count, own_noise, own_shape, refuse
 from fastddpm.host import own_state
 from fastddpm.schedule import Sampler, check_count
-
-# What only some ways of sampling take.
-BATCHES = ("batch_size", "distributed")
-BEGINNING = ("x_T", "init", "start", "generator", "on_step")
 
 
 @own_state()

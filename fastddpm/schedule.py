@@ -7,6 +7,7 @@ Indices are 0-based: `t` here is the paper's t minus one, so `t = 0` is the firs
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -14,8 +15,10 @@ import numpy as np
 import torch
 
 from fastddpm import options
+from fastddpm.options import check_choice, check_count
+from fastddpm.spacing import Spacing, chosen_steps
 
-Variance = Literal["fixed_large", "fixed_small", "learned"]
+Variance = Literal["fixed_large", "fixed_small", "learned", "learned_range"]
 Sampler = Literal["ddpm", "ddim"]
 
 # Columns of the [T, K] float32 table that every op indexes by t. csrc/math.h names the same order.
@@ -31,26 +34,11 @@ COLUMNS = (
 )  # fmt: skip
 K = len(COLUMNS)
 
+KINDS = ("linear", "quadratic", "constant", "cosine", "sigmoid", "sigmoid_betas")
 MAX_STEPS = 1_000_000  # of a chain: a longer one is a slip, and gigabytes of tables
 MAX_FULL_STEPS = 2**32 - 1  # it is the step word of the x_T draw
 MIN_ABAR = 1e-76  # float32 holds 1 / sqrt(abar) down to here
 BELOW_ONE = float(np.nextafter(1.0, 0.0))  # the largest beta
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise the ValueError that lists what `name` may be."""
-    if not isinstance(value, str) or value not in choices:  # an array may be equal to one
-        allowed = ", ".join(map(repr, choices))
-        raise ValueError(f"{name} must be one of {allowed}; got {options.shown(value)}")
-
-
-def check_count(name: str, value: int, largest: int | None = None) -> int:
-    """`value` as an int, if it is an integer in 1 .. largest; else the ValueError that says so."""
-    integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not integer or value < 1 or (largest is not None and value > largest):
-        allowed = "of at least 1" if largest is None else f"in 1 .. {largest}"
-        raise ValueError(f"{name} must be an integer {allowed}; got {options.shown(value)}")
-    return int(value)
 
 
 def check_number(
@@ -174,6 +162,44 @@ class Schedule:
         f = np.cos((np.arange(T + 1) / T + s) / (1 + s) * np.pi / 2) ** 2
         return cls(np.minimum(1 - f[1:] / f[:-1], recipe["beta_max"]), recipe=recipe)
 
+    @classmethod
+    def sigmoid(
+        cls,
+        T: int = 1000,
+        start: float = -3,
+        end: float = 3,
+        tau: float = 1,
+        *,
+        beta_max: float = 0.999,
+    ) -> Schedule:
+        """abar_t = (s(1) - s(t/T)) / (s(1) - s(0)), s(u) = sigmoid((start + (end - start) u) / tau)
+        (Jabri, Fleet & Chen 2022, Algorithm 1); start below end, tau above 0.
+        """
+        recipe = _recipe("sigmoid", T, beta_max=beta_max)
+        T = recipe["T"]
+        start = options.check_number("start", start, math.isfinite, "a finite number")
+        end = options.check_number("end", end, lambda x: start < x < math.inf, "above start")
+        tau = options.check_number("tau", tau, lambda x: 0 < x < math.inf, "above 0")
+        # sigmoid(b) - sigmoid(a) = sinh((b - a)/2) / (2 cosh(a/2) cosh(b/2)): nothing cancels.
+        at = (start + (end - start) * np.arange(T + 1) / T) / tau
+        with np.errstate(over="ignore"):
+            left = np.sinh((at[-1] - at) / 2) / np.cosh(at / 2)
+            betas = 1 - left[1:] / left[:-1]
+        recipe = {**recipe, "start": start, "end": end, "tau": tau}
+        return cls(np.minimum(betas, recipe["beta_max"]), recipe=recipe)
+
+    @classmethod
+    def sigmoid_betas(
+        cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> Schedule:
+        """beta_t = beta_start + (beta_end - beta_start) sigmoid(u), u from -6 to 6: what diffusers
+        calls "sigmoid" (GeoDiff's).
+        """
+        recipe = _recipe("sigmoid_betas", T, beta_start=beta_start, beta_end=beta_end)
+        T, start, end = recipe["T"], recipe["beta_start"], recipe["beta_end"]
+        betas = start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, T)))
+        return cls(betas, recipe=recipe)
+
     # ---- calculations for q(x_t | x_0) and q(x_{t-1} | x_t, x_0) --------------------------------
 
     @property
@@ -214,8 +240,12 @@ class Schedule:
         rule of the paper's CIFAR-10 run: with it the decoder's L_0 has a sigma that fits a pixel
         bin.
         learned: the model gives it; the table holds fixed_small's as what a new model starts from.
+        learned_range: the model says where between log beta-tilde_t and log beta_t it is; the table
+                     holds the latter, at t = 0 too.
         """
         check_choice("variance", variance, get_args(Variance))
+        if variance == "learned_range":
+            return np.log(self.betas)
         log_variance = self.posterior_log_variance
         if variance == "fixed_large":
             log_variance[1:] = np.log(self.betas[1:])
@@ -231,7 +261,8 @@ class Schedule:
         if sampler == "ddpm":
             mean_x0 = np.sqrt(ab_prev) * beta / (1 - ab)
             mean_xt = np.sqrt(self.alphas) * (1 - ab_prev) / (1 - ab)
-            sigma = np.exp(0.5 * log_variance)
+            least = self.posterior_log_variance if variance == "learned_range" else log_variance
+            sigma = np.exp(0.5 * least)
         else:
             # DDIM Eq. 12 with eps = (x_t - sqrt(ab) x0) / sqrt(1 - ab) put in: it is linear in x0
             # and x_t too, so one posterior step serves both samplers.
@@ -267,23 +298,31 @@ class Schedule:
         `dtype`.
 
         sampler="ddim" changes only mean_x0, mean_xt and sigma (eta scales the noise: 0 is none,
-        1 is fixed_small's).
+        1 is fixed_small's). variance="learned_range": sigma is sqrt(beta-tilde) and log_variance is
+        log beta, the ends between which the model's word lies.
         """
         columns = self.columns(variance, sampler=sampler, eta=eta)
         return torch.from_numpy(np.stack(list(columns.values()), axis=1)).to(device, dtype)
 
     # ---- shorter chains -------------------------------------------------------------------------
 
-    def respace(self, steps: int) -> Schedule:
-        """The chain that visits `steps` evenly strided steps of this one, first and last included.
+    def respace(
+        self, steps: int | str | Sequence[int], *, spacing: Spacing = "strided"
+    ) -> Schedule:
+        """The chain that visits some steps of this one.
+
+        steps:   how many; or OpenAI's words for them, "ddim50" (an integer stride that gives 50)
+                 or "10,15,20" (so many of each of three equal sections); or they themselves, a
+                 sequence of indices 0 .. T - 1 that rises or falls
+        spacing: of a number of steps: "strided", evenly with the first and the last; or diffusers'
+                 "linspace", "leading" (multiples of T // steps) or "trailing"
 
         Its betas are 1 - abar_i / abar_{i-1} over the kept steps, so q(x_t | x_0) at a kept step is
-        unchanged and no second sampler is needed. Raises ValueError unless 1 <= steps <= T.
+        unchanged and no second sampler is needed. Raises ValueError for what is no such choice.
         """
-        if check_count("steps", steps, self.T) == self.T:
+        keep = chosen_steps(self.T, steps, spacing)
+        if len(keep) == self.T:
             return self
-        # A single step has to be the last: only there is x_t pure noise.
-        keep = np.round(np.linspace(self.T - 1, 0, steps)).astype(np.int64)[::-1]
         ab = self.alphas_cumprod[keep]
         # Of an abar that falls by more than float64 can tell from 1 - beta = 0, 1e-16 is left.
         betas = np.minimum(1 - ab / np.append(1.0, ab[:-1]), BELOW_ONE)
@@ -355,7 +394,7 @@ class Schedule:
         """The schedule that `to_config` described; ValueError names an unknown kind or argument."""
         arguments = dict(config)
         kind = arguments.pop("kind", None)
-        check_choice("schedule kind", kind, ("linear", "quadratic", "constant", "cosine", "custom"))
+        check_choice("schedule kind", kind, (*KINDS, "custom"))
         make = _custom if kind == "custom" else getattr(cls, kind)
         try:
             return make(**arguments)

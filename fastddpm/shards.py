@@ -5,7 +5,8 @@ missing is drawn, by one process or several. Algorithm 2 is sampling.py's.
     00000256-00000512.npz           samples 256 .. 511: uint8 array `images`, NHWC
 
 Files appear whole or not at all. Each holds, in a text chunk or as the array `about`, JSON of the
-model's fingerprint, the seed and the chain; a folder holds one set."""
+model's fingerprint, the seed, the chain and the classes `y`, if it has some; a folder holds one
+set."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,12 +30,15 @@ from fastddpm.chain import Chain, bar, finite
 from fastddpm.checkpoint import atomic_write, remove_abandoned
 from fastddpm.diffusion import Diffusion
 from fastddpm.figures import check_channels, check_output, to_pil, to_uint8
+from fastddpm.given import BEGINNING, HOOKS, refuse
 from fastddpm.host import own_state
 from fastddpm.unet import UNet
 from fastddpm.wrapped import unwrap
 
 PICTURES = 1000  # up to so many images a folder has one file an image
 SHARD = 256  # images a file from there on
+
+NOT_SAID = ("distributed", *BEGINNING, *HOOKS)  # options that no file speaks of
 
 Range = tuple[int, int]  # of sample indices: from, and up to but without
 
@@ -54,7 +59,8 @@ def sample_to_folder(
     """Draw the samples first_index .. first_index + n - 1 that `folder` lacks; how many it lacked.
 
     shard_size: images a .npz file; 0: a .png an image; None: 0 for up to PICTURES, else SHARD
-    options:    those of `fastddpm.sample`
+    options:    those of `fastddpm.sample` that a file can say: no hooks, beginnings or generators.
+                Of a model with classes model_kwargs={"y": (n,) int64}, sample by sample
 
     Run again after whatever ended it, it goes on: whole files stay as they are, damaged and
     half-written ones are drawn again. Where torch.distributed is initialised the ranks share the
@@ -75,19 +81,23 @@ def sample_to_folder(
             shard_size = 0 if n <= PICTURES else SHARD
         else:
             shard_size = arguments.integer("shard_size", shard_size, 0, 2**63 - 1, "at least 0")
+        refuse("sample_to_folder", options, NOT_SAID)
         chain = Chain(model, **options)
+        given = chain.given(n, first_index)
+        labels = _labels(chain.model_kwargs.get("y"), first_index)
         if shard_size == 0:
             check_channels(chain.shape[0])
         batches = chain.batches(batch_size)
         process = Diffusion.of(model, options.get("diffusion"))
         about = {"model": fingerprint(model, process), "seed": seed, **chain.facts}
         about |= {"precision": chain.engine.precision}
-    ranks.agree(n=n, first_index=first_index, shard_size=shard_size, **about)
+    said = {**about, "model_kwargs": given.facts()["model_kwargs"]}
+    ranks.agree(n=n, first_index=first_index, shard_size=shard_size, **said)
     pieces: list[Range] = []
     with ranks.together():
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            gaps = missing((first_index, first_index + n), present(folder, about))
+            gaps = missing((first_index, first_index + n), present(folder, about, labels))
             pieces = cut(gaps, shard_size or _pictures_a_piece(gaps, batches.size, world))
             remove_abandoned(folder, lambda name: _overlaps(_indices(name), gaps))
     pieces = ranks.from_first(pieces)
@@ -97,8 +107,10 @@ def sample_to_folder(
         for start, stop in mine:
             left -= stop - start
             index = torch.arange(start, stop, device="cpu")
-            images = finite(torch.cat(chain.draw(seed, index, batches, steps, later=left)))
-            write(folder, start, images, about, one_file=shard_size > 0)
+            drawn = chain.draw(seed, index, batches, steps, later=left, given=given)
+            classes = {"y": [labels[k] for k in range(start, stop)]} if labels else {}
+            images, one_file = finite(torch.cat(drawn)), shard_size > 0
+            write(folder, start, images, {**about, **classes}, one_file=one_file)
     return sum(stop - start for start, stop in pieces)
 
 
@@ -125,6 +137,7 @@ def _of_process(diffusion: Diffusion) -> dict[str, Any]:
         "betas": [chain.betas.tolist(), trained],
         "timesteps": [chain.timesteps.tolist(), chain.full_steps],
         "outputs": [diffusion.prediction, diffusion.variance],
+        **({"rescale_timesteps": True} if diffusion.rescale_timesteps else {}),
     }
 
 
@@ -160,7 +173,14 @@ def _pictures_a_piece(gaps: Iterable[Range], most: int, world: int) -> int:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def present(folder: Path, about: dict[str, Any]) -> list[Range]:
+def _labels(y: torch.Tensor | None, first: int) -> dict[int, int]:
+    """The class of each sample, by its number."""
+    return {} if y is None else dict(enumerate(y.tolist(), first))
+
+
+def present(
+    folder: Path, about: dict[str, Any], labels: Mapping[int, int] = MappingProxyType({})
+) -> list[Range]:
     """The ranges whose whole files lie in the folder; ValueError for a file of another set."""
     ranges = []
     for path in sorted(folder.iterdir()):
@@ -169,6 +189,7 @@ def present(folder: Path, about: dict[str, Any]) -> list[Range]:
         theirs = _about(path, indices[1] - indices[0])
         if theirs is not None:
             _check_same_set(path, theirs, about)
+            _check_same_labels(path, theirs.get("y"), range(*indices), labels)
             ranges.append(indices)
     return ranges
 
@@ -225,6 +246,19 @@ def _check_same_set(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) ->
             raise ValueError(
                 f"{path} is a sample of another set: its {name} is {theirs.get(name)!r} and here "
                 f"{value!r}; give another folder"
+            )
+
+
+def _check_same_labels(path: Path, theirs: Any, samples: range, labels: Mapping[int, int]) -> None:
+    if not labels:
+        return
+    if not isinstance(theirs, list) or len(theirs) != len(samples):
+        raise ValueError(f"{path} does not say the classes of its samples: give another folder")
+    for sample, y in zip(samples, theirs, strict=True):
+        if labels.get(sample, y) != y:
+            raise ValueError(
+                f"{path} is a sample of another set: y of sample {sample} is {y!r} and here "
+                f"{labels[sample]}; give another folder"
             )
 
 

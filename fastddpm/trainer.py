@@ -150,7 +150,7 @@ class Trainer:
             self.network.diffusion = self.diffusion  # what its weights are for, in all its copies
 
     def _check_outputs(self, network: UNet) -> None:
-        has, learned = network.config["out_channels"], self.diffusion.variance == "learned"
+        has, learned = network.config["out_channels"], self.diffusion.learns_variance
         if has != (needed := network.in_channels * (2 if learned else 1)):
             raise ValueError(
                 f"the model has {has} output channels; of {network.in_channels} channels and "

@@ -64,7 +64,7 @@ class UNet(nn.Module):
         *,
         image_size: int | Sequence[int] = 32,         # H = W, or (H, W): what `sample` draws
         in_channels: int = 3,                         # channels of x
-        out_channels: int | None = None,              # None: in_channels; twice that if "learned"
+        out_channels: int | None = None,              # None: in_channels, twice if sigma is learned
         channels: int = 128,                          # channels of the first level
         channel_mult: Sequence[int] = (1, 2, 2, 2),   # channels of each level, times `channels`
         num_res_blocks: int = 2,                      # residual blocks a level
@@ -109,7 +109,7 @@ class UNet(nn.Module):
                 "resblock_updown": resblock_updown,
                 "num_classes": num_classes,
             },
-            outputs=2 if self.diffusion.variance == "learned" else 1,
+            outputs=2 if self.diffusion.learns_variance else 1,
         )
         if torch.empty(0).device.type == "cpu":
             check_fits("this UNet in float32", 4 * fewest_parameters(self.config))
@@ -224,7 +224,7 @@ class UNet(nn.Module):
         return recomputed(compute, *arguments)
 
     def sinusoids(self, t: torch.Tensor) -> torch.Tensor:
-        """The time embedding's input at the steps t, (N, channels) float32."""
+        """The time embedding's input at the steps t, whole or not, (N, channels) float32."""
         return timestep_embedding(
             t,
             self.config["channels"],

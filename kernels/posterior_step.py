@@ -13,7 +13,7 @@ from fastddpm.kernels.tiles import Tiles, at, coefficient, like, per_sample, til
 @triton.jit(do_not_specialize=["N", "seed"])
 def _posterior_step_kernel(
     xt, model_output, z, log_variance, out, t, table, steps, seed, step, index, N, A, B, D,
-    PREDICTION: tl.constexpr, CLIP: tl.constexpr,
+    PREDICTION: tl.constexpr, CLIP: tl.constexpr, LEARNED_RANGE: tl.constexpr,
     BN: tl.constexpr, BA: tl.constexpr, BP: tl.constexpr, FLAT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     n, a, p, inside = tile(N, A, B, D, BN, BA, BP)
@@ -24,6 +24,8 @@ def _posterior_step_kernel(
         x0 = mean
         if PREDICTION == "eps":
             x0 = coefficient(table, row, 2) * x - coefficient(table, row, 3) * x0
+        if PREDICTION == "v":
+            x0 = coefficient(table, row, 0) * x - coefficient(table, row, 1) * x0
         if CLIP:  # comparisons that keep a NaN
             x0 = tl.where(x0 > 1.0, 1.0, x0)
             x0 = tl.where(x0 < -1.0, -1.0, x0)
@@ -32,7 +34,12 @@ def _posterior_step_kernel(
     noisy = sigma > 0.0
     drawn = inside & noisy
     if log_variance is not None:
-        sigma = tl.exp(0.5 * load(at(log_variance, n, a, p, D, FLAT), drawn))
+        word = load(at(log_variance, n, a, p, D, FLAT), drawn)
+        if LEARNED_RANGE:  # from log beta-tilde, which sigma has, to log beta
+            half_way = 0.5 * coefficient(table, row, 7) - tl.log(tl.where(noisy, sigma, 1.0))
+            sigma = sigma * tl.exp((0.5 * word + 0.5) * half_way)
+        else:
+            sigma = tl.exp(0.5 * word)
     if index is None:
         noise = load(at(z, n, a, p, D, FLAT), drawn)
     else:
@@ -43,7 +50,7 @@ def _posterior_step_kernel(
 def posterior_step(
     xt, model_output, t, table, *,
     z=None, seed=None, step=None, sample_index=None,
-    clip=True, prediction="eps", log_variance=None, out=None,
+    clip=True, prediction="eps", log_variance=None, learned_range=False, out=None,
 ):  # fmt: skip
     """x_{t-1}. A z that is not given is drawn in float32, step t by default; its seed may be (1,)
     int64 on the device, read when the kernel runs. out may be xt.
@@ -56,6 +63,6 @@ def posterior_step(
         _posterior_step_kernel[tiles.grid](
             *tiles.views, per_sample(t), table, table.shape[0],
             **(random if stream is None else stream.arguments(tiles)),
-            PREDICTION=prediction, CLIP=clip, **tiles.arguments(),
+            PREDICTION=prediction, CLIP=clip, LEARNED_RANGE=learned_range, **tiles.arguments(),
         )  # fmt: skip
     return out

@@ -165,8 +165,8 @@ def op_calls() -> dict:
         "choices": (index, 3, 5, 1000, torch.empty_like(t), torch.empty_like(flip), 2),
         "noise": (x, z, y, None, None, None, t, flip, TABLE, 2),
         "noise drawn": (x, f(2, 4, 3, 5), y, *drawn, t, None, TABLE, 2),
-        "posterior_step": (x, z, z, z, y, None, None, None, t, TABLE, "eps", True, 2),
-        "posterior_step drawn": (x, z, None, None, y, *drawn, t, TABLE, "x0", False, 2),
+        "posterior_step": (x, z, z, z, y, None, None, None, t, TABLE, "eps", True, False, 2),
+        "posterior_step drawn": (x, z, None, None, y, *drawn, t, TABLE, "x0", False, False, 2),
         "group_norm_silu": (
             *(x, y, 2, c, c, 1e-6, nc, nc, True, None, None, None, None, 0.0, None, None, None),
             *(f(2, 2), f(2, 2), None, 2),

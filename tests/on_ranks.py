@@ -25,6 +25,21 @@ def draw(n=5, model=wave, **options) -> torch.Tensor:
     return fastddpm.sample(model, n, **{**defaults, **options})
 
 
+def given(device: torch.device, **options) -> torch.Tensor:
+    """Images noised and drawn again, each told its number."""
+    x0 = images(5, 2, 3, 5)
+    told = {"init": x0, "start": 7, "model_kwargs": {"y": torch.arange(5)}}
+    return draw(5, numbered, device=device, batch_size=2, **told, **options).cpu()
+
+
+def numbered(x, t, y):
+    return wave(x + y[:, None, None, None] / 5, t)
+
+
+def enough(i, x, x0):
+    raise ZeroDivisionError("enough was seen")
+
+
 def sample(out: Path, device: torch.device) -> None:
     seen: dict[str, object] = {}
     with ranks.launched(device) as own:
@@ -47,11 +62,22 @@ def sample(out: Path, device: torch.device) -> None:
         seen["images"] = drawn(5, watched, first_index=2, batch_size=2)
         seen["sizes"] = sizes
         seen["one image"] = drawn(1)
+        seen["given"] = given(own)
+        one = torch.Generator().manual_seed(5)
+        seen["generator"] = drawn(5, generator=one, batch_size=2)
+        seen["none to draw"] = drawn(1, generator=one)  # of the second rank
+        seen["state"] = one.get_state()
+        each = [torch.Generator().manual_seed(k) for k in range(5)]
+        seen["generators"] = drawn(5, generator=each)
+        seen["states"] = [one.get_state() for one in each]
         seen["alone"] = drawn(rank + 1, distributed=False)
         for name, options in {
             "failing": {"model": failing},
             "seeds": {"seed": rank},
             "bad": {"steps": 0 if rank else None},
+            "x_T": {"x_T": torch.full((5, 2, 3, 5), float(rank))},
+            "generator state": {"generator": torch.Generator().manual_seed(rank)},
+            "on_step": {"on_step": enough if rank else None},
         }.items():
             with contextlib.suppress(ValueError, ZeroDivisionError, ranks.RankError):
                 try:

@@ -138,9 +138,9 @@ def test_randn_writes_contiguous_memory_only():
 def test_a_table_without_rows():
     """CUDA's kernels take the nearest row for a t outside of it."""
     x, index = torch.zeros(2, 4, 3, 5), torch.arange(2)
-    arguments = (x, x, x, None, x.clone(), None, None, None, index, table()[:0], "eps", True, 1)
+    arguments = (x, x, x, None, x.clone(), None, None, None, index, table()[:0])
     with pytest.raises(ValueError, match=r"^table must have shape \(T, K\), T >= 1; got \(0, 8\)$"):
-        _native.C.cpu.posterior_step(*arguments)
+        _native.C.cpu.posterior_step(*arguments, "eps", True, False, 1)
 
 
 def test_an_empty_output_may_have_any_strides():

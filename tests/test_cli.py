@@ -257,6 +257,32 @@ def test_every_option_of_train_arrives(call, data, tmp_path):
     assert (config["unet"]["image_size"], config["unet"]["out_channels"]) == ([8, 8], 2)
 
 
+@pytest.mark.filterwarnings("ignore:.*arrays keep their size")
+def test_the_process_of_a_run_is_saved_and_goes_on(call, refused, data, tmp_path):
+    out = tmp_path / "run"
+    arguments = ("train", f"--data={data}", f"--out={out}", *SHORT)
+    call(
+        *arguments, "--steps=1", "--schedule=sigmoid", "--sigmoid-tau=0.9", "--prediction=v",
+        "--variance=learned_range", "--loss=hybrid", "--loss-weight=min_snr", "--min-snr-gamma=3",
+        "--rescale-timesteps",
+    )  # fmt: skip
+    process = json.loads((out / "config.json").read_text())["diffusion"]
+    schedule = process.pop("schedule")
+    assert (schedule["kind"], schedule["tau"], schedule["start"]) == ("sigmoid", 0.9, -3)
+    assert process == {
+        "prediction": "v", "variance": "learned_range", "loss": "hybrid",
+        "loss_weight": "min_snr", "min_snr_gamma": 3, "rescale_timesteps": True,
+    }  # fmt: skip
+    recipe = json.loads((out / "recipe.json").read_text())["diffusion"]
+    assert {name: recipe[name] for name in process} == process
+    assert recipe["tau"] == 0.9
+    call(*arguments, "--steps=2", "--resume")
+    call(*arguments, "--steps=3", "--resume", "--min-snr-gamma=3")
+    message = "--loss-weight is 'min_snr' there and 'none' here"
+    assert message in refused(*arguments, "--steps=4", "--resume", "--loss-weight=none")
+    call("sample", "--model", out, "--n=1", "--steps=2", "--quiet")
+
+
 def test_a_run_on_pictures_is_resumed_at_its_own_size(call, tmp_path):
     (tmp_path / "pictures").mkdir()
     for k, image in enumerate(images(4, 1, 16, 12)):
@@ -481,7 +507,7 @@ def test_interpolate_names_a_picture_that_is_none(refused, model, tmp_path):
         (["--data=data.npz", "--seed=99999999999999999999"], "seed must be"),
         (["--data=data.npz", "--image-size=0"], "image_size must be"),
         (["--data=data.npz", "--channels=3"], "data.npz has 1 channels; got channels=3"),
-        (["--data=data.npz", "--variance=learned"], "'learned' needs loss='vlb'"),
+        (["--data=data.npz", "--variance=learned"], "'learned' needs loss='vlb' or 'hybrid'"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*arrays keep their size")

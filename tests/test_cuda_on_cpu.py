@@ -226,7 +226,9 @@ def test_a_seed_on_the_device_is_the_same_stream(emulated):
         yield y.clone()
         emulated.noise(x, y, torch.empty_like(x), seed, step, index, t, None, tab, 0)
         yield y.clone()
-        emulated.posterior_step(x, x, None, None, y, seed, step, index, t, tab, "eps", True, 0)
+        emulated.posterior_step(
+            x, x, None, None, y, seed, step, index, t, tab, "eps", True, False, 0
+        )
         yield y.clone()
         emulated.group_norm_silu(
             *(x, y, 2, None, None, 1e-6, None, None, True, None, None, None, None),

@@ -15,7 +15,7 @@ from toy import PREDICTIONS, SCHEDULE, Oracle, generator, images, tiny_unet, wav
 import fastddpm
 from fastddpm import Diffusion, Schedule, ops
 
-VARIANCES = ("fixed_large", "fixed_small", "learned")
+VARIANCES = ("fixed_large", "fixed_small", "learned", "learned_range")
 FIXED = VARIANCES[:2]
 T = SCHEDULE.T
 
@@ -32,9 +32,11 @@ def column(values: np.ndarray) -> np.ndarray:
 
 def with_variance(diffusion: Diffusion, model):
     """`model`, and fixed_small's log-variance beside it if `diffusion` learns one."""
-    if diffusion.variance != "learned":
+    if not diffusion.learns_variance:
         return model
     log_variance = torch.from_numpy(diffusion.schedule.posterior_log_variance).float()
+    if diffusion.learned_range:
+        log_variance = torch.full_like(log_variance, -1)
 
     def learned(x, t):
         return torch.cat((model(x, t), log_variance[t][:, None, None, None].expand_as(x)), dim=1)
@@ -44,7 +46,7 @@ def with_variance(diffusion: Diffusion, model):
 
 def process(prediction="eps", variance="fixed_large", loss=None, schedule=SCHEDULE) -> Diffusion:
     if loss is None:
-        loss = "vlb" if variance == "learned" else "simple"
+        loss = "vlb" if "learned" in variance else "simple"
     return Diffusion(schedule, prediction, variance, loss)
 
 
@@ -55,12 +57,12 @@ def process(prediction="eps", variance="fixed_large", loss=None, schedule=SCHEDU
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_every_row_of_table_2_trains(prediction, variance, loss):
-    if (variance, loss) == ("learned", "simple"):
-        with pytest.raises(ValueError, match="'learned' needs loss='vlb'"):
+    if "learned" in variance and loss == "simple":
+        with pytest.raises(ValueError, match=f"{variance!r} needs loss='vlb' or 'hybrid'"):
             Diffusion(SCHEDULE, prediction, variance, loss)
         return
     diffusion = Diffusion(SCHEDULE, prediction, variance, loss)
-    weight = torch.full((2 if variance == "learned" else 1,), 0.1, requires_grad=True)
+    weight = torch.full((2 if "learned" in variance else 1,), 0.1, requires_grad=True)
     x0, eps, t = every_step(1, 2, 3)
 
     def model(x, t):
@@ -78,9 +80,9 @@ def test_every_row_of_table_2_trains(prediction, variance, loss):
 @pytest.mark.parametrize(
     ("option", "choices"),
     [
-        ({"prediction": "v"}, "'eps', 'x0', 'mean'; got 'v'"),
+        ({"prediction": "z"}, "'eps', 'x0', 'mean', 'v'; got 'z'"),
         ({"prediction": np.array(["eps"])}, "'eps', 'x0', 'mean'; got array"),
-        ({"variance": "large"}, "'fixed_large', 'fixed_small', 'learned'; got 'large'"),
+        ({"variance": "large"}, "'learned', 'learned_range'; got 'large'"),
         ({"loss": "l1"}, "'simple', 'vlb'; got 'l1'"),
     ],
 )
@@ -501,6 +503,9 @@ def test_a_wrong_number_of_channels_is_no_broadcast(variance, channels, expected
         Diffusion(Schedule.cosine(50), "x0", "learned", "vlb"),
         Diffusion(Schedule.constant(7, 0.3), "mean", "fixed_small"),
         Diffusion(Schedule(np.array([0.1, 1 / 3, 0.7])), loss="vlb"),
+        Diffusion(Schedule.sigmoid(9), "v", loss_weight="min_snr", min_snr_gamma=3),
+        Diffusion(Schedule.sigmoid_betas(3), "v", "learned_range", "hybrid", [0, 2, 1.5]),
+        Diffusion(SCHEDULE, rescale_timesteps=True),
     ],
 )
 def test_config_round_trip(diffusion):
@@ -516,7 +521,9 @@ def test_config_round_trip(diffusion):
     ("change", "message"),
     [
         ({"colour": "red"}, "colour"),
-        ({"prediction": "v"}, "prediction must be one of"),
+        ({"prediction": "z"}, "prediction must be one of"),
+        ({"loss_weight": [1, 2]}, r"loss_weight must be None, 'min_snr' or \(12,\) numbers"),
+        ({"loss": "hybrid"}, "loss='hybrid' needs a variance that is learned"),
         ({"schedule": {"kind": "zigzag"}}, "schedule kind must be one of"),
         ({"schedule": {"kind": "linear", "S": 5}}, "linear.*'S'"),
         ({"schedule": None}, "schedule"),

@@ -169,9 +169,9 @@ def test_another_network_is_refused_by_name(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"beta_schedule": "sigmoid"}, "beta_schedule must be one of 'linear', 'scaled_linear'"),
-        ({"prediction_type": "v_prediction"}, "prediction_type must be one of 'epsilon', 'sample'"),
-        ({"variance_type": "learned_range"}, "variance_type must be one of"),
+        ({"beta_schedule": "laplace"}, "beta_schedule must be one of 'linear', 'scaled_linear'"),
+        ({"prediction_type": "flow"}, "prediction_type must be one of 'epsilon', 'sample', 'v_pr"),
+        ({"variance_type": "learned"}, "variance_type must be one of"),
     ],
     ids=str,
 )

@@ -19,7 +19,7 @@ from torch.library import opcheck
 from fastddpm import Schedule, ops, reference
 from fastddpm.ops import library
 
-PREDICTIONS = ("eps", "x0", "mean")
+PREDICTIONS = ("eps", "x0", "mean", "v")
 SHAPES = (
     (1, 1, 1, 1),
     (2, 3, 7, 5),  # no multiple of any vector
@@ -29,16 +29,25 @@ SHAPES = (
 )
 
 
-def eager(xt, out, t, tab, z, clip=True, prediction="eps", log_variance=None):
+def eager(xt, out, t, tab, z, clip=True, prediction="eps", log_variance=None, learned_range=False):
     """Eager torch, all in the dtype of xt."""
     c = [tab[t, k].to(xt.dtype).reshape(-1, 1, 1, 1) for k in range(8)]
     x0 = c[2] * xt - c[3] * out if prediction == "eps" else out
+    x0 = c[0] * xt - c[1] * out if prediction == "v" else x0
     x0 = x0.clamp(-1, 1) if clip else x0
     mean = out if prediction == "mean" else c[4] * x0 + c[5] * xt
     sigma = c[6]
+    if learned_range:  # improved-diffusion's p_mean_variance
+        noisy, f = sigma > 0, (log_variance + 1) / 2
+        log_variance = f * c[7] + (1 - f) * 2 * torch.log(torch.where(noisy, sigma, 1))
+        log_variance = torch.where(noisy, log_variance, 0)
     if log_variance is not None:
         sigma = torch.where(sigma > 0, torch.exp(0.5 * log_variance), 0)
     return mean + sigma * z
+
+
+LINEAR_BETAS = Schedule.linear().betas
+RANGE = Schedule.linear().table("learned_range")
 
 
 def inputs(shape, dtype, device, layout="nchw"):
@@ -68,6 +77,42 @@ def test_given_noise(device, shape, layout, dtype):
             assert_exact(got, truth, expected, what=f"{prediction} {list(options)}")
             assert got.dtype == dtype
             assert got.stride() == torch.empty_like(xt).stride()
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_learned_range(device, shape, layout, dtype):
+    """Where log sigma^2 lies between log beta-tilde and log beta, -1 .. 1 and beyond."""
+    xt, out, z, word = inputs(shape, dtype, device, layout)
+    word, t, tab = word + 4, timesteps(shape[0]).to(device), RANGE.to(device)
+    for prediction, drawn in (("eps", False), ("mean", False), ("v", True)):
+        noise = {"z": z}
+        if drawn:
+            noise = {"seed": 3, "sample_index": torch.arange(shape[0]).to(device)}
+            z = ops.randn(shape, step=t, **noise)
+        options = {"prediction": prediction, "log_variance": word, "learned_range": True}
+        got = ops.posterior_step(xt, out, t, tab, **noise, **options)
+        options["log_variance"] = double(word)
+        truth = reference.posterior_step(*map(double, (xt, out, t, tab)), z=double(z), **options)
+        options["log_variance"] = word
+        expected = eager(xt, out, t, tab, z.to(dtype), **options)
+        assert_exact(got, truth, expected, what=prediction)
+        assert got.dtype == dtype
+
+
+def test_a_learned_range_by_its_bounds(device):
+    """-1 is log beta-tilde, 1 log beta, at every step but the last, which has no noise."""
+    t = torch.arange(1000)
+    zero, one = torch.zeros(1000, 1, 1, 1), torch.ones(1000, 1, 1, 1)
+    for word, sigma2 in ((-one, Schedule.linear().posterior_variance), (one, LINEAR_BETAS)):
+        got = ops.posterior_step(
+            zero.to(device), zero.to(device), t.to(device), RANGE.to(device), z=one.to(device),
+            log_variance=word.to(device), learned_range=True,
+        ).cpu().flatten()  # fmt: skip
+        expected = torch.tensor(sigma2).sqrt()
+        expected[0] = 0
+        torch.testing.assert_close(got.double(), expected, rtol=4e-6, atol=0)
 
 
 def test_every_step_of_the_chain(device):
@@ -114,7 +159,7 @@ def test_no_noise_passes_at_the_last_step(device):
     t, tab = torch.tensor([0, 1]).to(device), table(device=device)
     z[0] = torch.tensor([torch.nan, torch.inf, -torch.inf]).to(device)
     big = torch.full_like(z, 200.0)  # its exponential overflows
-    for options in ({}, {"log_variance": big}):
+    for options in ({}, {"log_variance": big}, {"log_variance": big, "learned_range": True}):
         got = ops.posterior_step(xt, eps, t, tab, z=z, **options)
         silent = ops.posterior_step(xt, eps, t, tab, z=torch.zeros_like(z))
         assert torch.equal(got[0], silent[0])
@@ -165,15 +210,17 @@ def test_half_precision_outputs_of_a_float32_chain(device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_gradients(device, dtype, layout, prediction):
+    learned_range = layout in ("nhwc", "slice")
     tensors = inputs((4, 2, 5, 4), dtype, device, layout)
     tensors[1][tensors[1].abs() == 1] = 0.5  # at the clip's kink torch's versions differ
-    t, tab = timesteps(4).to(device), table(device=device)
+    t, tab = timesteps(4).to(device), (RANGE if learned_range else table()).to(device)
     grad = torch.randn(()).to(device, dtype).expand(4, 2, 5, 4)  # as from y.sum()
 
     def run(function, t, tab):
         return lambda xt, out, z, log_variance: function(
-            xt, out, t, tab, z=z, log_variance=log_variance, prediction=prediction
-        )
+            xt, out, t, tab, z=z, log_variance=log_variance, prediction=prediction,
+            learned_range=learned_range,
+        )  # fmt: skip
 
     got = gradients(run(ops.posterior_step, t, tab), tensors, grad)
     plain = gradients(run(eager, t, tab), tensors, grad)
@@ -248,7 +295,9 @@ LEAF = torch.zeros(3, 2, 4, 4, requires_grad=True)
         ({"z": None, "seed": 2**64, "sample_index": T3}, ValueError, "seed must be in 0"),
         ({"z": None, "seed": 0, "sample_index": T3 - 1}, ValueError, "sample_index must be in 0"),
         ({"z": None, "seed": 0, "sample_index": T3.int()}, TypeError, "sample_index must be int64"),
-        ({"prediction": "v"}, ValueError, "prediction must be one of 'eps', 'x0', 'mean'; got 'v'"),
+        ({"prediction": "z"}, ValueError, "one of 'eps', 'x0', 'mean', 'v'; got 'z'"),
+        ({"learned_range": True}, ValueError, "learned_range is how log_variance is read; got no"),
+        ({"learned_range": 1, "log_variance": X}, ValueError, "learned_range must be True or Fal"),
         ({"log_variance": X[:1]}, ValueError, "log_variance must have the shape of xt"),
         ({"out": X[:1]}, ValueError, "out must have the shape of xt"),
         ({"out": X.half()}, TypeError, "out must be float32 like xt; got float16"),
@@ -298,6 +347,7 @@ def test_registered_ops():
     opcheck(op, (xt, eps, t, tab, z, None, None, None, True, "eps", log_variance))
     opcheck(op, (xt, eps, t, tab, None, -5, t, index, True, "x0", None))
     opcheck(op, (xt, eps, t, tab, None, -5, t, index, False, "mean", log_variance))
+    opcheck(op, (xt, eps, t, RANGE, z, None, None, None, True, "v", log_variance, None, True))
     xt, eps = xt.detach(), eps.detach()
     opcheck(
         torch.ops.fastddpm.posterior_step_out.default,

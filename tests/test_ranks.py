@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from on_ranks import draw
+from on_ranks import draw, given
 
 import fastddpm
 from fastddpm import ranks
@@ -75,6 +75,36 @@ def test_two_ranks_draw_the_set_of_one_and_both_have_it(seen, drawn):
 def test_each_rank_draws_its_own_range(seen):
     """2 and 3 of 5 images, in batches of 2, 12 steps each."""
     assert [rank["sizes"] for rank in seen] == [[2] * 12, [2] * 12 + [1] * 12]
+
+
+def test_what_is_given_for_each_image_is_cut_with_the_ranks(seen, kind):
+    expected = given(torch.device(kind))
+    for rank in seen:
+        assert torch.equal(rank["given"], expected)
+
+
+def test_ranks_draw_the_noise_of_a_generator_as_one_process_does(seen, drawn):
+    one = torch.Generator().manual_seed(5)
+    each = [torch.Generator().manual_seed(k) for k in range(5)]
+    expected = {
+        "generator": drawn(5, generator=one),
+        "none to draw": drawn(1, generator=one),
+        "generators": drawn(5, generator=each),
+    }
+    for rank in seen:
+        for name, images in expected.items():
+            assert torch.equal(rank[name], images)
+        assert torch.equal(rank["state"], one.get_state())
+        for mine, theirs in zip(rank["states"], each, strict=True):
+            assert torch.equal(mine, theirs.get_state())
+
+
+def test_ranks_that_are_given_other_things_are_told(seen):
+    for name, fact in {"x_T": "x_T", "generator state": "generator"}.items():
+        for rank in seen:
+            assert rank[name].startswith(f"RankError: all ranks must draw the same set; {fact} ")
+    assert seen[1]["on_step"] == "ZeroDivisionError: enough was seen"
+    assert seen[0]["on_step"] == "RankError: rank 1 failed: ZeroDivisionError: enough was seen"
 
 
 def test_a_rank_can_draw_alone(seen, drawn):

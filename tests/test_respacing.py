@@ -15,11 +15,14 @@ from fastddpm.engine.eager import Eager
 
 CPU = torch.device("cpu")
 LINEAR = Schedule.linear()
-KINDS = [("mean", "fixed_small"), ("mean", "learned"), ("eps", "learned"), ("x0", "learned")]
+KINDS = [
+    ("mean", "fixed_small"), ("mean", "learned"), ("eps", "learned"), ("x0", "learned"),
+    ("v", "learned_range"), ("mean", "learned_range"),
+]  # fmt: skip
 
 
 def process(prediction, variance, schedule=LINEAR) -> Diffusion:
-    return Diffusion(schedule, prediction, variance, "vlb" if variance == "learned" else "simple")
+    return Diffusion(schedule, prediction, variance, "vlb" if "learned" in variance else "simple")
 
 
 def std_of_samples(diffusion: Diffusion, std: float, error: float = 0.0, **options) -> float:
@@ -44,11 +47,16 @@ def test_a_predicted_mean_draws_what_eps_draws(steps, sampler, clip):
     assert eps == pytest.approx(0.3, rel=0.03 if steps is None else 0.2)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "mean"])
+@pytest.mark.parametrize(
+    ("prediction", "variance"),
+    [("eps", "learned"), ("x0", "learned"), ("mean", "learned"), ("v", "learned_range")],
+)
 @pytest.mark.parametrize("steps", [None, 250, 100, 50])
-def test_the_right_learned_variance_draws_the_data_in_any_number_of_steps(steps, prediction):
+def test_the_right_learned_variance_draws_the_data_in_any_number_of_steps(
+    steps, prediction, variance
+):
     """0.5; with the long chain's variance in the short one's steps 0.25, 0.17 and 0.12."""
-    assert std_of_samples(process(prediction, "learned"), 0.5, steps=steps) == pytest.approx(
+    assert std_of_samples(process(prediction, variance), 0.5, steps=steps) == pytest.approx(
         0.5, rel=0.025
     )
 
@@ -115,7 +123,7 @@ def column(values: np.ndarray) -> np.ndarray:
     return values[:, None, None, None]
 
 
-def step_by_numpy(full, kept, prediction, xt, output, clip):
+def step_by_numpy(full, kept, prediction, xt, output, clip, variance):
     """(x0, mean, log sigma^2 or None) of every step of the chain over `kept`, from the full betas;
     log sigma^2 for t > 0."""
     beta, ab = full.betas, np.cumprod(1 - full.betas)
@@ -135,13 +143,19 @@ def step_by_numpy(full, kept, prediction, xt, output, clip):
         x0 = (xt - column(np.sqrt(1 - ab_kept)) * out) / column(np.sqrt(ab_kept))
     elif prediction == "x0":
         x0 = out
+    elif prediction == "v":
+        x0 = column(np.sqrt(ab_kept)) * xt - column(np.sqrt(1 - ab_kept)) * out
     else:
         of_x0, of_xt = posterior(ab_kept, before[kept], beta_kept)
         x0 = (out - of_xt * xt) / of_x0
     x0 = x0.clip(-1, 1) if clip else x0
     of_x0, of_xt = posterior(ab_kept, ab_before, beta_short)
     log_variance = None
-    if rest:
+    if variance == "learned_range":  # improved-diffusion's, over the chain's own betas
+        low = beta_short * (1 - ab_before) / (1 - ab_kept)
+        low[0], fraction = low[1], (rest[0] + 1) / 2
+        log_variance = column(np.log(beta_short)) * fraction + column(np.log(low)) * (1 - fraction)
+    elif rest:
         with np.errstate(divide="ignore", invalid="ignore"):
             low = column(np.log(beta_kept * (1 - before[kept]) / (1 - ab_kept)))
             short_low = column(np.log(beta_short * (1 - ab_before) / (1 - ab_kept)))
@@ -163,6 +177,8 @@ def at_every_step(schedule: Schedule, prediction: str, variance: str):
         output = Diffusion(full).q_posterior(x0, xt, torch.tensor(kept))[0]
     else:
         output = torch.randn(xt.shape, generator=random)
+    if variance == "learned_range":
+        output = torch.cat((output, torch.rand(xt.shape, generator=random) * 4 - 2), dim=1)
     if variance == "learned":
         low, way = (torch.tensor(column(v[kept])) for v in full.log_variance_bounds())
         fraction = torch.rand(xt.shape, generator=random) * 2.6 - 0.8
@@ -177,7 +193,7 @@ def test_p_of_a_shorter_chain_by_numpy(prediction, variance, clip, backend, devi
     xt, output = at_every_step(short.schedule, prediction, variance)
     x0, mean, log_variance = step_by_numpy(
         short.schedule.trained, short.schedule.timesteps, prediction,
-        xt.double().numpy(), output.double().numpy(), clip,
+        xt.double().numpy(), output.double().numpy(), clip, variance,
     )  # fmt: skip
     t, z = torch.arange(12), torch.randn(xt.shape, generator=generator(4))
     sigma = column(np.sqrt(short.schedule.posterior_variance))

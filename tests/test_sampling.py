@@ -125,7 +125,11 @@ def test_every_prediction_draws_the_same_samples(prediction):
     def model(x, t):
         eps = eps_model(x, t)
         x0 = DIFFUSION.predict_x0(x, eps, t, clip=False)
-        return {"eps": eps, "x0": x0, "mean": DIFFUSION.q_posterior(x0, x, t)[0]}[prediction]
+        ab = torch.tensor(SCHEDULE.alphas_cumprod, dtype=torch.float32)[t][:, None, None, None]
+        return {
+            "eps": eps, "x0": x0, "mean": DIFFUSION.q_posterior(x0, x, t)[0],
+            "v": ab.sqrt() * eps - (1 - ab).sqrt() * x0,
+        }[prediction]  # fmt: skip
 
     for sampler in ("ddpm", "ddim"):
         options = {"sampler": sampler, "clip": False, "seed": 5}

@@ -26,7 +26,7 @@ SCHEDULES = {
     "two steps": Schedule.linear().respace(2),
     "one step": Schedule(np.array([0.3])),
 }
-VARIANCES = ("fixed_large", "fixed_small", "learned")
+VARIANCES = ("fixed_large", "fixed_small", "learned", "learned_range")
 
 some_betas = st.lists(st.floats(1e-6, 0.3), min_size=1, max_size=40).map(np.array)
 
@@ -112,10 +112,11 @@ def test_eq_11_is_eq_15_then_eq_7(schedule):
 
 
 def test_variances(schedule):
-    large, small, learned = (schedule.log_variance(v) for v in VARIANCES)
+    large, small, learned, top = (schedule.log_variance(v) for v in VARIANCES)
     close(np.exp(large[1:]), schedule.betas[1:])
     close(np.exp(small[1:]), schedule.posterior_variance[1:])
     assert np.array_equal(small, learned)
+    assert np.array_equal(top, np.log(schedule.betas))
     assert large[0] == small[0]
     if schedule.T > 1:
         assert small[0] == small[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from toy import generator, tiny_unet
@@ -28,9 +29,10 @@ def assert_same_steps(diffusion: Diffusion, scheduler) -> None:
     They compute 1 - abar and beta in float32, which costs digits where beta is small."""
     atol = 2e-5 if diffusion.T <= 60 else 2e-3
     for t in (0, 1, diffusion.T // 2, diffusion.T - 1):
-        theirs = scheduler.step(OUTPUT, t, X, generator=generator(7)).prev_sample
+        output = torch.cat((OUTPUT, X.sin()), 1) if diffusion.learns_variance else OUTPUT
+        theirs = scheduler.step(output, t, X, generator=generator(7)).prev_sample
         z = torch.randn(X.shape, generator=generator(7))
-        ours = diffusion.p_step(X, OUTPUT, torch.tensor([t, t]), z=z)
+        ours = diffusion.p_step(X, output, torch.tensor([t, t]), z=z)
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=atol)
 
 
@@ -38,9 +40,9 @@ def assert_same_steps(diffusion: Diffusion, scheduler) -> None:
     ("schedule", "variance", "prediction"),
     list(
         itertools.product(
-            ("linear", "scaled_linear", "squaredcos_cap_v2"),
-            ("fixed_small", "fixed_small_log", "fixed_large"),
-            ("epsilon", "sample"),
+            ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
+            ("fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
+            ("epsilon", "sample", "v_prediction"),
         )
     ),
 )
@@ -82,8 +84,9 @@ def test_every_other_class_is_refused():
     ("options", "message"),
     [
         ({"variance_type": "learned"}, "second half is sigma.2 there, and log sigma.2 here"),
-        ({"variance_type": "learned_range"}, "variance_type must be one of .* a fraction there"),
-        ({"prediction_type": "v_prediction"}, "models that predict v are not run here"),
+        ({"prediction_type": "flow_prediction"}, "flow matching is another process"),
+        ({"variance_type": "learned_range", "_fastddpm_loss": "simple"}, "needs loss='vlb' or"),
+        ({"_fastddpm_loss_weight": "l1"}, "loss_weight must be None, 'min_snr' or a number for"),
         ({"prediction_type": ["epsilon"]}, "prediction_type must be one of"),
         ({"predict_epsilon": "false"}, "predict_epsilon must be true or false; got 'false'"),
         ({"predict_epsilon": 0}, "predict_epsilon must be true or false; got 0"),
@@ -180,6 +183,9 @@ def test_the_oldest_files_say_predict_epsilon():
         (Diffusion(Schedule.cosine(40, s=0.02)), False),
         (Diffusion(Schedule.linear(200, scaled=True)), False),
         (Diffusion(Schedule([0.1, 0.3, 0.2])), False),
+        (Diffusion(Schedule.sigmoid_betas(40), "v", loss_weight="min_snr"), True),
+        (Diffusion(Schedule.sigmoid(30), "v", loss_weight=np.ones(30)), False),
+        (Diffusion(Schedule.linear(30), "eps", "learned_range", "hybrid"), True),
     ],
     ids=lambda value: str(value.to_config())[:60] if isinstance(value, Diffusion) else "",
 )
@@ -206,9 +212,10 @@ def test_a_saved_diffusers_model_keeps_its_process(tmp_path, diffusion, named):
     [
         (Diffusion(Schedule.linear(20), "mean"), "no scheduler for prediction 'mean'"),
         (Diffusion(Schedule.linear(20), variance="learned", loss="vlb"), "for variance 'learned'"),
+        (Diffusion(Schedule.linear(20), rescale_timesteps=True), "rescaled timesteps"),
         (Diffusion(Schedule.linear(20)).respace(5), "a respaced schedule is not saved"),
     ],
-    ids=["mean", "learned", "respaced"],
+    ids=["mean", "learned", "rescaled", "respaced"],
 )
 def test_a_process_without_a_scheduler_is_refused_before_a_file_is_touched(
     tmp_path, diffusion, message

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastddpm import Diffusion, Schedule, UNet, reference
 
-PREDICTIONS = ("eps", "x0", "mean")
+PREDICTIONS = ("eps", "x0", "mean", "v")
 SCHEDULE = Schedule.linear(12, 0.01, 0.35)  # few steps that end near N(0, I): abar_T = 0.08
 
 
@@ -68,6 +68,8 @@ class Oracle:
             output = (xt - ab.sqrt() * self.x0) / (1 - ab).sqrt()
         elif self.diffusion.prediction == "x0":
             output = self.x0
+        elif self.diffusion.prediction == "v":
+            output = (ab.sqrt() * xt - self.x0) / (1 - ab).sqrt()
         else:
             output = ab_prev.sqrt() * beta * self.x0 + (1 - beta).sqrt() * (1 - ab_prev) * xt
             output = output / (1 - ab)
@@ -98,6 +100,7 @@ class Optimal:
 
     E[eps | x_t] = sqrt(1 - abar_t) x_t / v_t and E[x_0 | x_t] = sqrt(abar_t) std^2 x_t / v_t,
     E[x_{t-1} | x_t] = sqrt(alpha_t) v_{t-1} x_t / v_t,  Var(x_{t-1} | x_t) = beta_t v_{t-1} / v_t.
+    A learned range has the fraction at which that variance's logarithm lies.
     """
 
     def __init__(self, diffusion: Diffusion, std: float, error: float = 0.0):
@@ -109,11 +112,15 @@ class Optimal:
             "eps": np.sqrt(1 - ab) / v,
             "x0": np.sqrt(ab) * std**2 / v,
             "mean": np.sqrt(schedule.alphas) * before / v,
+            "v": np.sqrt(ab * (1 - ab)) * (1 - std**2) / v,
         }[diffusion.prediction]
         self.gain = torch.tensor(gain, dtype=torch.float32)
         self.log_variance = None
-        if diffusion.variance == "learned":
+        if diffusion.learns_variance:
             log_variance = np.log(schedule.betas * before / v)
+            if diffusion.variance == "learned_range":
+                lower, way = schedule.log_variance_bounds()
+                log_variance = 2 * (log_variance - lower) / way - 1
             self.log_variance = torch.tensor(log_variance, dtype=torch.float32) + error
 
     def __call__(self, xt: Tensor, t: Tensor) -> Tensor:

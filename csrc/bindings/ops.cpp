@@ -9,7 +9,8 @@ Prediction prediction_of(const std::string& name) {
   if (name == "eps") return Prediction::eps;
   if (name == "x0") return Prediction::x0;
   if (name == "mean") return Prediction::mean;
-  throw py::value_error("prediction must be one of 'eps', 'x0', 'mean'; got '" + name + "'");
+  if (name == "v") return Prediction::v;
+  throw py::value_error("prediction must be one of 'eps', 'x0', 'mean', 'v'; got '" + name + "'");
 }
 
 template <auto run>
@@ -69,10 +70,11 @@ void def_posterior_step(py::module_& m) {
   m.def("posterior_step",
         [](py::handle xt, py::handle model_output, py::handle z, py::handle log_variance,
            py::handle out, py::handle seed, py::handle step, py::handle sample_index, py::handle t,
-           py::handle table, const std::string& prediction, bool clip, int64_t where) {
+           py::handle table, const std::string& prediction, bool clip, bool learned_range,
+           int64_t where) {
           launch(run,
                  posterior_step_of(is_cuda(run), xt, model_output, z, log_variance, out, seed, step,
-                                   sample_index, t, table, prediction, clip),
+                                   sample_index, t, table, prediction, clip, learned_range),
                  where);
         });
 }
@@ -296,7 +298,8 @@ void def_squared_error_backward(py::module_& m) {
 PosteriorStep posterior_step_of(bool cuda, py::handle xt, py::handle model_output, py::handle z,
                                 py::handle log_variance, py::handle out, py::handle seed,
                                 py::handle step, py::handle sample_index, py::handle t,
-                                py::handle table, const std::string& prediction, bool clip) {
+                                py::handle table, const std::string& prediction, bool clip,
+                                bool learned_range) {
   if (z.is_none() && seed.is_none()) throw py::value_error("posterior_step needs z or a seed");
   Reader read(cuda);
   const Shape shape = read.set_shape(xt, "xt");
@@ -310,6 +313,7 @@ PosteriorStep posterior_step_of(bool cuda, py::handle xt, py::handle model_outpu
           read.per_sample(t, "t"),
           prediction_of(prediction),
           clip,
+          learned_range,
           read.table(table)};
 }
 

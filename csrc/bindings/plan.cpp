@@ -106,19 +106,20 @@ void def_plan(py::module_& m) {
           [](Plan& plan, py::handle xt, py::handle time, py::handle out, int64_t threads,
              py::handle model_output, py::handle log_variance, py::handle x, py::handle seed,
              py::handle step, py::handle sample_index, py::handle t, py::handle table,
-             const std::string& prediction, bool clip) {
+             const std::string& prediction, bool clip, bool learned_range) {
             if (out.is_none() || model_output.is_none() || x.is_none() || seed.is_none())
               throw py::value_error("out, model_output, x and seed must be given");
             const PlanCall call(plan, xt, time, out, threads);
             const PosteriorStep op =
                 posterior_step_of(false, xt, model_output, py::none(), log_variance, x, seed, step,
-                                  sample_index, t, table, prediction, clip);
+                                  sample_index, t, table, prediction, clip, learned_range);
             cpu::check(op);
             const py::gil_scoped_release release;
             return plan.forward(call.x, call.n, call.time, call.out, call.threads, 0, &op);
           },
           "xt"_a, "time"_a, "out"_a, "threads"_a, py::kw_only(), "model_output"_a, "log_variance"_a,
-          "x"_a, "seed"_a, "step"_a, "sample_index"_a, "t"_a, "table"_a, "prediction"_a, "clip"_a)
+          "x"_a, "seed"_a, "step"_a, "sample_index"_a, "t"_a, "table"_a, "prediction"_a, "clip"_a,
+          "learned_range"_a)
       .def(
           "profile",
           [](Plan& plan, py::handle x, py::handle time, py::handle out, int64_t threads) {

@@ -485,7 +485,8 @@ inline float norm_eps(double eps) {
 PosteriorStep posterior_step_of(bool cuda, py::handle xt, py::handle model_output, py::handle z,
                                 py::handle log_variance, py::handle out, py::handle seed,
                                 py::handle step, py::handle sample_index, py::handle t,
-                                py::handle table, const std::string& prediction, bool clip);
+                                py::handle table, const std::string& prediction, bool clip,
+                                bool learned_range);
 
 void def_cpu_ops(py::module_& m);
 void def_convolution(py::module_& m);

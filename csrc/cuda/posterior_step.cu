@@ -26,8 +26,9 @@ __global__ void __launch_bounds__(THREADS) posterior_step_tiles(const PosteriorS
         draw_tile<CHANNELS>(stream_of(op.random, n), numel(op.shape), tile, z);
       if (op.log_variance.data) {
         load_vector(sample<M>(op.log_variance, n) + tile * V, output);
+        const Deviation sigma = deviation(row, op.learned_range);
 #pragma unroll
-        for (int k = 0; k < V; ++k) x[k] = madd(exponential(0.5f * output[k]), z[k], x[k]);
+        for (int k = 0; k < V; ++k) x[k] = madd(sigma.of(output[k]), z[k], x[k]);
       } else {
 #pragma unroll
         for (int k = 0; k < V; ++k) x[k] = madd(row[SIGMA], z[k], x[k]);
@@ -53,7 +54,8 @@ __global__ void __launch_bounds__(THREADS) posterior_step_quads(const PosteriorS
                                clip_bound(op.clip));
       if (noisy) {
         float sigma = row[SIGMA];
-        if (op.log_variance.data) sigma = exponential(0.5f * at.load(op.log_variance));
+        if (op.log_variance.data)
+          sigma = deviation(row, op.learned_range).of(at.load(op.log_variance));
         x = madd(sigma, op.z.data ? at.load(op.z) : z[i], x);
       }
       at.store(op.out, x);

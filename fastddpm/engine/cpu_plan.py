@@ -72,12 +72,13 @@ class CpuPlan(Eager):
             precision = best_precision()
         self.precision = resolve_precision(precision, device)
         self._unet = model
-        self._steps = diffusion.model_t(torch.arange(diffusion.T, device=device))
+        chain = torch.arange(diffusion.T, device=device)
+        self._steps, times = diffusion.model_t(chain), diffusion.model_time(chain)
         self._labels: torch.Tensor | None = None
         if model.label_emb is None:
-            self._time = time_rows(model, self._steps)
+            self._time = time_rows(model, times)
         else:
-            steps = time_embeddings(model, self._steps).float()
+            steps = time_embeddings(model, times).float()
             weight, bias = (p.float() for p in time_layer(model))
             self._labels = model.label_emb.weight.detach().float().clone()
             self._embeddings = steps, weight, bias
@@ -127,6 +128,7 @@ class CpuPlan(Eager):
             table=self._table,
             prediction=prediction,
             clip=self.step_options["clip"],
+            learned_range=self.diffusion.learned_range and sampler != "ddim",
         )
         if not finite:
             raise self._not_finite(plan, xt, time, i)

@@ -75,7 +75,7 @@ class CudaPlan(CudaGraph):
         steps = torch.arange(self.diffusion.T, device=self.device)
         own = self._given.conv_in.weight.dtype
         dtype = torch.bfloat16 if self.precision == "bf16" else own
-        self.network = Network(self._given, self.diffusion.model_t(steps), dtype)
+        self.network = Network(self._given, self.diffusion.model_time(steps), dtype)
 
     def _reads(self) -> list[Any]:
         return []  # the network's copies alone, which `follow` keeps up to date

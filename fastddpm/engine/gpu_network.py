@@ -20,8 +20,8 @@ WIDTH = 8  # channels of an image's ends are padded to a multiple: what tensor c
 
 class Network(Walk):
     """`__call__(x, t, y)`: the U-Net's output for x (N, C, H, W) float32 at the chain index t, (1,)
-    int64 on the device, of the steps `model_t`, and of the classes y, (N,) int64 there; in the
-    weights' dtype, without a host wait.
+    int64 on the device, of the model's times `model_t`, and of the classes y, (N,) int64 there; in
+    the weights' dtype, without a host wait.
 
     Prepared are, in `dtype`, the weights of products; in float32 at least (`wide`), biases, norms
     and one row of all that the blocks take of the time for each step, so that a step reads its row

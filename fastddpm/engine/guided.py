@@ -83,7 +83,7 @@ class Guide:
         output = self._output(engine, xt, t, i, model_kwargs)
         gradient = None
         if hooks.cond_fn is not None:
-            gradient = hooks.cond_fn(xt.clone(), diffusion.model_t(t), **model_kwargs)
+            gradient = hooks.cond_fn(xt.clone(), diffusion.model_time(t), **model_kwargs)
             gradient = _checked("cond_fn", gradient, xt, i)
         score = gradient if options["sampler"] == "ddim" else None
         noise = self._noise(diffusion, xt, i, seed, sample_index, options)

@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from fastddpm.checkpoint import read_json
-from fastddpm.diffusion import Diffusion
+from fastddpm.diffusion import LEARNED, Diffusion, Loss
 from fastddpm.host import callers_level
 from fastddpm.schedule import Schedule, check_count, check_number
 
@@ -30,18 +30,23 @@ CLASSES = (
     "DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler",
     "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
 )  # fmt: skip
-BETAS = {"linear": "linear", "scaled_linear": "quadratic", "squaredcos_cap_v2": "cosine"}
-PREDICTIONS = {"epsilon": "eps", "sample": "x0"}
+# What else has none: the keys of Diffusion.to_config that few processes have.
+OWN = {f"_fastddpm_{name}": name for name in ("loss_weight", "min_snr_gamma")}
+
+BETAS = {
+    "linear": "linear", "scaled_linear": "quadratic", "squaredcos_cap_v2": "cosine",
+    "sigmoid": "sigmoid_betas",
+}  # fmt: skip
+PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 # The _log names are of how diffusers writes the same number down.
 VARIANCES = {
     "fixed_small": "fixed_small", "fixed_small_log": "fixed_small",
     "fixed_large": "fixed_large", "fixed_large_log": "fixed_large",
+    "learned_range": "learned_range",
 }  # fmt: skip
 WHY_NOT = {
-    "v_prediction": "models that predict v are not run here",
     "flow_prediction": "flow matching is another process",
     "learned": "the model's second half is sigma^2 there, and log sigma^2 here",
-    "learned_range": "the model's second half is a fraction there, and log sigma^2 here",
     "rescale_betas_zero_snr": "with abar_T = 0, x_T says nothing of x0 and eps nothing of either",
     "thresholding": "x0 is clipped to [-1, 1] here, not to a quantile of its values",
     "clip_sample": "x0 is clipped here unless sample(clip=False) is asked for",
@@ -152,9 +157,11 @@ def process(config: dict[str, Any], source: object) -> Diffusion:
         prediction = "eps" if old else "x0"
     variance = choice("variance_type", "fixed_small", VARIANCES)
     choice("beta_schedule", "linear", BETAS)
-    loss = choice(LOSS, "simple", {"simple": "simple", "vlb": "vlb"})
+    default = "hybrid" if variance in LEARNED else "simple"
+    loss = choice(LOSS, default, {name: name for name in get_args(Loss)})
+    own = {name: config[key] for key, name in OWN.items() if config.get(key) is not None}
     try:
-        return Diffusion(_schedule(config), prediction, variance, loss)  # type: ignore[arg-type]
+        return Diffusion(_schedule(config), prediction, variance, loss, **own)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
@@ -194,7 +201,12 @@ def scheduler_config(diffusion: Diffusion) -> dict[str, Any]:
     if diffusion.variance not in VARIANCES:
         raise ValueError(
             "diffusers has no scheduler for variance 'learned', whose model says log sigma^2; it "
-            "has 'fixed_small' and 'fixed_large'"
+            "has 'fixed_small', 'fixed_large' and 'learned_range'"
+        )
+    if diffusion.rescale_timesteps:
+        raise ValueError(
+            "diffusers has no scheduler that gives the model rescaled timesteps: it would get t, "
+            "not t * 1000 / T"
         )
     schedule = diffusion.schedule
     config: dict[str, Any] = {
@@ -204,6 +216,7 @@ def scheduler_config(diffusion: Diffusion) -> dict[str, Any]:
         "variance_type": diffusion.variance,
         "clip_sample": True,
         LOSS: diffusion.objective,
+        **{key: full[name] for key, name in OWN.items() if name in full},
     }
     recipe = full["schedule"]
     names = {ours: theirs for theirs, ours in BETAS.items()}

@@ -41,7 +41,7 @@ __all__ = [
     "use_backend",
 ]
 
-Prediction = Literal["eps", "x0", "mean"]
+Prediction = Literal["eps", "x0", "mean", "v"]
 _PREDICTIONS = get_args(Prediction)
 
 
@@ -164,6 +164,7 @@ def posterior_step(
     clip: bool = True,
     prediction: Prediction = "eps",
     log_variance: Tensor | None = None,
+    learned_range: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """Draw x_{t-1} ~ p(x_{t-1} | x_t): x0 by Eq. 15, clipped, mean by Eq. 7, plus sigma_t z.
@@ -171,7 +172,8 @@ def posterior_step(
     That is line 4 of DDPM Algorithm 2, or of DDIM if the table is.
 
     xt, model_output: (N, C, H, W) float;  prediction: what the model's output is. "mean" is the
-                  mean of p itself, of the table's own chain, which clip does not touch
+                  mean of p itself, of the table's own chain, which clip does not touch; "v" is
+                  sqrt(abar_t) eps - sqrt(1 - abar_t) x0
     t:            (N,) int64 in 0 .. T-1;  table: (T, 8) float32 from Schedule.table()
     z:            (N, C, H, W) float, or instead the stream to draw it from:
                   seed in [0, 2^64), sample_index (N,) int64, step (t unless given). A seed may be
@@ -179,6 +181,9 @@ def posterior_step(
                   then serves every seed
     log_variance: (N, C, H, W) float, log sigma^2 where the model gives it; the table's sigma still
                   says at which steps there is noise at all
+    learned_range: log_variance is no log sigma^2 but where that lies between log beta-tilde (-1)
+                  and log beta (1), as improved-diffusion's models say it; the table is then
+                  Schedule.table("learned_range")
     out:          where to write the result; may be xt itself. No gradients then
 
     Gradients for xt, model_output, z and log_variance. A drawn z is float32 whatever xt is.
@@ -194,17 +199,20 @@ def posterior_step(
     stream = checks.draw("z", z, seed if device_seed is None else 0, sample_index, step, t)
     if prediction not in _PREDICTIONS:
         check_choice("prediction", prediction, _PREDICTIONS)
+    learned_range = check_flag("learned_range", learned_range)
     if log_variance is not None:
         checks.operand("log_variance", log_variance, "xt", xt)
+    elif learned_range:
+        raise ValueError("learned_range is how log_variance is read; got no log_variance")
     arguments = (
         *(xt, model_output, t, table.contiguous(), z, *(stream or (None, None, None))),
         *(check_flag("clip", clip), prediction, log_variance),
     )
     if out is None:
-        return library.posterior_step(*arguments, device_seed)
+        return library.posterior_step(*arguments, device_seed, learned_range)
     checks.output(out, "xt", xt)
     checks.no_gradient(xt=xt, model_output=model_output, z=z, log_variance=log_variance, out=out)
-    library.posterior_step_out(*arguments, out, device_seed)
+    library.posterior_step_out(*arguments, out, device_seed, learned_range)
     return out
 
 

@@ -257,7 +257,7 @@ drawn_noise = Op(
 
 def _posterior_step(
     xt, model_output, t, table, z, seed, step, sample_index, clip, prediction, log_variance,
-    device_seed=None, out=None, *, choose=choose,
+    device_seed=None, learned_range=False, out=None, *, choose=choose,
 ):  # fmt: skip
     _check_t(t, table)
     if z is None:
@@ -269,7 +269,8 @@ def _posterior_step(
     return backend.posterior_step(
         xt, model_output, t, table, z=z, seed=seed if device_seed is None else device_seed,
         step=step, sample_index=sample_index,
-        clip=clip, prediction=prediction, log_variance=log_variance, out=out,
+        clip=clip, prediction=prediction, log_variance=log_variance,
+        learned_range=learned_range, out=out,
     )  # fmt: skip
 
 
@@ -278,8 +279,8 @@ def _posterior_step_fake(xt, *_):
 
 
 def _posterior_step_setup(ctx, inputs, output):
-    xt, model_output, t, table, z, seed, step, sample_index, *options, device_seed = inputs
-    clip, prediction, log_variance = options
+    xt, model_output, t, table, z, seed, step, sample_index, *options = inputs
+    clip, prediction, log_variance, device_seed, ctx.learned_range = options
     ctx.save_for_backward(xt, model_output, t, table, z, step, sample_index, log_variance)
     seed = seed if device_seed is None else device_seed.item()
     ctx.seed, ctx.clip, ctx.prediction = seed, clip, prediction
@@ -294,6 +295,7 @@ def _posterior_step_backward(ctx, grad):
     dxt, dout, dz, dlog_variance = reference.posterior_step_backward(
         grad, xt, model_output, t, table,
         z=z, clip=ctx.clip, prediction=ctx.prediction, log_variance=log_variance,
+        learned_range=ctx.learned_range,
     )  # fmt: skip
     return (
         dxt.to(xt.dtype),
@@ -308,6 +310,7 @@ def _posterior_step_backward(ctx, grad):
         None,
         None if dlog_variance is None else dlog_variance.to(log_variance.dtype),
         None,
+        None,
     )
 
 
@@ -317,7 +320,7 @@ _POSTERIOR_STEP = (
 )
 posterior_step = Op(
     "posterior_step",
-    _POSTERIOR_STEP + ", Tensor? device_seed=None) -> Tensor",
+    _POSTERIOR_STEP + ", Tensor? device_seed=None, bool learned_range=False) -> Tensor",
     _posterior_step,
     _posterior_step_fake,
     _posterior_step_setup,
@@ -327,7 +330,7 @@ posterior_step = Op(
 
 def _posterior_step_out(
     xt, model_output, t, table, z, seed, step, sample_index, clip, prediction, log_variance, out,
-    device_seed=None, choose=choose,
+    device_seed=None, learned_range=False, choose=choose,
 ):  # fmt: skip
     if not torch._C._are_functorch_transforms_active():  # there it is plain torch that writes
         check_written(
@@ -336,7 +339,7 @@ def _posterior_step_out(
         )  # fmt: skip
     _posterior_step(
         xt, model_output, t, table, z, seed, step, sample_index, clip, prediction, log_variance,
-        device_seed, out, choose=choose,
+        device_seed, learned_range, out, choose=choose,
     )  # fmt: skip
     if not out.is_inference():  # a gradient that saved what is overwritten then says so
         torch.autograd.graph.increment_version(out)
@@ -344,7 +347,7 @@ def _posterior_step_out(
 
 posterior_step_out = Op(
     "posterior_step_out",
-    _POSTERIOR_STEP + ", Tensor(a!) out, Tensor? device_seed=None) -> ()",
+    _POSTERIOR_STEP + ", Tensor(a!) out, Tensor? device_seed=None, bool learned_range=False) -> ()",
     _posterior_step_out,
     lambda *_: None,
 )

@@ -104,7 +104,7 @@ class Native:
     def posterior_step(
         self, xt, model_output, t, table, *,
         z=None, seed=None, step=None, sample_index=None,
-        clip=True, prediction="eps", log_variance=None, out=None,
+        clip=True, prediction="eps", log_variance=None, learned_range=False, out=None,
     ):  # fmt: skip
         """x_{t-1}. A z that is not given is drawn in float32, step t by default. out may be xt."""
         if z is None:
@@ -116,7 +116,7 @@ class Native:
         self.call(
             "posterior_step", xt,
             xt, model_output, z, log_variance, out, seed, step, sample_index, t, table,
-            prediction, clip,
+            prediction, clip, learned_range,
         )  # fmt: skip
         return out
 

@@ -27,6 +27,7 @@ template <class T, class Z, bool NOISE>
 Step<T, Z> step_of(Prediction prediction) {
   if (prediction == Prediction::mean) return step<T, Z, NOISE, Prediction::mean>;
   if (prediction == Prediction::x0) return step<T, Z, NOISE, Prediction::x0>;
+  if (prediction == Prediction::v) return step<T, Z, NOISE, Prediction::v>;
   return step<T, Z, NOISE, Prediction::eps>;
 }
 
@@ -101,8 +102,9 @@ void run_copied(const Walk& walk, int threads) {
                float log_variance[CHUNK];
                load(operand(op.log_variance), first, count, log_variance);
                quiet(row, walk.bound, xt, output, z, count, result);
+               const Deviation sigma = deviation(row, op.learned_range);
                for (int64_t i = 0; i < count; ++i)
-                 result[i] = madd(exponential(0.5f * log_variance[i]), z[i], result[i]);
+                 result[i] = madd(sigma.of(log_variance[i]), z[i], result[i]);
              } else {
                (noise ? noisy : quiet)(row, walk.bound, xt, output, z, count, result);
              }
