@@ -180,11 +180,15 @@ class Schedule:
         start = options.check_number("start", start, math.isfinite, "a finite number")
         end = options.check_number("end", end, lambda x: start < x < math.inf, "above start")
         tau = options.check_number("tau", tau, lambda x: 0 < x < math.inf, "above 0")
+        if max(-start, end, end - start) / tau > 700:
+            raise ValueError(
+                f"start / tau, end / tau and their difference must lie within -700 .. 700; got "
+                f"start {start}, end {end} and tau {tau}"
+            )
         # sigmoid(b) - sigmoid(a) = sinh((b - a)/2) / (2 cosh(a/2) cosh(b/2)): nothing cancels.
         at = (start + (end - start) * np.arange(T + 1) / T) / tau
-        with np.errstate(over="ignore"):
-            left = np.sinh((at[-1] - at) / 2) / np.cosh(at / 2)
-            betas = 1 - left[1:] / left[:-1]
+        left = np.sinh((at[-1] - at) / 2) / np.cosh(at / 2)
+        betas = 1 - left[1:] / left[:-1]
         recipe = {**recipe, "start": start, "end": end, "tau": tau}
         return cls(np.minimum(betas, recipe["beta_max"]), recipe=recipe)
 

@@ -182,6 +182,8 @@ def launch_other_ways(dtype: torch.dtype) -> None:
     t, table = torch.tensor([0, 999]), Schedule.linear().table()
     x, seed = image(2, 64, 8, 8, dtype=dtype), torch.tensor([3])
     posterior_step.posterior_step(x, x, t, table, z=x, log_variance=x)
+    options = {"log_variance": x, "learned_range": True, "prediction": "v"}
+    posterior_step.posterior_step(x, x, t, table, z=x, **options)
     posterior_step.posterior_step(x, x, t, table, seed=seed, sample_index=t)
     halves = image(2, 128, 32, 32, dtype=dtype), image(2, 256, 32, 32, dtype=dtype)
     launch_plain_norm(halves[0], 32)

@@ -13,11 +13,12 @@ import torch
 from compare import DTYPES, double, gradients, table
 from hypothesis import strategies as st
 
-from fastddpm import ops, reference
+from fastddpm import Schedule, ops, reference
 from fastddpm.ops import dispatch
 
 fuzz = hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 TABLE = table()
+RANGE = Schedule.linear().table("learned_range")
 dtypes, seeds = st.sampled_from(DTYPES), st.integers(0, 2**63)
 FLOATS = (torch.float32, torch.float16)  # which a convolution's operands are not rounded to
 
@@ -135,21 +136,24 @@ def test_posterior_step(device, data):
     log_variance = normals(data, shape, data.draw(dtypes), device) if given else None
     options = {
         "clip": data.draw(st.booleans()),
-        "prediction": data.draw(st.sampled_from(("eps", "x0", "mean"))),
+        "prediction": data.draw(st.sampled_from(("eps", "x0", "mean", "v"))),
+        "learned_range": given and data.draw(st.booleans()),
     }
+    table = RANGE if options["learned_range"] else TABLE
     t = timesteps(data, shape[0], device)
     truth = reference.posterior_step(
-        double(xt), double(out), t.cpu(), TABLE.double(), z=double(z),
+        double(xt), double(out), t.cpu(), table.double(), z=double(z),
         log_variance=double(log_variance), **options,
     )  # fmt: skip
     options["log_variance"] = log_variance
-    got = ops.posterior_step(xt, out, t, TABLE.to(device), z=z, **options)
+    got = ops.posterior_step(xt, out, t, table.to(device), z=z, **options)
     assert got.dtype == xt.dtype
     assert got.stride() == torch.empty_like(xt).stride()
     # Eq. 15's terms are up to 160 times the operands and may cancel.
-    assert_near(got, truth, ulps=1000 if options["prediction"] == "eps" else 8)
+    exact = options["prediction"] != "eps" and not options["learned_range"]
+    assert_near(got, truth, ulps=8 if exact else 1000)
     target = normals(data, shape, xt.dtype, device, expand=False)
-    assert ops.posterior_step(xt, out, t, TABLE.to(device), z=z, out=target, **options) is target
+    assert ops.posterior_step(xt, out, t, table.to(device), z=z, out=target, **options) is target
     assert torch.equal(target, got)
 
 

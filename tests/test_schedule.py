@@ -15,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastddpm import Schedule
-from fastddpm.schedule import COLUMNS, K
+from fastddpm.schedule import COLUMNS, KINDS, K
 
 SCHEDULES = {
     "linear": Schedule.linear(),
     "quadratic": Schedule.quadratic(),
     "constant": Schedule.constant(),
     "cosine": Schedule.cosine(),
+    "sigmoid": Schedule.sigmoid(),
     "respaced": Schedule.linear().respace(37),
     "two steps": Schedule.linear().respace(2),
     "one step": Schedule(np.array([0.3])),
@@ -61,6 +62,22 @@ def test_cosine_is_its_formula():
     f = np.cos((np.arange(101) / 100 + 0.008) / 1.008 * np.pi / 2) ** 2
     close(cosine.alphas_cumprod[:-1], f[1:-1] / f[0], rtol=1e-9)
     assert cosine.betas[-1] == 0.999
+
+
+@pytest.mark.parametrize(("start", "end", "tau"), [(-3, 3, 1), (0, 3, 0.7), (-3, 3, 0.3)])
+def test_sigmoid_is_its_formula(start, end, tau):
+    """lucidrains' sigmoid_beta_schedule, all of it in float64."""
+    v = 1 / (1 + np.exp(-(np.arange(101) / 100 * (end - start) + start) / tau))
+    ab = (v[-1] - v) / (v[-1] - v[0])
+    sigmoid = Schedule.sigmoid(100, start, end, tau)
+    close(sigmoid.betas, np.clip(1 - ab[1:] / ab[:-1], 0, 0.999), rtol=1e-7)
+    close(sigmoid.alphas_cumprod[:-1], ab[1:-1], rtol=1e-7)
+    assert sigmoid.betas[-1] == 0.999
+
+
+def test_sigmoid_betas_are_diffusers():
+    betas = torch.sigmoid(torch.linspace(-6, 6, 50, dtype=torch.float64)) * (0.1 - 1e-3) + 1e-3
+    close(Schedule.sigmoid_betas(50, 1e-3, 0.1).betas, betas.numpy(), rtol=1e-12)
 
 
 def test_composing_eq_2_gives_eq_4(schedule):
@@ -270,6 +287,8 @@ def test_any_schedule(betas, data):
         Schedule.quadratic(10),
         Schedule.constant(7, 0.2),
         Schedule.cosine(20, s=0.01),
+        Schedule.sigmoid(20, 0, 2, 0.9, beta_max=0.99),
+        Schedule.sigmoid_betas(9, 1e-3, 0.2),
         Schedule(np.array([0.1, 0.25])),
     ],
     ids=lambda schedule: str(schedule.to_config()["kind"]),
@@ -326,7 +345,8 @@ NO_NUMBER = (None, True, "0.1", "x", [0.1], {}, np.nan, np.inf, -1e-3, 10**400, 
 @pytest.mark.parametrize(
     ("kind", "option"),
     [("linear", "beta_start"), ("linear", "beta_end"), ("quadratic", "beta_start"),
-     ("quadratic", "beta_end"), ("constant", "beta"), ("cosine", "s"), ("cosine", "beta_max")],
+     ("quadratic", "beta_end"), ("constant", "beta"), ("cosine", "s"), ("cosine", "beta_max"),
+     ("sigmoid", "beta_max"), ("sigmoid_betas", "beta_end")],
 )  # fmt: skip
 def test_what_is_no_beta_is_named(kind, option, value):
     with pytest.raises(ValueError, match=f"{option} must be a number in"):
@@ -338,7 +358,7 @@ def test_what_is_no_beta_is_named(kind, option, value):
 @pytest.mark.parametrize(
     "value", [None, True, "9", [9], {}, 9.0, np.nan, 0, -1, 1j, 10**12, 10**30]
 )
-@pytest.mark.parametrize("kind", ["linear", "quadratic", "constant", "cosine"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_length_is_named(kind, value):
     with pytest.raises(ValueError, match="T must be"):
         Schedule.from_config({"kind": kind, "T": value})
@@ -422,6 +442,14 @@ def test_any_json_is_a_schedule_or_a_value_error():
         (lambda: Schedule.linear().respace(0), r"steps must be an integer in 1 .. 1000; got 0"),
         (lambda: Schedule.linear().respace(1001), "steps must be an integer in 1 .. 1000; got"),
         (lambda: Schedule.linear().respace(2.5), "steps must be an integer in 1 .. 1000; got 2.5"),
+        (lambda: Schedule.sigmoid(start=3), "end must be above start; got 3"),
+        (lambda: Schedule.sigmoid(start=np.nan), "start must be a finite number; got nan"),
+        (lambda: Schedule.sigmoid(end=np.inf), "end must be above start; got inf"),
+        (lambda: Schedule.sigmoid(tau=0), "tau must be above 0; got 0"),
+        (lambda: Schedule.sigmoid(tau="1"), "tau must be above 0; got '1'"),
+        (lambda: Schedule.sigmoid(tau=1e-3), "start / tau, end / tau .* must lie within -700"),
+        (lambda: Schedule.sigmoid(50, -800, 800), "start / tau, end / tau .* must lie within"),
+        (lambda: Schedule.sigmoid(50, -90, 90), "every beta must lie inside"),
         (lambda: Schedule.linear().table("large"), "variance must be one of 'fixed_large'"),
         (lambda: Schedule.linear().table(sampler="x"), "sampler must be one of 'ddpm', 'ddim'"),
         (lambda: Schedule.linear().table(sampler="ddim", eta=-1), "eta must be at least 0; got -1"),
