@@ -10,6 +10,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -65,6 +66,40 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Any]:
             error.filename = str(path)
         raise
     _fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """An empty folder to fill, which takes the name `folder` when it is whole and on the disk; one
+    that fails leaves nothing. FileExistsError where there is anything of that name."""
+    folder = named(folder)
+    check_free(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
+            else:
+                _fsync_folder(file)
+        _fsync_folder(temporary)
+        check_free(folder)
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _fsync_folder(folder.parent)
+
+
+def check_free(path: str | os.PathLike) -> None:
+    """FileExistsError where there is anything of that name, a link to nothing too."""
+    if os.path.lexists(path):
+        raise FileExistsError(
+            f"{path} is there already, and nothing is written over it: give another name"
+        )
 
 
 def locked_temporary(path: Path) -> tuple[int, Path]:
@@ -248,25 +283,37 @@ def _end(entry: Any) -> int:
     return offsets[1]
 
 
+def last_state_dict(content: Any) -> dict[str, torch.Tensor]:
+    """Of a list of several, or the one that there is; {} for none."""
+    states = content if isinstance(content, (list, tuple)) else [content]
+    return next((dict(state) for state in reversed(states) if is_state_dict(state)), {})
+
+
 def read_weights(
-    path: str | os.PathLike, *, allow_pickle: bool = False, shapes_only: bool = False
+    path: str | os.PathLike,
+    *,
+    allow_pickle: bool = False,
+    shapes_only: bool = False,
+    pick: Callable[[Any], dict[str, torch.Tensor]] = last_state_dict,
 ) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors file, or with allow_pickle=True of a pickled state dict.
 
     shapes_only: on the meta device, from the file's header; no value is read. Pickles are read by
-    torch's weights-only unpickler, which makes nothing but tensors and plain containers. A training
-    checkpoint of several state dicts gives the last one, the EMA's where it has one. Raises
-    ValueError naming the file and what is wrong with it, tensors of another type than float64,
-    float32, float16 and bfloat16 among that.
-    """
+    torch's weights-only unpickler, which makes nothing but tensors and plain containers.
+
+    pick: from what a file holds to the weights that are meant; of a list of several state dicts the
+          last by default, the EMA's where it has one
+
+    Raises ValueError naming the file and what is wrong with it, tensors of another type than
+    float64, float32, float16 and bfloat16 among that."""
     if Path(path).suffix == ".safetensors":
-        return _shapes(path) if shapes_only else read_tensors(path)[0]
+        return pick(_shapes(path) if shapes_only else read_tensors(path)[0])
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no such file: {path}")
     if not allow_pickle:
         raise ValueError(
-            f"{path} is a pickle, which is not loaded unasked: pass allow_pickle=True if you trust "
-            "it, or give a .safetensors file"
+            f"{path} is a pickle, which is not loaded unasked: pass allow_pickle=True, or "
+            "--allow-pickle, if you trust it, or give a .safetensors file"
         )
     check_fits(f"{path}", os.path.getsize(path))
     try:
@@ -276,18 +323,25 @@ def read_weights(
         device = "meta" if shapes_only else "cpu"
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # the unpickler raises nearly anything on damaged files
-        why = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} can't be read as a state dict: {why}") from None
-    states = content if isinstance(content, (list, tuple)) else [content]
-    states = [state for state in states if _is_state_dict(state)]
-    if not states:
+        raise ValueError(f"{path} can't be read as a state dict: {_why(error)}") from None
+    weights = pick(content)
+    if not weights:
         raise ValueError(f"{path} holds no state dict of tensors")
-    weights = dict(states[-1])
     for name, tensor in weights.items():
         if tensor.layout != torch.strided or tensor.dtype not in FLOATS.values():
             raise _other_type(path, name, f"{tensor.dtype}, {tensor.layout}")
         _check_shape(path, name, tensor.shape)
     return weights
+
+
+def _why(error: Exception) -> str:
+    """In one line, what kept torch from unpickling a file."""
+    if refused := re.search(r"GLOBAL ([\w.]+) was not an allowed", str(error)):
+        return (
+            f"it holds a {refused[1]} beside tensors and plain containers, and no other objects "
+            "are made from a file; save the state dicts alone"
+        )
+    return str(error).strip().split("\n")[0]
 
 
 def _shapes(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -330,7 +384,7 @@ def _check_zip(path: str | os.PathLike) -> None:
             raise ValueError(f"{record} in it is damaged: its checksum is another")
 
 
-def _is_state_dict(content: object) -> bool:
+def is_state_dict(content: object) -> bool:
     return (
         isinstance(content, dict)
         and len(content) > 0

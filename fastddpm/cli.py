@@ -17,7 +17,7 @@ import torch
 from tabulate import tabulate
 
 import fastddpm
-from fastddpm import batching, cli_train, console, figures, ranks, shards
+from fastddpm import batching, cli_convert, cli_train, console, figures, ranks, shards
 from fastddpm.cli_arguments import alone, integers, machine, path, timeout
 from fastddpm.doctor import doctor, what_runs
 from fastddpm.engine import EngineName
@@ -241,6 +241,9 @@ def _parser() -> argparse.ArgumentParser:
         smaller="give a smaller --batch-size, --image-size or --preset",
     ))  # fmt: skip
 
+    cli_convert.add_options(command(
+        "convert", cli_convert.run, "Write a model or another trainer's checkpoint as a folder.",
+    ))  # fmt: skip
     command("doctor", _doctor, "Say what was built, what can run here, and why not the faster one.")
     return parser
 

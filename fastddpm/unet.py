@@ -300,11 +300,14 @@ class UNet(nn.Module):
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, **options: Any) -> UNet:
         """A model by name ("fashion-mnist", bundled), from a folder of `save_pretrained`, a
-        diffusers folder of the google/ddpm-* family, or a weights file of the PyTorch port of the
-        paper's code.
+        diffusers folder of the google/ddpm-* family, or a file of weights or a training checkpoint
+        of the PyTorch port of the paper's code, w86763777/pytorch-ddpm, tqch/ddpm-torch or OpenAI's
+        improved- or guided-diffusion.
 
-        Returned in eval mode, float32, channels_last, on the CPU. options (allow_pickle, ...): see
-        `fastddpm.integrations`. Raises FileNotFoundError or ValueError, naming what is wrong.
+        Returned in eval mode, float32, channels_last, on the CPU. options (weights="ema" or "raw",
+        allow_pickle, num_heads, timesteps, ...): see `fastddpm.integrations`. A warning says what
+        was taken where neither the file nor an option does. Raises FileNotFoundError or
+        ValueError, naming what is wrong.
         """
         from fastddpm.pretrained import load_model
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from fastddpm.checkpoint import check_weights, load_weights, read_weights
+from fastddpm.checkpoint import check_weights, last_state_dict, load_weights, read_weights
 from fastddpm.memory import check_fits
 
 Tensors = dict[str, torch.Tensor]
@@ -23,6 +23,7 @@ def load(
     *,
     convert: Callable[[Tensors], Tensors] = dict,
     allow_pickle: bool = False,
+    pick: Callable[[Any], Tensors] = last_state_dict,
     source: str | os.PathLike,
 ) -> Module:
     """The model of `make`, float32 on the CPU, with the weights that are spread over `files`.
@@ -31,6 +32,7 @@ def load(
              real ones when those fit
     make:    the model for the converted weights; called with meta tensors, on the meta device, so
              that a network that its weights file does not hold costs nothing
+    pick:    which weights are meant of what a file holds, see `read_weights`
 
     No random numbers are drawn. Raises FileNotFoundError or ValueError naming what is wrong: a key
     that is missing, unknown, there twice or of another shape, or a model beyond this machine's
@@ -39,7 +41,7 @@ def load(
     def weights(shapes_only: bool) -> Tensors:
         merged: Tensors = {}
         for path in files:
-            part = read_weights(path, allow_pickle=allow_pickle, shapes_only=shapes_only)
+            part = read_weights(path, allow_pickle=allow_pickle, shapes_only=shapes_only, pick=pick)
             merged = merge(merged, part, path)
         return convert(merged)
 

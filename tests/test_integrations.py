@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 
 import pytest
 import torch
+from peers import as_port
 from safetensors.torch import load_file, save_file
 from toy import generator, tiny_unet
 
@@ -15,6 +17,7 @@ from fastddpm import UNet
 from fastddpm.integrations.diffusers import to_diffusers, unet_options
 
 diffusers = pytest.importorskip("diffusers")
+EMAModel = pytest.importorskip("diffusers.training_utils").EMAModel
 
 # The options of google/ddpm-cifar10-32 and its family, at a size that a test can run.
 FAMILY = {
@@ -48,9 +51,11 @@ def assert_equal_outputs(model: UNet, theirs: torch.nn.Module) -> None:
     """To 1e-5 of the largest output, in float32, at several steps."""
     x = torch.randn(3, model.in_channels, *model.image_size, generator=generator(5))
     t = torch.tensor([0, 371, 999])
+    classes = model.config["num_classes"]
+    y = () if classes is None else (torch.tensor([0, classes - 1, 1]),)
     with torch.no_grad():
-        expected = theirs(x, t).sample
-        assert (model(x, t) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        expected = theirs(x, t, *y).sample
+        assert (model(x, t, *y) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -62,6 +67,11 @@ def assert_equal_outputs(model: UNet, theirs: torch.nn.Module) -> None:
         {"downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5},
         {"attention_head_dim": 8, "norm_num_groups": 16},
         {"layers_per_block": 1, "dropout": 0.1},
+        {
+            "resnet_time_scale_shift": "scale_shift",
+            "attn_norm_num_groups": 32,
+            "num_class_embeds": 5,
+        },
     ],
     ids=str,
 )
@@ -148,7 +158,12 @@ def test_a_diffusers_model_is_sampled_as_it_is():
     ("options", "message"),
     [
         ({"act_fn": "gelu"}, "act_fn must be 'silu' or 'swish' here; got 'gelu'"),
-        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift must be 'default'"),
+        ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift must be 'default' or"),
+        (
+            {"resnet_time_scale_shift": "scale_shift"},
+            r"attn_norm_num_groups must be norm_num_groups \(32",
+        ),
+        ({"attn_norm_num_groups": [32]}, r"attn_norm_num_groups must be norm_num_groups \(32\)"),
         ({"class_embed_type": "timestep"}, "class_embed_type must be None here"),
         ({"down_block_types": ["SkipDownBlock2D"]}, "got 'SkipDownBlock2D'"),
         ({"up_block_types": ["UpBlock2D"] * 3}, "up_block_types must mirror down_block_types"),
@@ -231,6 +246,26 @@ def test_the_only_variant_is_read_and_one_of_several_is_asked_for(tmp_path):
     assert_equal_outputs(UNet.from_pretrained(tmp_path, variant="fp16"), theirs)
     with pytest.raises(ValueError, match="has no variant 'bf16' of its weights; it has fp16, non_"):
         UNet.from_pretrained(tmp_path, variant="bf16")
+
+
+def test_the_ema_of_a_training_checkpoint_has_a_folder_of_its_own(tmp_path):
+    """As diffusers' training script has accelerate save it; the EMA's config has its counts."""
+    raw, ema = peer(**SMALL), peer(**SMALL)
+    with torch.no_grad():
+        ema.conv_out.bias += 1
+    raw.save_pretrained(tmp_path / "unet")
+    average = EMAModel(ema.parameters(), model_cls=type(ema), model_config=ema.config)
+    average.save_pretrained(tmp_path / "unet_ema")
+    with pytest.warns(UserWarning, match=r"EMA weights \(unet_ema\) are taken"):
+        assert_equal_outputs(UNet.from_pretrained(tmp_path), ema)
+    assert_equal_outputs(UNet.from_pretrained(tmp_path, weights="ema"), ema)
+    assert_equal_outputs(UNet.from_pretrained(tmp_path, weights="raw"), raw)
+    with pytest.raises(ValueError, match="weights must be one of 'ema', 'raw'; got 'both'"):
+        UNet.from_pretrained(tmp_path, weights="both")
+    shutil.rmtree(tmp_path / "unet")
+    assert_equal_outputs(UNet.from_pretrained(tmp_path), ema)
+    with pytest.raises(ValueError, match="has no unet, where weights='raw' would be; it has unet_"):
+        UNet.from_pretrained(tmp_path, weights="raw")
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -345,23 +380,6 @@ def test_an_option_of_another_type_is_named(tmp_path, options, message):
 
 
 # ---- the PyTorch port of the paper's code --------------------------------------------------------
-
-
-def as_port(model: UNet) -> dict[str, torch.Tensor]:
-    """The model's weights under the port's names: q, k, v and proj_out are 1x1 convolutions."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-        block, _, kind = name.rpartition(".")
-        if block.endswith(".qkv"):
-            for part, value in zip("qkv", tensor.chunk(3), strict=True):
-                value = value[:, :, None, None] if kind == "weight" else value
-                weights[f"{block.removesuffix('qkv')}{part}.{kind}"] = value.clone()
-        elif block.endswith(".proj_out") and kind == "weight":
-            weights[name] = tensor[:, :, None, None]
-        else:
-            weights[name] = tensor
-    return weights
 
 
 PORT = {"image_size": 32, "in_channels": 3, "channels": 32, "num_groups": 32}

@@ -20,6 +20,7 @@ from fastddpm.unet import UNet
 from fastddpm.unet_config import MAX_VALUES
 from fastddpm.weights import load, rename
 
+PROJECT = "diffusers"
 STEM = "diffusion_pytorch_model"
 # STEM[.variant].safetensors, and STEM.safetensors.index[.variant].json beside its shards.
 _WEIGHTS_NAME = STEM + r"(\.(\w+))?\.(safetensors|bin)(\.index(?:\.(\w+))?\.json)?"
@@ -34,14 +35,16 @@ _FIXED = {
     "downsample_type": ("conv",),
     "upsample_type": ("conv",),
     "act_fn": ("silu", "swish"),
-    "attn_norm_num_groups": (None,),
-    "resnet_time_scale_shift": ("default",),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
     "add_attention": (True,),
     "class_embed_type": (None,),
-    "num_class_embeds": (None,),
 }
-# What has no part in the network's function.
-_OTHER = ("sample_size", "num_train_timesteps")
+# What has no part in the network's function; the second line is of an EMA's bookkeeping.
+_OTHER = (
+    "sample_size", "num_train_timesteps",
+    "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma",
+    "power",
+)  # fmt: skip
 # Their names of options that mean the same here.
 _SAME = {
     "in_channels": "in_channels",
@@ -51,6 +54,7 @@ _SAME = {
     "norm_num_groups": "num_groups",
     "norm_eps": "norm_eps",
     "dropout": "dropout",
+    "num_class_embeds": "num_classes",
     "downsample_padding": "downsample_padding",
     "freq_shift": "freq_shift",
     "flip_sin_to_cos": "flip_sin_to_cos",
@@ -65,6 +69,9 @@ _DEFAULTS = {
     "norm_num_groups": 32,
     "norm_eps": 1e-5,
     "dropout": 0.0,
+    "num_class_embeds": None,
+    "resnet_time_scale_shift": "default",
+    "attn_norm_num_groups": None,
     "downsample_padding": 1,
     "freq_shift": 0,
     "flip_sin_to_cos": True,
@@ -74,6 +81,7 @@ _DEFAULTS = {
 _LAYERS = {
     "time_embedding.linear_1": "temb.dense.0",
     "time_embedding.linear_2": "temb.dense.1",
+    "class_embedding": "label_emb",
     "conv_norm_out": "norm_out",
     "mid_block.resnets.0": "mid.block_1",
     "mid_block.resnets.1": "mid.block_2",
@@ -131,6 +139,16 @@ def load_folder(
             raise ValueError(f"{source}: {error}") from None
 
     return load(make, files, convert=convert, allow_pickle=allow_pickle, source=files[0])
+
+
+def check_options(folder: Path, options: dict[str, Any]) -> None:
+    """ValueError names the first that `load_folder` does not take."""
+    allowed = ("allow_pickle", "variant", "diffusion")
+    if unknown := sorted(options.keys() - set(allowed)):
+        raise ValueError(
+            f"{folder}: {unknown[0]} is no option of a diffusers folder, whose config.json says "
+            f"what its network is; it takes {', '.join(allowed)}"
+        )
 
 
 def _check_pipeline(folder: Path) -> None:
@@ -195,7 +213,8 @@ def _shards(index: Path) -> list[Path]:
 
 def to_diffusers(model: UNet) -> torch.nn.Module:
     """A diffusers UNet2DModel of the model's architecture with a copy of its weights, on its device
-    and in its mode. ImportError where diffusers is not installed.
+    and in its mode. ImportError where diffusers is not installed, ValueError where it has no such
+    network.
 
     Its save_pretrained writes the model's process too, as the scheduler_config.json of a
     DDPMScheduler that `UNet.from_pretrained` and diffusers read; where there is no such scheduler
@@ -203,13 +222,21 @@ def to_diffusers(model: UNet) -> torch.nn.Module:
     """
     from diffusers import UNet2DModel
 
-    c = model.config
+    c = {**model.config, "head_dim": _head_dim(model.config)}
+    if c["resblock_updown"]:
+        raise ValueError(
+            "a model whose residual blocks resample (resblock_updown) is not written as a "
+            "UNet2DModel, which resamples between them"
+        )
+    scaled = c["scale_shift_norm"]
     attention = [level in c["attention_levels"] for level in range(len(c["channel_mult"]))]
     net: Any = UNet2DModel(
         sample_size=tuple(c["image_size"]),
         block_out_channels=tuple(c["channels"] * m for m in c["channel_mult"]),
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        resnet_time_scale_shift="scale_shift" if scaled else "default",
+        attn_norm_num_groups=c["num_groups"] if scaled else None,
         **{theirs: c[ours] for theirs, ours in _SAME.items()},
     )
     ours = split_qkv(model.state_dict())
@@ -222,6 +249,23 @@ def to_diffusers(model: UNet) -> torch.nn.Module:
     parameter = next(model.parameters())
     # Not by its own `to`, which warns of parts to be kept in float32 where there are none.
     return torch.nn.Module.to(net, parameter.device, parameter.dtype).train(model.training)
+
+
+def _head_dim(config: dict[str, Any]) -> int | None:
+    """Channels a head, as UNet2DModel has them; ValueError where they differ by level."""
+    if not config["num_heads"]:
+        return config["head_dim"]
+    widths = [config["channels"] * m for m in config["channel_mult"]]
+    sizes = {
+        widths[level] // config["num_heads"]
+        for level in (*config["attention_levels"], len(widths) - 1)
+    }
+    if len(sizes) > 1:
+        raise ValueError(
+            f"num_heads={config['num_heads']} are heads of {sorted(sizes)} channels here; those "
+            "of a UNet2DModel have the same size at every level (head_dim)"
+        )
+    return sizes.pop()
 
 
 def _save_pretrained(
@@ -277,12 +321,21 @@ def unet_options(config: dict[str, Any], source: object) -> dict[str, Any]:
             f"{source}: block_out_channels must be multiples of the first; got {bad[0]} of "
             f"{widths[0]}"
         )
+    # The middle's attention has a norm of as many groups by default, but none beside a scale.
+    scaled = c["resnet_time_scale_shift"] == "scale_shift"
+    groups = [c["norm_num_groups"], *([] if scaled else [None])]
+    if c["attn_norm_num_groups"] not in groups:
+        raise ValueError(
+            f"{source}: attn_norm_num_groups must be norm_num_groups ({c['norm_num_groups']}) "
+            f"here; got {c['attn_norm_num_groups']!r}"
+        )
     size = config.get("sample_size")
     return {
         "image_size": 32 if size is None else size,
         "channels": widths[0],
         "channel_mult": [width // widths[0] for width in widths],
         "attention_levels": [i for i, there in enumerate(attention) if there],
+        "scale_shift_norm": scaled,
         **{ours: c[theirs] for theirs, ours in _SAME.items()},
     }
 

@@ -84,8 +84,7 @@ def load_process(folder: Path) -> Diffusion:
     there is none, with a warning where a pipeline names one. ValueError where it has two that
     differ.
     """
-    places = (folder / SCHEDULER, folder.parent / "scheduler" / SCHEDULER)
-    there = [place for place in places if os.path.lexists(place)]  # links of a cleared cache too
+    there = process_files(folder)
     if not there:
         _warn_of_one_that_is_named(folder)
         return Diffusion()
@@ -99,6 +98,12 @@ def load_process(folder: Path) -> Diffusion:
                 "network was not trained for, or pass diffusion=..."
             )
     return first
+
+
+def process_files(folder: Path) -> list[Path]:
+    """The scheduler_config.json of `folder` and the one in ../scheduler, where they are."""
+    places = (folder / SCHEDULER, folder.parent / "scheduler" / SCHEDULER)
+    return [place for place in places if os.path.lexists(place)]  # links of a cleared cache too
 
 
 def _warn_of_one_that_is_named(folder: Path) -> None:
