@@ -1,0 +1,244 @@
+"""A whole network of another project, computed by our U-Net on its very parameters, and the trial
+that finds out whether that is the same function."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.accelerated import rules, state
+from fastddpm.accelerated.known import Known, empty_unet, image_size, sinusoids
+from fastddpm.unet import UNet
+
+TOLERANCE = 2e-4  # of the largest output, in the trial; another function errs by 1e-2 at least
+
+
+class WholeNetwork(state.StandIn):
+    """What stands for a network's `forward`: a UNet with the network's tensors in its place, which
+    are looked up in every call.
+
+    Calls that ours does not take (another device than the CPU, another dtype than float32, other
+    sizes or arguments), that something traces or transforms, and all calls of a network that was
+    changed since, are the network's own."""
+
+    def __init__(self, model: nn.Module, known: Known):
+        super().__init__(model)
+        self.known = known
+        self.was = state.fingerprint(list(model.modules()))
+        self._unet: tuple[int, UNet] | None = None  # of the thread that made it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_unet": None}  # made anew, for the copy's own model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if state.watched():
+            return self.own(*args, **kwargs)
+        call = self._taken(args, kwargs)
+        modules = list(self.module.modules())
+        if call is None or self.changed(modules):
+            return self.own(*args, **kwargs)
+        x, t, y, wrap = call
+        again = torch.is_grad_enabled() and state.checkpointing(modules)
+        unet = self._own_unet(again)
+        if not self._bind(unet, self._tensors()) or not _fits(unet, x, t, y):
+            return self.own(*args, **kwargs)
+        out = unet(x, t, y) if y is not None else unet(x, t)
+        if torch.is_autocast_enabled(x.device.type):  # which a last convolution of torch's is under
+            out = out.to(torch.get_autocast_dtype(x.device.type))
+        return wrap(out.contiguous())
+
+    def _own_unet(self, again: bool) -> UNet:
+        """One for the call: the thread's, or where a backward computes blocks again from what is
+        in it, the call's."""
+        thread = threading.get_ident()
+        if again:
+            return self._empty().checkpoint_blocks()
+        if self._unet is None or self._unet[0] != thread:
+            self._unet = thread, self._empty()
+        return self._unet[1]
+
+    def unet(self) -> UNet | None:
+        """A UNet of the network's weights as they are now, on their device, for an engine; None
+        for a network that was changed since or is not float32."""
+        if self.changed(list(self.module.modules())):
+            return None
+        with torch.no_grad():
+            unet = self._empty()
+            if not self._bind(unet, self._tensors()):
+                return None
+        unet.image_size = image_size(self.module, self.known.project)
+        unet.__dict__["stands_in"] = True
+        return unet
+
+    def changed(self, modules: Sequence[nn.Module]) -> bool:
+        return self.was is None or state.fingerprint(modules) != self.was
+
+    # ---- our U-Net ------------------------------------------------------------------------------
+
+    def _empty(self) -> UNet:
+        unet = empty_unet(self.known.options)
+        for name, theirs in self.known.dropouts.items():
+            block = cast(Any, unet.get_submodule(name))
+            block.dropout = self.module.get_submodule(theirs)
+        if (own := sinusoids(self.module, self.known.project)) is not None:
+            unet.__dict__["sinusoids"] = own
+        return unet
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {}
+        for prefix, module in self.module.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    found[f"{prefix}.{name}" if prefix else name] = parameter
+        return found
+
+    def _bind(self, unet: UNet, tensors: dict[str, Tensor]) -> bool:
+        """Put the network's tensors in the place of the U-Net's; False where they are none that it
+        can take."""
+        needed = [tensors.get(name) for s in self.known.sources.values() for name in s.names]
+        plain = all(type(x) in (Tensor, nn.Parameter) for x in needed)
+        kinds = {(x.dtype, x.device) for x in needed if x is not None}
+        if not plain or len(kinds) != 1 or next(iter(kinds))[0] != torch.float32:
+            return False
+        for prefix, module in unet.named_modules():
+            for name in module._parameters:
+                source = self.known.sources[f"{prefix}.{name}"]
+                value = source.of([tensors[each] for each in source.names])
+                module._parameters[name] = cast(nn.Parameter, value)
+        return True
+
+    # ---- how it is called -----------------------------------------------------------------------
+
+    def _taken(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor | None, Callable[[Tensor], Any]] | None:
+        """(x, t, y, what makes the result of ours) of a call, or None for one that is not ours."""
+        try:
+            given = self.__signature__.bind(*args, **kwargs).arguments
+        except TypeError:
+            return None
+        x_name, t_name, y_name = self.known.arguments
+        x, t = given.pop(x_name, None), given.pop(t_name, None)
+        y = given.pop(y_name, None) if y_name else None
+        wrap: Callable[[Tensor], Any] = _itself
+        if self.known.project == "diffusers":
+            wrap = _in_a_dataclass if given.pop("return_dict", True) else _in_a_tuple
+            if isinstance(x, Tensor) and x.dim() == 4:
+                if not isinstance(t, Tensor):
+                    t = torch.tensor([t], dtype=torch.long, device=x.device)
+                if t.dim() <= 1 and t.numel() == 1:
+                    t = t.to(x.device).reshape(1).expand(x.shape[0])
+        if any(value is not None for value in given.values()) or not isinstance(x, Tensor):
+            return None
+        if not isinstance(t, Tensor) or not isinstance(y, (Tensor, type(None))):
+            return None
+        if self.known.project == "w86763777" and t.is_floating_point():
+            return None
+        return x, t, y, wrap
+
+
+def _fits(unet: UNet, x: Tensor, t: Tensor, y: Tensor | None) -> bool:
+    """Whether the U-Net takes these without a word; else the network says what it says to them."""
+    weight = unet.conv_in.weight
+    same = {x.device, t.device, *(() if y is None else (y.device,))} == {weight.device}
+    if not same or type(x) not in (Tensor, nn.Parameter) or not rules.runs(weight.device):
+        return False
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return False
+    if x.numel() == 0:
+        return False
+    try:
+        unet.check_input(x, t)
+        unet.check_labels(y, len(x))
+    except ValueError:
+        return False
+    return True
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _in_a_tuple(x: Tensor) -> tuple[Tensor]:
+    return (x,)
+
+
+def _in_a_dataclass(x: Tensor) -> Any:
+    from diffusers.models.unets.unet_2d import UNet2DOutput
+
+    return UNet2DOutput(sample=x)
+
+
+# ---- the trial -----------------------------------------------------------------------------------
+
+
+def difference(model: nn.Module, known: Known) -> str | None:
+    """What our U-Net computes otherwise than the network, or None: both on a copy of it with random
+    weights (a new network's last layers are zeros), in eval mode and in training, a dropout as a
+    known function."""
+    theirs = nn.Module.to(copy.deepcopy(model), "cpu", torch.float32)  # no override with a warning
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if p.requires_grad or name in _used(known):
+                spread = 0.3 if p.dim() < 2 else p[0].numel() ** -0.5
+                p.copy_(torch.randn(p.shape, generator=random) * spread + 0.3 * (p.dim() < 2))
+    for name in known.dropouts.values():
+        theirs.get_submodule(name).__dict__["forward"] = _dropped
+    ours = WholeNetwork(theirs, known)
+    unet = ours._empty()
+    halvings = 2 ** (len(known.options["channel_mult"]) - 1)
+    sizes = [(2 * halvings, 2 * halvings), tuple(unet.image_size)]
+    why = ""
+    for size in sizes:
+        x = torch.randn(2, unet.in_channels, *size, generator=random)
+        t = torch.tensor([3, _last(known, theirs)])
+        classes = known.options.get("num_classes")
+        y = None if classes is None else torch.tensor([0, classes - 1])
+        try:
+            why = _compared(ours, unet, x, t, y)
+        except Exception as error:  # what a network of any kind says to a size that it can't take
+            why = f"its forward can't be tried: {type(error).__name__}: {error}"
+            continue
+        return why or None
+    return why
+
+
+def _used(known: Known) -> set[str]:
+    return {name for source in known.sources.values() for name in source.names}
+
+
+def _last(known: Known, model: nn.Module) -> int:
+    if known.project == "w86763777":
+        return len(cast(Any, model).time_embedding.timembedding[0].weight) - 1
+    return 999
+
+
+def _dropped(x: Tensor) -> Tensor:
+    return 0.7 * x + 0.1
+
+
+def _compared(ours: WholeNetwork, unet: UNet, x: Tensor, t: Tensor, y: Tensor | None) -> str:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        for training in (False, True):
+            ours.module.train(training)
+            if not ours._bind(unet, ours._tensors()):
+                return "its parameters are not plain tensors of one dtype"
+            expected = ours.own(x, t) if y is None else ours.own(x, t, y)
+            expected = getattr(expected, "sample", expected)
+            found = unet(x, t) if y is None else unet(x, t, y)
+            if not isinstance(expected, Tensor) or expected.shape != found.shape:
+                return "its result has another shape"
+            error = float((found - expected).abs().max() / expected.abs().max())
+            if not error <= TOLERANCE:
+                mode = "in training mode" if training else "in eval mode"
+                return (
+                    "its names are the family's, but its forward computes something else "
+                    f"({mode}, by {error:.1g} of its largest output)"
+                )
+    return ""
