@@ -186,7 +186,7 @@ def test_dropout_is_where_theirs_is():
     model = accelerated(randomised(W86()).train())
     x, t = batch()
     ours = model.forward
-    unet = ours._empty()
+    unet = ours.unet()
     assert unet.down[0].block[0].dropout is model.downblocks[0].block2[2]
     assert unet.up[1].block[1].dropout is model.upblocks[1].block2[2]
     with torch.no_grad():
@@ -195,8 +195,12 @@ def test_dropout_is_where_theirs_is():
         b = model(x, t)
         assert calls_of(ours)
         assert not torch.equal(a, b)
+        for block in model.upblocks:
+            if hasattr(block, "block2"):
+                block.block2[2] = nn.Dropout(0.1)  # the model's mode is its parts', new ones' too
         model.eval()
         assert torch.equal(model(x, t), model(x, t))
+        assert torch.allclose(model(x, t), type(model).forward(model, x, t), atol=1e-3)
 
 
 def test_sampling_takes_the_plan():
@@ -589,5 +593,5 @@ def test_compiled():
         (randomised(in_sequence()), (torch.randn(2, 3, 16, 16),)),
     ):
         expected = model(*inputs)
-        compiled = torch.compile(accelerated(model), backend="eager")
+        compiled = torch.compile(accelerated(model), backend="eager", fullgraph=True)
         assert torch.allclose(compiled(*inputs), expected, atol=1e-4)

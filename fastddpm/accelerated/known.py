@@ -170,7 +170,7 @@ def sinusoids(model: nn.Module, project: str) -> Callable[[Tensor], Tensor] | No
     """The network's own sinusoids of steps, in our order; None where it does not hold them."""
     inside: Any = model
     if project == "diffusers":
-        return inside.time_proj
+        return lambda t: inside.time_proj(t)
     if project == "w86763777":
 
         def looked_up(t: Tensor) -> Tensor:

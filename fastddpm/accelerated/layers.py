@@ -12,7 +12,7 @@ from torch import nn
 from fastddpm import ops
 from fastddpm.accelerated import rules
 from fastddpm.accelerated.likeness import is_norm, is_silu
-from fastddpm.accelerated.state import StandIn, altered
+from fastddpm.accelerated.state import StandIn, altered, watched
 
 
 class Convolution(StandIn):
@@ -20,7 +20,7 @@ class Convolution(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         conv: Any = self.module
-        if len(args) == 1 and not kwargs and is_convolution(conv):
+        if len(args) == 1 and not kwargs and not watched() and is_convolution(conv):
             weight, bias = conv.weight, conv.bias
             if rules.faster(args[0], weight, bias):
                 return ops.convolution(args[0], weight, bias)
@@ -31,7 +31,7 @@ class Layers(StandIn):
     """A Sequential with chains in it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs:
+        if len(args) != 1 or kwargs or watched():
             return self.own(*args, **kwargs)
         return run(tuple(self.module._modules.values()), args[0])
 

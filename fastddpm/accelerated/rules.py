@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm import _native
-from fastddpm.accelerated import state
 from fastddpm.ops import dispatch
 
 NARROWEST = 32  # channels, in and out: below, a convolution of ours is the slower one
@@ -33,7 +32,7 @@ def runs(device: torch.device, *, measured: bool = False) -> bool:
 def faster(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
     """Whether a 3x3 convolution of stride 1 of x, with a norm of its own or without, is faster as
     ours. others: the bias and the norm's parameters."""
-    if type(x) not in _PLAIN or x.dim() != 4 or x.numel() == 0 or state.watched():
+    if type(x) not in _PLAIN or x.dim() != 4 or x.numel() == 0:
         return False
     for tensor in (x, weight, *others):
         if tensor is not None and not (

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
-from torch.nn.utils import parametrize
 
 from fastddpm.unet_parts import OWN
 
@@ -49,7 +48,7 @@ def altered(module: nn.Module) -> str | None:
         return "has a forward hook"
     if module._backward_hooks or module._backward_pre_hooks:
         return "has a backward hook"
-    if parametrize.is_parametrized(module):
+    if "parametrizations" in module._modules:
         return "has a parametrisation"
     return None
 
@@ -60,30 +59,23 @@ Fingerprint = tuple[tuple[Any, ...], ...]
 def fingerprint(modules: Sequence[nn.Module]) -> Fingerprint | None:
     """What the modules, all but the first, compute by beside tensors and modes; of the first what
     it holds. None where one has a hook or a forward that is not its class's."""
-    found = []
+    found: list[tuple[Any, ...]] = []
     for i, module in enumerate(modules):
         if i and altered(module) is not None:
             return None
-        found.append(_of(module))
+        have: list[Any] = [type(module)]
+        for name, value in module.__dict__.items():
+            if name[0] == "_" or name in _MODES:
+                continue
+            kind = type(value)
+            plain = kind in _PLAIN or (kind is tuple and _all_plain(value))
+            have += (name, value if plain else kind)
+        found.append(tuple(have))
     return tuple(found)
 
 
-def _of(module: nn.Module) -> tuple[Any, ...]:
-    kind = type(module)
-    have: list[Any] = [kind]
-    for name, value in module.__dict__.items():
-        if name[0] == "_" or name in _MODES or (kind is nn.Dropout and name == "p"):
-            continue
-        have.append(name)
-        have.append(_plain(value))
-    return tuple(have)
-
-
-def _plain(value: Any) -> Any:
-    """The value, where that is one of Python's numbers, words or tuples of such; else its type."""
-    if type(value) in _PLAIN:
-        return value
-    return tuple(map(_plain, value)) if type(value) is tuple else type(value)
+def _all_plain(values: tuple[Any, ...]) -> bool:
+    return all(type(each) in _PLAIN for each in values)
 
 
 def checkpointing(modules: Sequence[nn.Module]) -> bool:

@@ -30,6 +30,12 @@ class WholeNetwork(state.StandIn):
         super().__init__(model)
         self.known = known
         self.was = state.fingerprint(list(model.modules()))
+        self.numbers = {name: i for i, (name, _) in enumerate(model.named_modules())}
+        self.places = {
+            f"{prefix}.{name}" if prefix else name: (i, name)
+            for i, (prefix, part) in enumerate(model.named_modules())
+            for name in part._parameters
+        }
         self._unet: tuple[int, UNet] | None = None  # of the thread that made it
 
     def __getstate__(self) -> dict[str, Any]:
@@ -45,7 +51,7 @@ class WholeNetwork(state.StandIn):
         x, t, y, wrap = call
         again = torch.is_grad_enabled() and state.checkpointing(modules)
         unet = self._own_unet(again)
-        if not self._bind(unet, self._tensors()) or not _fits(unet, x, t, y):
+        if not self._bind(unet, modules) or not _fits(unet, x, t, y):
             return self.own(*args, **kwargs)
         out = unet(x, t, y) if y is not None else unet(x, t)
         if torch.is_autocast_enabled(x.device.type):  # which a last convolution of torch's is under
@@ -65,11 +71,12 @@ class WholeNetwork(state.StandIn):
     def unet(self) -> UNet | None:
         """A UNet of the network's weights as they are now, on their device, for an engine; None
         for a network that was changed since or is not float32."""
-        if self.changed(list(self.module.modules())):
+        modules = list(self.module.modules())
+        if self.changed(modules):
             return None
         with torch.no_grad():
             unet = self._empty()
-            if not self._bind(unet, self._tensors()):
+            if not self._bind(unet, modules):
                 return None
         unet.image_size = image_size(self.module, self.known.project)
         unet.__dict__["stands_in"] = True
@@ -82,35 +89,40 @@ class WholeNetwork(state.StandIn):
 
     def _empty(self) -> UNet:
         unet = empty_unet(self.known.options)
-        for name, theirs in self.known.dropouts.items():
-            block = cast(Any, unet.get_submodule(name))
-            block.dropout = self.module.get_submodule(theirs)
         if (own := sinusoids(self.module, self.known.project)) is not None:
             unet.__dict__["sinusoids"] = own
+        unet.__dict__["dropouts"] = [
+            (unet.get_submodule(name)._modules, self.numbers[theirs])
+            for name, theirs in self.known.dropouts.items()
+        ]
+        unet.__dict__["slots"] = [
+            (module._parameters, name, self.known.sources[f"{prefix}.{name}"])
+            for prefix, module in unet.named_modules()
+            for name in module._parameters
+        ]
         return unet
 
-    def _tensors(self) -> dict[str, Tensor]:
-        found = {}
-        for prefix, module in self.module.named_modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    found[f"{prefix}.{name}" if prefix else name] = parameter
-        return found
-
-    def _bind(self, unet: UNet, tensors: dict[str, Tensor]) -> bool:
-        """Put the network's tensors in the place of the U-Net's; False where they are none that it
-        can take."""
-        needed = [tensors.get(name) for s in self.known.sources.values() for name in s.names]
-        plain = all(type(x) in (Tensor, nn.Parameter) for x in needed)
-        kinds = {(x.dtype, x.device) for x in needed if x is not None}
-        if not plain or len(kinds) != 1 or next(iter(kinds))[0] != torch.float32:
-            return False
-        for prefix, module in unet.named_modules():
-            for name in module._parameters:
-                source = self.known.sources[f"{prefix}.{name}"]
-                value = source.of([tensors[each] for each in source.names])
-                module._parameters[name] = cast(nn.Parameter, value)
-        return True
+    def _bind(self, unet: UNet, modules: Sequence[nn.Module]) -> bool:
+        """Put the network's tensors and dropouts, of its modules, in the place of the U-Net's;
+        False where they are none that it can take."""
+        for parts, i in unet.__dict__["dropouts"]:
+            parts["dropout"] = modules[i]
+        gradient = torch.is_grad_enabled()
+        for parameters, name, source in unet.__dict__["slots"]:
+            tensors = []
+            for each in source.names:
+                i, own = self.places[each]
+                tensor = modules[i]._parameters[own]
+                if tensor is None or type(tensor) not in _PLAIN or tensor.dtype != torch.float32:
+                    return False
+                tensors.append(tensor)
+            value = source.of(tensors)
+            if gradient and value.dim() == 4:
+                # As the gradients' sums are made. Without gradients a packed copy is kept by the
+                # tensor, which must then be the network's own.
+                value = value.contiguous(memory_format=torch.channels_last)
+            parameters[name] = value
+        return len({x.device for p, name, _ in unet.__dict__["slots"] for x in (p[name],)}) == 1
 
     # ---- how it is called -----------------------------------------------------------------------
 
@@ -142,11 +154,14 @@ class WholeNetwork(state.StandIn):
         return x, t, y, wrap
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 def _fits(unet: UNet, x: Tensor, t: Tensor, y: Tensor | None) -> bool:
     """Whether the U-Net takes these without a word; else the network says what it says to them."""
     weight = unet.conv_in.weight
     same = {x.device, t.device, *(() if y is None else (y.device,))} == {weight.device}
-    if not same or type(x) not in (Tensor, nn.Parameter) or not rules.runs(weight.device):
+    if not same or type(x) not in _PLAIN or not rules.runs(weight.device):
         return False
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return False
@@ -227,7 +242,7 @@ def _compared(ours: WholeNetwork, unet: UNet, x: Tensor, t: Tensor, y: Tensor | 
     with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         for training in (False, True):
             ours.module.train(training)
-            if not ours._bind(unet, ours._tensors()):
+            if not ours._bind(unet, list(ours.module.modules())):
                 return "its parameters are not plain tensors of one dtype"
             expected = ours.own(x, t) if y is None else ours.own(x, t, y)
             expected = getattr(expected, "sample", expected)
