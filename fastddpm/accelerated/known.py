@@ -80,9 +80,7 @@ def known(model: nn.Module, project: str) -> list[Known]:
         full = {**options, **order}
         convert = functools.partial(reader.convert, source="it", options=full)
         sources = traced(weights, convert, kept=table)
-        norm = model.get_submodule(sources["norm_out.weight"].names[0].rpartition(".")[0])
-        own = {"norm_eps": norm.eps, "num_groups": norm.num_groups, "dropout": 0.0}
-        own = {**options, **own}
+        own = {**options, **_norms(model, sources), "dropout": 0.0}
         _check_names(own, sources)
         dropouts, arguments = _dropouts(model, sources), _arguments(model, own)
         found.append(Known(project, own, sources, dropouts, arguments))
@@ -107,6 +105,20 @@ def _settings(model: nn.Module, project: str) -> dict[str, Any]:
     if len(sizes) == 1:
         return {"head_dim": sizes.pop()}
     raise ValueError(f"its attentions differ in heads ({sorted(heads)}) and in their sizes")
+
+
+def _norms(model: nn.Module, sources: dict[str, Source]) -> dict[str, Any]:
+    """The one epsilon, which hardly shows in a trial, and number of groups of all norms."""
+    found = {}
+    for name, source in sources.items():
+        if ".norm" in f".{name}" and name.endswith(".weight"):
+            layer = source.names[0].removesuffix(".weight")
+            norm: Any = model.get_submodule(layer)
+            found[layer] = float(norm.eps), int(norm.num_groups)
+    first = next(iter(found.values()))
+    if odd := [layer for layer, each in found.items() if each != first]:
+        raise ValueError(f"{odd[0]} has (eps, num_groups) {found[odd[0]]}, others {first}")
+    return {"norm_eps": first[0], "num_groups": first[1]}
 
 
 def empty_unet(options: dict[str, Any]) -> UNet:

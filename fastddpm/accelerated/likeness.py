@@ -85,10 +85,11 @@ def _difference(
     try:
         layer = copy.deepcopy(layer).to("cpu", torch.float32)
         for p in layer.parameters():
-            p.copy_(torch.randn(p.shape, generator=random))
+            p.copy_(torch.randn(p.shape, generator=random, dtype=torch.float32))
         for k, training in enumerate((False, True, False)):
             layer.train(training)
-            x = torch.randn(2, channels, 4, 2 + k, generator=random) * 10.0 ** (k - 1) + k
+            x = torch.randn(2, channels, 4, 2 + k, generator=random, dtype=torch.float32)
+            x = x * 10.0 ** (k - 1) + k
             expected, found = formula(layer, x), layer(x)
             same = isinstance(found, Tensor) and found.dtype == x.dtype
             if not same or not torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
