@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from peers import W86, OpenAI, Tqch, randomised
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from toy import SCHEDULE, generator, tiny_unet
+from toy import SCHEDULE, generator, images, tiny_unet
 
 import fastddpm
 from fastddpm import Diffusion, ops
@@ -218,22 +218,57 @@ def test_sampling_takes_the_plan():
     assert fastddpm.engine.runnable(model) is model
 
 
-def test_training_steps_stay_together():
+@pytest.mark.parametrize("steps", [5, pytest.param(200, marks=pytest.mark.slow)])
+def test_training_steps_stay_together(steps):
     torch.manual_seed(0)
-    theirs = randomised(OpenAI())
+    theirs = randomised(Tqch()).train()
     ours = accelerated(copy.deepcopy(theirs))
-    x, t = batch()
-    losses: list[list[float]] = [[], []]
-    for model, of in zip((theirs, ours), losses, strict=True):
-        optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
-        for _ in range(5):
+    optimisers = [torch.optim.Adam(model.parameters(), lr=2e-4) for model in (theirs, ours)]
+    random, first = generator(1), None
+    for _ in range(steps):
+        x, eps = torch.randn(2, 4, 3, 8, 8, generator=random)
+        t = torch.randint(0, 50, (4,), generator=random)
+        losses = []
+        for model, optimiser in zip((theirs, ours), optimisers, strict=True):
             optimiser.zero_grad()
-            loss = (call(model, x, t) - x).square().mean()
+            loss = (model(x, t) - eps).square().mean()
             loss.backward()
             optimiser.step()
-            of.append(float(loss.detach()))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0][-1] != losses[0][0]
+            losses.append(float(loss.detach()))
+        first = first or losses[0]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert calls_of(ours.forward)
+    assert losses[0] < 0.9 * first
+
+
+def test_our_trainer_trains_it():
+    torch.manual_seed(0)
+    theirs = randomised(Tqch())
+    losses = []
+    for model in (copy.deepcopy(theirs), accelerated(copy.deepcopy(theirs))):
+        trainer = fastddpm.Trainer(model, diffusion=DIFFUSION, precision="fp32")
+        losses.append([float(trainer.step(images(2, 3, 16, 16, seed=k))) for k in range(2)])
+    assert calls_of(model.forward)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_in_a_pipeline_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    unet = randomised(Diffusers())
+    pipeline = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(num_train_timesteps=20))
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"batch_size": 2, "num_inference_steps": 3, "output_type": "np"}
+
+    def draw():
+        return pipeline(generator=generator(1), **options).images
+
+    expected = draw()
+    accelerated(pipeline.unet)
+    assert abs(draw() - expected).max() <= 1e-5
+    assert calls_of(unet.forward)
+    with pytest.raises(ValueError, match=r"pipeline .* \.unet"):
+        fastddpm.accelerate(pipeline)
 
 
 @pytest.mark.parametrize(
