@@ -19,11 +19,20 @@ from toy import SCHEDULE, generator, images, tiny_unet
 import fastddpm
 from fastddpm import Diffusion, ops
 from fastddpm.accelerate import report, undo
+from fastddpm.accelerated import rules
 from fastddpm.accelerated.layers import Convolution
 from fastddpm.accelerated.sources import traced
 from fastddpm.accelerated.whole import WholeNetwork
 
 DIFFUSION = Diffusion(SCHEDULE)
+
+
+@pytest.fixture(autouse=True)
+def small_steps_too(monkeypatch):
+    """Steps of training by our blocks, however few pixels they have, as no result may depend on a
+    rule."""
+    monkeypatch.setattr(rules, "WHOLE_PIXELS", 1)
+    monkeypatch.setattr(rules, "WHOLE_PIXELS_AUTOCAST", 1)
 
 
 class Diffusers(nn.Module):
@@ -535,6 +544,18 @@ def test_what_is_no_chain_is_none(monkeypatch):
         assert seen == [False, False, False]
         monkeypatch.undo()
     assert "uses training" in model.report().left["0.norm1"]
+
+
+def test_small_steps_of_training_are_left(monkeypatch):
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    model = accelerated(randomised(W86()))
+    x, t = batch()
+    model(x, t).sum().backward()
+    assert not calls_of(model.forward)
+    with torch.no_grad():
+        model(x, t)
+    assert calls_of(model.forward)
 
 
 def test_slower_shapes_are_left(monkeypatch):

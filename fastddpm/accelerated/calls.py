@@ -48,7 +48,7 @@ class Calls(StandIn):
         if watched():
             return self.own(*args, **kwargs)
         parts = (type(self.module).forward, *self.module.modules())
-        if self._graph is None or self._parts != parts:
+        if self._parts != parts:
             self._graph, self._parts = fused(self.module), parts
         return self.own(*args, **kwargs) if self._graph is None else self._graph(*args, **kwargs)
 

@@ -1,10 +1,11 @@
-"""Where our ops are the faster ones in a network of any kind, by the shapes of a call. Measured on
-two cores of a CPU with AVX-512, in float32 and NCHW, against torch's. What was not measured, a GPU
-and autocast above all, is left to torch.
+"""Where our ops are the faster ones, by the shapes of a call. Measured on two cores of a CPU with
+AVX-512, in float32 and NCHW, against torch's. What was not measured, a GPU above all, and autocast
+but for whole networks, is left to torch.
 
-Of a step's layers only these are faster: 3x3 convolutions of stride 1, and those with the GroupNorm
-and SiLU before them as one op. A norm alone, or with a SiLU and no convolution behind it, takes 1.0
-to 6 times as long as torch's there, a 1x1 convolution or one of stride 2 1.0 to 3 times."""
+Of the layers of any network only these are faster: 3x3 convolutions of stride 1, and those with the
+GroupNorm and SiLU before them as one op. A norm alone, or with a SiLU and no convolution behind it,
+takes 1.0 to 6 times as long as torch's there, a 1x1 convolution or one of stride 2 1.0 to 3
+times."""
 
 from __future__ import annotations
 
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from fastddpm import _native
 from fastddpm.ops import dispatch
 
+# Pixels of all images from which on a step of training a whole network is faster by ours, and one
+# under autocast to bfloat16: below, the weights' gradients are the slower ones.
+WHOLE_PIXELS, WHOLE_PIXELS_AUTOCAST = 2048, 16384
 NARROWEST = 32  # channels, in and out: below, a convolution of ours is the slower one
 PIXELS = 512  # of all images, for gradients: below, the weight's gradient is the slower one
 _PLAIN = (Tensor, nn.Parameter)
@@ -27,6 +31,17 @@ def runs(device: torch.device, *, measured: bool = False) -> bool:
     isa = _native.isa()
     native = isa is not None and device.type == "cpu" and dispatch.forced() in ("auto", "cpu")
     return native and (not measured or str(isa).startswith(("avx512", "amx")))
+
+
+def whole(x: Tensor) -> bool:
+    """Whether a whole network of the family is faster by our blocks for this x, (N, C, H, W)."""
+    if not runs(x.device):
+        return False
+    autocast = torch.is_autocast_enabled("cpu")
+    if autocast and torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return False
+    least = WHOLE_PIXELS_AUTOCAST if autocast else WHOLE_PIXELS
+    return not torch.is_grad_enabled() or x.numel() // x.shape[1] >= least
 
 
 def faster(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
