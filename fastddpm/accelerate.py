@@ -4,14 +4,14 @@ layers by our ops where they are faster."""
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from fastddpm.accelerated import layers, likeness, rules
 from fastddpm.accelerated.calls import Calls, Chain, fused, untraceable
 from fastddpm.accelerated.known import known, places
-from fastddpm.accelerated.layers import Convolution, Layers, is_convolution
+from fastddpm.accelerated.layers import Alike, Convolution, Layers, is_convolution
 from fastddpm.accelerated.state import StandIn, altered
 from fastddpm.accelerated.whole import WholeNetwork, difference
 from fastddpm.host import callers_level
@@ -171,9 +171,12 @@ def _layers(done: Accelerated) -> None:
         done.put(name, stands, "GroupNorm, SiLU and 3x3 convolution as one op")
         reached |= norms
     for name, module in parts.items():
-        if isinstance(module, (nn.Conv2d, nn.GroupNorm)) or likeness.unlike(module):
+        alike = likeness.looks_like_convolution(module)
+        if alike or isinstance(module, (nn.Conv2d, nn.GroupNorm)) or likeness.unlike(module):
             if what := altered(module):
                 done.left[name] = what
+            elif alike:
+                _alike(done, name, module)
             elif isinstance(module, nn.Conv2d):
                 _convolution(done, name, module)
             elif id(module) not in reached:
@@ -193,6 +196,16 @@ def _chained(module: nn.Module) -> tuple[StandIn, set[int]] | None:
         return None
     norms = {id(part.layers[0]) for part in graph.children() if isinstance(part, Chain)}
     return Calls(module), norms
+
+
+def _alike(done: Accelerated, name: str, layer: nn.Module) -> None:
+    channels, outputs = cast(Any, layer).weight.shape[1::-1]
+    if why := likeness.unlike_convolution(layer):
+        done.left[name] = why
+    elif min(channels, outputs) < rules.NARROWEST:
+        done.left[name] = f"torch's is faster below {rules.NARROWEST} channels"
+    else:
+        done.put(name, Alike(layer), "3x3 convolution, in the calls where ours is faster")
 
 
 def _convolution(done: Accelerated, name: str, conv: nn.Conv2d) -> None:

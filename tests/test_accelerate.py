@@ -509,6 +509,45 @@ def test_a_norm_that_only_looks_like_one(monkeypatch, kind):
         assert "only looks like" in model.report().left[name]
 
 
+class OwnConv(nn.Module):
+    """As of networks that bring their own layers: a convolution, or one behind a doubling."""
+
+    def __init__(self, up: bool = False, c: int = 64):
+        super().__init__()
+        self.up = up
+        self.weight, self.bias = nn.Parameter(torch.randn(c, c, 3, 3)), nn.Parameter(torch.randn(c))
+        self.register_buffer("filter", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2) if self.up else x
+        return F.conv2d(x, self.weight, padding=1) + self.bias[:, None, None]
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight / self.weight.std(), self.bias, padding=1)
+
+
+def test_convolutions_of_other_classes(monkeypatch):
+    torch.manual_seed(0)
+    own = nn.Sequential(OwnConv(), OwnConv(up=True), Standardised(64, 64, 3, padding=1))
+    model = randomised(nn.Sequential(own, nn.ConvTranspose2d(64, 64, 3, padding=1)))
+    x = torch.randn(2, 64, 16, 16, generator=generator(2))
+    expected = results(model, x)
+    accelerated(model)
+    assert list(model.report().replaced) == ["0.0"]
+    assert sorted(model.report().left) == ["0.1", "0.2", "1"]
+    seen = count(monkeypatch)
+    for other in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert_close(results(other, x), expected)
+    assert len(seen) == 3
+    model[0][0].up = True
+    assert model(x).shape[2] == 64
+    monkeypatch.setattr(OwnConv, "forward", lambda self, x: x)
+    assert other(x).shape[2] == 16
+    assert len(seen) == 3
+
+
 def test_hooks_and_parametrisations_are_kept(monkeypatch):
     torch.manual_seed(0)
     model = randomised(in_sequence())

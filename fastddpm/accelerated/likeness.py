@@ -1,10 +1,11 @@
-"""Which classes of others are a GroupNorm or a SiLU: by what their forward is seen to compute."""
+"""Which classes of others are a GroupNorm, a SiLU or a 3x3 convolution: by what their forward is
+seen to compute."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,31 @@ def unlike(layer: nn.Module) -> str | None:
     """Why a layer that looks like a GroupNorm or a SiLU is not taken for one, or None."""
     kind, why = _look(layer)
     return why or (_odd(layer) if kind else None)
+
+
+def looks_like_convolution(layer: nn.Module) -> bool:
+    """Whether it is of a class of its own that has a 3x3 convolution's tensors and name."""
+    weight = layer._parameters.get("weight")
+    return (
+        type(layer) is not nn.Conv2d
+        and "conv" in type(layer).__name__.lower()
+        and weight is not None
+        and weight.dim() == 4
+        and weight.shape[2:] == (3, 3)
+    )
+
+
+def unlike_convolution(layer: nn.Module) -> str | None:
+    """Why what looks like a convolution is not one of stride 1 with zeros around, or None."""
+    held = {name for name, buffer in layer._buffers.items() if buffer is not None}
+    if more := sorted({*layer._parameters, *layer._modules, *held} - {"weight", "bias"}):
+        return f"has {more[0]}, which a convolution has not"
+    channels = cast(Tensor, layer.weight).shape[1]
+    return _difference(layer, _convolution, channels, "3x3 convolution with stride 1, zeros around")
+
+
+def _convolution(layer: Any, x: Tensor) -> Tensor:
+    return F.conv2d(x, layer.weight, getattr(layer, "bias", None), padding=1)
 
 
 def _look(layer: Any) -> tuple[Kind | None, str | None]:
@@ -84,6 +110,7 @@ def _difference(
     random = torch.Generator().manual_seed(0)
     try:
         layer = copy.deepcopy(layer).to("cpu", torch.float32)
+        layer.__dict__.pop("forward", None)  # what stands for it
         for p in layer.parameters():
             p.copy_(torch.randn(p.shape, generator=random, dtype=torch.float32))
         for k, training in enumerate((False, True, False)):
@@ -91,8 +118,11 @@ def _difference(
             x = torch.randn(2, channels, 4, 2 + k, generator=random, dtype=torch.float32)
             x = x * 10.0 ** (k - 1) + k
             expected, found = formula(layer, x), layer(x)
-            same = isinstance(found, Tensor) and found.dtype == x.dtype
-            if not same or not torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
+            same = type(found) is Tensor and found.dtype == x.dtype
+            small = 1e-5 * float(expected.abs().max())
+            if not same or found.shape != expected.shape:
+                return f"only looks like a {name}: its result has another shape or dtype"
+            if not torch.allclose(found, expected, rtol=1e-5, atol=small):
                 return f"only looks like a {name}: its forward computes something else"
     except Exception as error:  # what a forward of any kind raises
         return f"only looks like a {name}: its forward raises {type(error).__name__}"

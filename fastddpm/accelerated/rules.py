@@ -56,6 +56,8 @@ def faster(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
             return False
     if torch.is_autocast_enabled("cpu") or not runs(x.device, measured=True):
         return False
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3):
+        return False
     n, c, height, width = x.shape
     narrowest, pixels = min(c, len(weight)), n * height * width
     if c != weight.shape[1] or narrowest < NARROWEST:

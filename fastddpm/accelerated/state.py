@@ -63,15 +63,20 @@ def fingerprint(modules: Sequence[nn.Module]) -> Fingerprint | None:
     for i, module in enumerate(modules):
         if i and altered(module) is not None:
             return None
-        have: list[Any] = [type(module)]
-        for name, value in module.__dict__.items():
-            if name[0] == "_" or name in _MODES:
-                continue
-            kind = type(value)
-            plain = kind in _PLAIN or (kind is tuple and _all_plain(value))
-            have += (name, value if plain else kind)
-        found.append(tuple(have))
+        found.append(settings(module))
     return tuple(found)
+
+
+def settings(module: nn.Module) -> tuple[Any, ...]:
+    """The module's class and what it computes by beside tensors and modes."""
+    have: list[Any] = [type(module)]
+    for name, value in module.__dict__.items():
+        if name[0] == "_" or name in _MODES:
+            continue
+        kind = type(value)
+        plain = kind in _PLAIN or (kind is tuple and _all_plain(value))
+        have += (name, value if plain else kind)
+    return tuple(have)
 
 
 def _all_plain(values: tuple[Any, ...]) -> bool:
