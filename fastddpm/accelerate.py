@@ -12,7 +12,7 @@ from fastddpm.accelerated import layers, likeness, rules
 from fastddpm.accelerated.calls import Calls, Chain, fused, untraceable
 from fastddpm.accelerated.known import known, places
 from fastddpm.accelerated.layers import Alike, Convolution, Layers, is_convolution
-from fastddpm.accelerated.state import StandIn, altered
+from fastddpm.accelerated.state import StandIn, altered, take_out
 from fastddpm.accelerated.whole import WholeNetwork, difference
 from fastddpm.host import callers_level
 from fastddpm.networks import check_is_network
@@ -68,12 +68,13 @@ def undo(model: nn.Module) -> nn.Module:
     """Take all that `accelerate` put into the model out again; returns the model."""
     for module in model.modules():
         have = module.__dict__
-        if isinstance(have.get("forward"), StandIn):
-            del have["forward"]
+        take_out(module)
         for name in _NAMES:
             if isinstance(getattr(have.get(name), "__self__", None), Accelerated):
                 del have[name]
-        have.pop("_fastddpm", None)
+        done = have.pop("_fastddpm", None)
+        for stands in () if done is None else done.stands:
+            stands.active = False
     return model
 
 
@@ -93,9 +94,11 @@ class Accelerated:
         self.model = model
         self.replaced: dict[str, str] = {}
         self.left: dict[str, str] = {}
+        self.stands: list[StandIn] = []
 
     def put(self, name: str, stands: StandIn, what: str) -> None:
-        stands.module.__dict__["forward"] = stands
+        stands.put()
+        self.stands.append(stands)
         self.replaced[name] = what
 
     def undo(self) -> nn.Module:
@@ -140,7 +143,7 @@ def _recognised(module: nn.Module, project: str) -> tuple[WholeNetwork | None, s
             why = difference(module, way) or ""
             if not why:
                 return WholeNetwork(module, way), ""
-    except (ValueError, KeyError, AttributeError, TypeError) as error:  # of names that mislead
+    except Exception as error:  # whatever names that mislead lead to
         why = str(error) if isinstance(error, ValueError) else repr(error)
     return None, f"is not replaced as a whole: {why}"
 

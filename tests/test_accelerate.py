@@ -366,6 +366,26 @@ def test_one_out_of_a_pickle_is_tried_again(monkeypatch):
         assert torch.equal(pickle.loads(kept)(x, t), W86.forward(model, x, t))
 
 
+def test_wrapped_and_replicated():
+    """As Hugging Face's accelerate wraps a forward, and DataParallel copies a module."""
+    torch.manual_seed(0)
+    for model, inputs in (
+        (randomised(W86()), batch()),
+        (randomised(in_sequence()), (torch.randn(2, 3, 16, 16),)),
+    ):
+        with torch.no_grad():
+            expected = model(*inputs)
+            stands = accelerated(model).__dict__.get("forward") or model[5].forward
+            replica = model._replicate_for_data_parallel()
+            assert "forward" not in replica.__dict__
+            model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+            assert not torch.allclose(model(*inputs).float(), expected, atol=1e-5)
+            model.undo()
+            assert not stands.active
+            own = torch.autocast("cpu", dtype=torch.bfloat16)(type(model).forward)
+            assert torch.equal(model(*inputs), own(model, *inputs))
+
+
 def test_calls_that_ours_does_not_take_are_its_own():
     torch.manual_seed(0)
     model = accelerated(randomised(W86()))

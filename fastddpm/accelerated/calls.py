@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from fastddpm.accelerated.layers import chain, run
 from fastddpm.accelerated.likeness import is_norm, is_silu
-from fastddpm.accelerated.state import StandIn, watched
+from fastddpm.accelerated.state import StandIn
 
 _IDLE = (nn.Dropout, nn.Identity)
 # What a traced forward may call: no random numbers, no modes, nothing in place.
@@ -42,10 +42,10 @@ class Calls(StandIn):
         self._parts: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "_graph": None, "_parts": None}
+        return {**self.__dict__, "_graph": None, "_parts": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if watched():
+        if self.steps_aside():
             return self.own(*args, **kwargs)
         parts = (type(self.module).forward, *self.module.modules())
         if self._parts != parts:

@@ -12,7 +12,7 @@ from torch import nn
 from fastddpm import ops
 from fastddpm.accelerated import rules
 from fastddpm.accelerated.likeness import is_norm, is_silu, unlike_convolution
-from fastddpm.accelerated.state import StandIn, altered, settings, watched
+from fastddpm.accelerated.state import StandIn, altered, settings
 
 
 class Convolution(StandIn):
@@ -20,7 +20,7 @@ class Convolution(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         conv: Any = self.module
-        if len(args) == 1 and not kwargs and not watched() and is_convolution(conv):
+        if len(args) == 1 and not kwargs and not self.steps_aside() and is_convolution(conv):
             weight, bias = conv.weight, conv.bias
             if rules.faster(args[0], weight, bias):
                 return ops.convolution(args[0], weight, bias)
@@ -40,7 +40,7 @@ class Alike(StandIn):
         return {**self.__dict__, "_forward": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or watched() or not self._is_one():
+        if len(args) != 1 or kwargs or self.steps_aside() or not self._is_one():
             return self.own(*args, **kwargs)
         have = self.module._parameters
         weight, bias = have["weight"], have.get("bias")
@@ -63,7 +63,7 @@ class Layers(StandIn):
     """A Sequential with chains in it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or watched():
+        if len(args) != 1 or kwargs or self.steps_aside():
             return self.own(*args, **kwargs)
         return run(tuple(self.module._modules.values()), args[0])
 

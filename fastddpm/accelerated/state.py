@@ -26,7 +26,16 @@ class StandIn:
     accelerate puts into a network. Called with what the module is called with."""
 
     def __init__(self, module: nn.Module):
-        self.module = module
+        self.module, self.active = module, True
+
+    def put(self) -> None:
+        self.module.__dict__["forward"] = self
+        self.module.__dict__[_REPLICATE] = Replicas(self.module)
+
+    def steps_aside(self) -> bool:
+        """Whether a call is the module's own in any case: after `take_out`, where another wrapped
+        what stands here, and where something traces or transforms what runs."""
+        return not self.active or watched()
 
     def own(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
@@ -35,6 +44,32 @@ class StandIn:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.module).forward.__get__(self.module))
+
+
+_REPLICATE = "_replicate_for_data_parallel"
+
+
+class Replicas:
+    """DataParallel's copies of a module on other GPUs, with the module's own forward: what stands
+    for it is the module's alone, and would compute by its parameters."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self) -> nn.Module:
+        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)
+        for name in ("forward", _REPLICATE):
+            replica.__dict__.pop(name, None)
+        return replica
+
+
+def take_out(module: nn.Module) -> None:
+    """Give a module its own forward back."""
+    have = module.__dict__
+    if isinstance(have.get("forward"), StandIn):
+        del have["forward"]
+    if isinstance(have.get(_REPLICATE), Replicas):
+        del have[_REPLICATE]
 
 
 def altered(module: nn.Module) -> str | None:

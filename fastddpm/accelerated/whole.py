@@ -52,7 +52,7 @@ class WholeNetwork(state.StandIn):
         return made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if state.watched():
+        if self.steps_aside():
             return self.own(*args, **kwargs)
         call = self._taken(args, kwargs)
         if call is None:
