@@ -31,7 +31,8 @@ def accelerate(model: Any) -> Any:
     tried against ours on random weights, is computed by our U-Net's blocks on its own parameters,
     and `fastddpm.sample` runs it by the engines of a UNet (in float32 unless told otherwise). Of
     any other network the 3x3 convolutions are ours where those are the faster ones by shape, with
-    the GroupNorm and SiLU before them. All else is left as it is.
+    the GroupNorm and SiLU before them. All else is left as it is, and so are all calls that were
+    not measured: on a GPU, in another dtype than float32.
 
     Parameters, buffers, state_dict, hooks of the model, its class and its signature stay; results
     are float32's to 1e-5 of the largest. A layer that is changed later, by a hook, say, or a call

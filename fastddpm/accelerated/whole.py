@@ -138,7 +138,7 @@ class WholeNetwork(state.StandIn):
             tensors = []
             for each in source.names:
                 i, own = self.places[each]
-                tensor = modules[i]._parameters[own]
+                tensor = modules[i]._parameters.get(own)
                 if tensor is None or type(tensor) not in _PLAIN or tensor.dtype != torch.float32:
                     return False
                 tensors.append(tensor)
