@@ -5,6 +5,7 @@ here.
 __version__ = "0.1.0"
 
 from fastddpm import ops, reference
+from fastddpm.accelerate import accelerate
 from fastddpm.diffusion import Diffusion
 from fastddpm.doctor import doctor
 from fastddpm.evaluation import bits_per_dim
@@ -20,6 +21,7 @@ __all__ = [
     "Schedule",
     "Trainer",
     "UNet",
+    "accelerate",
     "bits_per_dim",
     "doctor",
     "interpolate",

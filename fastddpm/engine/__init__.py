@@ -52,9 +52,14 @@ def make_engine(
 
 
 def runnable(model: Model) -> Model:
-    """A U-Net out of its wrappers, which the engines stand in for; any other model as it is."""
+    """A U-Net out of its wrappers, which the engines stand in for, and the U-Net of an accelerated
+    network; any other model as it is."""
     network = unwrap(model)
-    return network if isinstance(network, UNet) else model
+    if isinstance(network, UNet):
+        return network
+    stands: Any = getattr(network, "__dict__", {}).get("forward")  # what accelerate put there
+    unet = stands.unet() if hasattr(stands, "unet") else None
+    return model if unet is None else unet
 
 
 def choose(
@@ -96,7 +101,9 @@ def _fastest(
     refused = cpu_plan.unsupported(model, device)
     planned = name == "cpu_plan" or (name == "auto" and refused is None)
     if precision == "auto":
-        if planned:
+        if "stands_in" in getattr(model, "__dict__", {}):  # for a network in float32
+            precision = "fp32"
+        elif planned:
             precision = cpu_plan.best_precision()
         elif not isinstance(model, UNet):
             precision = "fp32"

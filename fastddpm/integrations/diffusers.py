@@ -130,9 +130,8 @@ def load_folder(
         diffusion = load_process(folder)
     options = unet_options(config, source)
 
-    def convert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        levels = len(options["channel_mult"])
-        return join_qkv(rename(weights, lambda name: _rename(name, levels), files[0]), files[0])
+    def of_file(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return convert(weights, files[0], options)
 
     def make(shapes: dict[str, torch.Tensor]) -> UNet:
         try:
@@ -140,7 +139,15 @@ def load_folder(
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
 
-    return load(make, files, convert=convert, allow_pickle=allow_pickle, source=files[0])
+    return load(make, files, convert=of_file, allow_pickle=allow_pickle, source=files[0])
+
+
+def convert(
+    weights: dict[str, torch.Tensor], source: str | os.PathLike, options: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The weights of a UNet2DModel under our names, q, k and v as the matrix that they are."""
+    levels = len(options["channel_mult"])
+    return join_qkv(rename(weights, lambda name: _rename(name, levels), source), source)
 
 
 def check_options(folder: Path, options: dict[str, Any]) -> None:
