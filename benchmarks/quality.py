@@ -107,14 +107,14 @@ def draw_nearest(
     path: Path, samples: torch.Tensor, train: torch.Tensor, found: np.ndarray, known: np.ndarray
 ) -> None:
     """A row a sample: it, and the training images nearest to it in the features."""
-    rows, beside = SHOWN
+    rows, beside = min(SHOWN[0], len(samples)), min(SHOWN[1], len(train))
     squares = ((found[:rows, None] - known[None]) ** 2).sum(-1)
     nearest = np.argsort(squares, axis=1)[:, :beside]
     images = [i for k in range(rows) for i in (samples[k], *train[nearest[k]])]
     figures.save_image(figures.grid(torch.stack(images), 1 + beside), path)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--test", required=True, help="held-out images, or data with such a split")
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--nearest", type=Path, metavar="FILE.png")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
 
     train, test = open_dataset(options.train), open_dataset(options.test)
     if test.kind in WITH_SPLITS:
@@ -164,6 +164,7 @@ def main() -> None:
         report = {"environment": environment(), "extractor": EXTRACTOR, "rows": rows}
         with atomic_write(options.json) as file:
             file.write(json.dumps(report, indent=1).encode())
+    return 0
 
 
 def distances(found: np.ndarray, goal: np.ndarray, options: argparse.Namespace) -> dict[str, float]:
@@ -172,4 +173,4 @@ def distances(found: np.ndarray, goal: np.ndarray, options: argparse.Namespace) 
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

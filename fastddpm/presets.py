@@ -40,7 +40,7 @@ PRESETS = {
     "lsun-bedroom-large": _256(1_150_000, flip=False, channels=192),
     "lsun-cat": _256(1_800_000, flip=True),
     "lsun-church": _256(1_200_000, flip=True),
-    # A model small enough for two CPU cores; no flips, since shoes and sleeves have a side.
+    # Models small enough for two CPU cores. No flips of clothes: shoes and sleeves have a side.
     "fashion-mnist": Preset(
         {
             "image_size": 28,
@@ -57,6 +57,23 @@ PRESETS = {
         ema_warmup=True,
         flip=False,
         steps=25_000,
+    ),
+    "emoji": Preset(
+        {
+            "image_size": 32,
+            "channels": 32,
+            "channel_mult": (1, 2, 2),
+            "num_res_blocks": 1,
+            "attention_levels": (2,),
+            "num_groups": 8,
+            "dropout": 0.1,
+        },
+        batch_size=64,
+        lr=8e-4,
+        warmup=500,
+        ema_decay=0.9995,
+        ema_warmup=True,
+        steps=20_000,
     ),
 }
 
