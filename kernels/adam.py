@@ -7,7 +7,7 @@ import triton.language as tl
 from fastddpm.kernels.storage import INTERPRETED, load, store
 from fastddpm.kernels.tiles import power_of_two
 
-BLOCK = 1024  # elements of a program
+BLOCK = 512  # elements of a program
 SQUARES = 8192  # of one that only reads
 
 LARGEST = torch.finfo(torch.float32).max
