@@ -20,7 +20,7 @@ def chosen_steps(T: int, steps: int | str | Sequence[int], spacing: Spacing) -> 
     """
     check_choice("spacing", spacing, get_args(Spacing))
     if isinstance(steps, (int, np.integer)) or not _several(steps):
-        return _spaced(T, check_count("steps", steps, T), spacing)  # type: ignore[arg-type]
+        return spaced(T, check_count("steps", steps, T), spacing)  # type: ignore[arg-type]
     if spacing != "strided":
         raise ValueError(
             f"spacing={spacing!r} says how a number of steps is spread; got steps {shown(steps)}"
@@ -34,12 +34,14 @@ def _several(steps: Any) -> bool:
     return isinstance(steps, (str, Sequence)) and not isinstance(steps, bytes)
 
 
-def _spaced(T: int, steps: int, spacing: Spacing) -> np.ndarray:
-    """So many steps by a rule of spacing, rising."""
+def spaced(T: int, steps: int, spacing: Spacing) -> np.ndarray:
+    """(steps,) int64, so many of 0 .. T - 1 by a rule of spacing, rising. Those of "trailing" are
+    rounded as diffusers counts them off, T / steps at a time in floating point, but for the step
+    -1 that it ends with for some numbers."""
     if spacing == "leading":
         return np.arange(steps) * (T // steps)
     if spacing == "trailing":
-        return (np.round(T - np.arange(steps) * (T / steps)).astype(np.int64) - 1)[::-1]
+        return (np.round(np.arange(T, 0, -T / steps)[:steps]).astype(np.int64) - 1)[::-1]
     if spacing == "linspace":
         return np.round(np.linspace(0, T - 1, steps)).astype(np.int64)
     # A single step has to be the last: only there is x_t pure noise.

@@ -22,11 +22,11 @@ def steps_of(T: int, steps, **options) -> list[int]:
 def test_diffusers_rules(spacing, T):
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDPMScheduler(T, timestep_spacing=spacing)
-    for n in (1, 2, 7, 10, 13, 50, 59, T // 2 + 1, T):
+    for n in (*range(1, 61), T // 2 + 1, T):
         scheduler.set_timesteps(n)
         theirs = scheduler.timesteps.tolist()[::-1]
         if theirs[0] == -1:  # their sum of 13 60ths ends above 0, and is a 14th step before all
-            assert (T, n, spacing) == (60, 13, "trailing")
+            assert (T, n, spacing) in [(60, k, "trailing") for k in (13, 26, 52, 55)]
             theirs = theirs[1:]
         assert steps_of(T, n, spacing=spacing) == theirs, n
 

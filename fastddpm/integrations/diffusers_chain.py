@@ -15,6 +15,7 @@ import torch
 
 from fastddpm.integrations.diffusers_arguments import LEARNED, table_dtype
 from fastddpm.schedule import COLUMNS, check_choice
+from fastddpm.spacing import Spacing, spaced
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -72,19 +73,13 @@ def with_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     return 1 - torch.cat((ab[:1], ab[1:] / ab[:-1]))
 
 
-def timesteps(T: int, steps: int, spacing: str, offset: int) -> np.ndarray:
+def timesteps(T: int, steps: int, spacing: Spacing, offset: int) -> np.ndarray:
     """The `steps` of T that a chain visits, descending; int64 (Lin et al. 2024, Table 2).
 
-    offset is added to those of "leading" alone. Of "trailing" there are exactly `steps`: counted
-    off in floating point, T / steps at a time, there is a step -1 for some numbers. ValueError
-    where the offset leads out of 0 .. T - 1.
+    offset is added to those of "leading" alone. ValueError where it leads out of 0 .. T - 1.
     """
     check_choice("timestep_spacing", spacing, SPACINGS)
-    if spacing == "linspace":
-        return np.linspace(0, T - 1, steps).round()[::-1].astype(np.int64)
-    if spacing == "trailing":
-        return np.round(np.arange(T, 0, -T / steps)[:steps]).astype(np.int64) - 1
-    chain = np.arange(steps)[::-1] * (T // steps) + offset
+    chain = spaced(T, steps, spacing)[::-1] + (offset if spacing == "leading" else 0)
     if chain[0] >= T or chain[-1] < 0:
         raise ValueError(
             f"{steps} leading timesteps of {T} with steps_offset {offset} are {chain[-1]} .. "
