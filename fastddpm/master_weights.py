@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastddpm.ops.overlap import overlaps_itself
 from fastddpm.working_copies import widen
 from fastddpm.wrapped import is_sharded
 
@@ -171,9 +172,12 @@ class MasterWeights:
             owner, _, leaf = name.rpartition(".")
             module = self.network.get_submodule(owner)
             buffer = module._buffers.get(leaf)
-            fits = buffer is not None and (buffer.shape, buffer.dtype) == (value.shape, value.dtype)
-            if fits and not _overlaps_itself(buffer):
-                buffer.copy_(value)  # type: ignore[union-attr]
+            if (
+                buffer is not None
+                and (buffer.shape, buffer.dtype) == (value.shape, value.dtype)
+                and not overlaps_itself(buffer)
+            ):
+                buffer.copy_(value)
             else:
                 module._buffers[leaf] = value.to(device if buffer is None else buffer.device)
 
@@ -181,10 +185,3 @@ class MasterWeights:
 def on_device(value: Any, device: torch.device) -> Any:
     """A tensor among `value`s there."""
     return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-
-
-def _overlaps_itself(tensor: torch.Tensor | None) -> bool:
-    """True for what expand() makes, whose elements share memory."""
-    assert tensor is not None
-    sizes = zip(tensor.stride(), tensor.shape, strict=True)
-    return any(stride == 0 and size > 1 for stride, size in sizes)

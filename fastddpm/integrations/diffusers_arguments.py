@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastddpm.diffusion import LEARNED
 from fastddpm.options import shown
-
-LEARNED = ("learned", "learned_range")  # variance types that the model gives
 
 
 def trained_betas(given: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -79,11 +78,6 @@ def split_output(
             f"channels; got {tuple(model_output.shape)}"
         )
     return sample, model_output, spread
-
-
-def as_images(x: torch.Tensor) -> torch.Tensor:
-    """(N, C, H, W) for the ops, whatever comes after N."""
-    return x if x.dim() == 4 else x.reshape(len(x), 1, 1, x[:1].numel() if len(x) else 0)
 
 
 def table_dtype(dtype: torch.dtype) -> torch.dtype:

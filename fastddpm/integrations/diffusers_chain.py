@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastddpm.integrations.diffusers_arguments import LEARNED, table_dtype
+from fastddpm.diffusion import LEARNED
+from fastddpm.integrations.diffusers_arguments import table_dtype
 from fastddpm.schedule import COLUMNS, check_choice
 from fastddpm.spacing import Spacing, spaced
 

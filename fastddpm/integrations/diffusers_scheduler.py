@@ -21,6 +21,7 @@ from fastddpm.integrations import diffusers_chain as numbers
 from fastddpm.integrations.diffusers_chain import VARIANCE_TYPES, Chain
 from fastddpm.integrations.diffusers_config import CLASSES, check_process
 from fastddpm.integrations.diffusers_output import StepOutput, StepTuple, later
+from fastddpm.integrations.images import as_images
 from fastddpm.options import check_flag, check_integer, shown
 from fastddpm.schedule import MAX_STEPS, check_choice, check_count, check_number
 
@@ -207,7 +208,7 @@ class DDPMScheduler(scheduling_ddpm.DDPMScheduler):
             first.shape, second.shape, (len(t), *[1] * (first.dim() - 1))
         )
         dtype = torch.promote_types(first.dtype, second.dtype)
-        first, second = (checks.as_images(x.expand(shape)) for x in (first, second))
+        first, second = (as_images(x.expand(shape)) for x in (first, second))
         if dtype == torch.float64:
             first, second = first.double(), second.double()
         t = t.to(torch.int64).expand(shape[0])
@@ -257,14 +258,14 @@ class DDPMScheduler(scheduling_ddpm.DDPMScheduler):
         if not fused:
             prediction = x0(checks.table_dtype(dtype))
         x = ops.posterior_step(
-            checks.as_images(xt),
-            checks.as_images(output if fused else prediction),
+            as_images(xt),
+            as_images(output if fused else prediction),
             torch.zeros(n, dtype=torch.int64, device=xt.device),
             row,
-            z=checks.as_images(z),
+            z=as_images(z),
             clip=fused and chain.bound is not None,
             prediction="eps" if fused else "x0",
-            log_variance=None if log_variance is None else checks.as_images(log_variance),
+            log_variance=None if log_variance is None else as_images(log_variance),
         ).reshape(xt.shape)
         then = later(x0, xt, output) if fused else lambda: prediction.to(dtype)
         return StepOutput.of(x, then) if return_dict else StepTuple(x, then)

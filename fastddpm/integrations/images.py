@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 def as_images(x: Tensor) -> Tensor:
-    """(N, C, ...) as the four dimensions that ops take."""
-    return x if x.dim() == 4 else x.reshape(*x.shape[:2], 1, -1)
+    """(N, ...) as the four dimensions that ops take."""
+    return x if x.dim() == 4 else x.reshape(len(x), 1, 1, x[:1].numel() if len(x) else 0)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

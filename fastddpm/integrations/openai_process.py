@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastddpm import ops
+from fastddpm.diffusion import LEARNED
 from fastddpm.integrations.images import as_images, compute_dtype
 from fastddpm.integrations.openai_types import (
     PREDICTIONS,
@@ -250,7 +251,7 @@ class Process:
         """The model's prediction, and its word on the variance where that is learned."""
         output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
         n, channels, *size = x.shape
-        learned = self._variance in ("learned", "learned_range")
+        learned = self._variance in LEARNED
         expected = (n, channels * (2 if learned else 1), *size)
         if not isinstance(output, Tensor) or output.shape != expected:
             raise ValueError(
