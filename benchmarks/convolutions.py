@@ -47,7 +47,7 @@ from torch import Tensor
 
 from fastddpm import UNet, _native
 from fastddpm.engine.cpu_plan import build_plan, time_rows, unsupported
-from fastddpm.unet import Downsample, Upsample
+from fastddpm.unet.network import Downsample, Upsample
 
 CPU = torch.device("cpu")
 # rms(error) / rms(y) at most: all may round as they like, but not compute something else

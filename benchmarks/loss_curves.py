@@ -29,7 +29,7 @@ from tabulate import tabulate
 from fastddpm import Diffusion, Trainer, UNet
 from fastddpm.checkpoint import atomic_write
 from fastddpm.data import batch_indices, open_dataset
-from fastddpm.presets import preset
+from fastddpm.training.presets import preset
 
 PRECISIONS = ("fp32", "bf16")
 DATA = "/usr/share/datasets/fashion-mnist"

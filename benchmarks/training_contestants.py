@@ -25,7 +25,7 @@ from fastddpm import Trainer
 from fastddpm.checkpoint import read_tensors
 from fastddpm.integrations.diffusers import to_diffusers
 from fastddpm.precision import autocast
-from fastddpm.run_folder import STATE
+from fastddpm.training.run_folder import STATE
 
 LR, BETAS, ADAM_EPS, CLIP, EMA_DECAY = 2e-4, (0.9, 0.999), 1e-8, 1.0, 0.9999
 

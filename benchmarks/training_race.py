@@ -25,7 +25,7 @@ from fastddpm import UNet, ops
 from fastddpm.checkpoint import read_tensors, write_tensors
 from fastddpm.integrations.diffusers import to_diffusers
 from fastddpm.precision import autocast
-from fastddpm.training_step import CHOICES_STEP
+from fastddpm.training.step import CHOICES_STEP
 
 __all__ = ["OURS", "PEERS"]
 

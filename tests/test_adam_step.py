@@ -10,8 +10,9 @@ import torch
 from test_training import Small, batches, trainer
 from toy import tiny_unet
 
-from fastddpm import adam_step, ops
+from fastddpm import ops
 from fastddpm.ops import plain_sweep
+from fastddpm.training import adam_step
 
 OPTIONS = {"ema_decay": 0.7, "grad_clip": 0.3}
 

@@ -9,7 +9,7 @@ from PIL import Image
 import fastddpm
 from fastddpm import UNet
 from fastddpm.pretrained import BUNDLED, bundled_models
-from fastddpm.training import PRESETS
+from fastddpm.training.run import PRESETS
 
 NAMES = ["emoji", "fashion-mnist"]
 CHAINS = {  # short ones that keep to the data's statistics

@@ -17,11 +17,12 @@ from PIL import Image
 from toy import SCHEDULE, images, tiny_unet
 
 import fastddpm
-from fastddpm import cli, cli_train, figures
+from fastddpm import cli, figures
 from fastddpm.checkpoint import read_tensors, write_tensors
+from fastddpm.cli import train as cli_train
 from fastddpm.data import open_dataset
 from fastddpm.pretrained import save_model
-from fastddpm.training import STATE
+from fastddpm.training.run import STATE
 
 T = SCHEDULE.T
 

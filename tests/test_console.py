@@ -18,10 +18,11 @@ from test_progress import STREAMS, Failing
 from toy import images, tiny_unet
 
 import fastddpm
-from fastddpm import cli, cli_train, console, figures, host
+from fastddpm import cli, console, figures, host
+from fastddpm.cli import train as cli_train
 from fastddpm.data import open_dataset
 from fastddpm.pretrained import save_model
-from fastddpm.training import STATE, fit
+from fastddpm.training.run import STATE, fit
 
 
 @pytest.fixture

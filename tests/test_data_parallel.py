@@ -22,7 +22,7 @@ from toy import images, tiny_unet
 
 from fastddpm.checkpoint import read_tensors
 from fastddpm.pretrained import WEIGHTS
-from fastddpm.training import STATE, Trainer, fit
+from fastddpm.training.run import STATE, Trainer, fit
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from toy import images
 
 from fastddpm.data import batch_indices
 from fastddpm.data.arrays import ArrayDataset
-from fastddpm.feed import AHEAD, Feed
+from fastddpm.training.feed import AHEAD, Feed
 
 CPU = torch.device("cpu")
 

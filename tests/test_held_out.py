@@ -17,12 +17,13 @@ from test_runs import save_pictures, snapshot
 from test_training import SHORT, assert_same, trainer
 from toy import images, tiny_unet
 
-from fastddpm import UNet, bits_per_dim, checkpoint, run_log, training
+from fastddpm import UNet, bits_per_dim, checkpoint
 from fastddpm.checkpoint import read_json, read_tensors
 from fastddpm.data import open_dataset
-from fastddpm.held_out import HeldOut, read_best
-from fastddpm.run_log import COLUMNS, Log, Row, read_log
-from fastddpm.training import fit
+from fastddpm.training import fit, run_log
+from fastddpm.training import run as training
+from fastddpm.training.held_out import HeldOut, read_best
+from fastddpm.training.run_log import COLUMNS, Log, Row, read_log
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*arrays keep their size")
 RUN = (

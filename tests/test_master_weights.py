@@ -14,7 +14,7 @@ from toy import SCHEDULE, tiny_unet
 
 from fastddpm import Diffusion, UNet
 from fastddpm.checkpoint import read_tensors
-from fastddpm.training import STATE, Trainer
+from fastddpm.training.run import STATE, Trainer
 
 HALVES = (torch.bfloat16, torch.float16)
 

@@ -163,7 +163,11 @@ class Asking(torch.nn.Module):
 def as_on_a_gpu(monkeypatch):
     """float32_kept takes every device for one."""
     real = float32_kept
-    for module in ("fastddpm.engine.eager", "fastddpm.trainer", "fastddpm.evaluation.bits"):
+    for module in (
+        "fastddpm.engine.eager",
+        "fastddpm.training.trainer",
+        "fastddpm.evaluation.bits",
+    ):
         monkeypatch.setattr(f"{module}.float32_kept", lambda p, device: real(p, GPU))
 
 

@@ -14,11 +14,13 @@ from test_cli import call, model, refused, row  # noqa: F401
 from toy import images
 
 import fastddpm
-from fastddpm import Diffusion, Schedule, Trainer, UNet, cli, cli_train
+from fastddpm import Diffusion, Schedule, Trainer, UNet
 from fastddpm.checkpoint import read_json, read_tensors, write_json
-from fastddpm.presets import PRESETS
-from fastddpm.recipe import NUMBERS_OF_SCHEDULES, OPTIONS, SCHEDULES, Recipe, read_recipe
-from fastddpm.training import STATE, fit
+from fastddpm.cli import command
+from fastddpm.cli import train as cli_train
+from fastddpm.training.presets import PRESETS
+from fastddpm.training.recipe import NUMBERS_OF_SCHEDULES, OPTIONS, SCHEDULES, Recipe, read_recipe
+from fastddpm.training.run import STATE, fit
 
 SMALL = """
 preset = "fashion-mnist"
@@ -51,7 +53,7 @@ def small(tmp_path):
 
 
 def parsed(*words: str) -> argparse.Namespace:
-    return cli._parser().parse_args(["train", "--out=run", *words])
+    return command._parser().parse_args(["train", "--out=run", *words])
 
 
 def laid_over(folder, *words: str) -> Recipe:

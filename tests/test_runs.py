@@ -28,11 +28,12 @@ from test_training import command as resume_command
 from test_training import start as start_run
 from toy import SCHEDULE, images, tiny_unet
 
-from fastddpm import Diffusion, UNet, checkpoint, cli, figures, run_folder, run_log
+from fastddpm import Diffusion, UNet, checkpoint, cli, figures
 from fastddpm.checkpoint import CONFIG, WEIGHTS, read_json, read_tensors, write_json, write_tensors
 from fastddpm.data import open_dataset
 from fastddpm.data.identity import Fingerprint
-from fastddpm.training import STATE, Trainer, fit
+from fastddpm.training import run_folder, run_log
+from fastddpm.training.run import STATE, Trainer, fit
 
 RUN = ("--batch-size=2", "--sample-every=0", "--preset=fashion-mnist", "--quiet")
 pytestmark = pytest.mark.filterwarnings("ignore:.*arrays keep their size")
@@ -420,7 +421,8 @@ def test_one_run_at_a_time_writes_into_a_folder(tmp_path, dataset, quick):  # no
 
 def test_a_lock_ends_with_its_process(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from fastddpm.run_folder import locked\n"
+        "import sys, time; from pathlib import Path\n"
+        "from fastddpm.training.run_folder import locked\n"
         "with locked(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

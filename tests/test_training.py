@@ -16,13 +16,15 @@ import torch
 from PIL import Image
 from toy import SCHEDULE, generator, images, tiny_unet
 
-from fastddpm import Diffusion, Schedule, UNet, checkpoint, cli, ops, reference, run_log, training
+from fastddpm import Diffusion, Schedule, UNet, checkpoint, cli, ops, reference
 from fastddpm.checkpoint import read_tensors, write_tensors
 from fastddpm.data import batch_indices, open_dataset
 from fastddpm.figures import grid
-from fastddpm.run_log import read_log
 from fastddpm.sampling import sample
-from fastddpm.training import CHOICES_STEP, PRESETS, STATE, Trainer, fit
+from fastddpm.training import run as training
+from fastddpm.training import run_log
+from fastddpm.training.run import CHOICES_STEP, PRESETS, STATE, Trainer, fit
+from fastddpm.training.run_log import read_log
 
 DIFFUSION = Diffusion(SCHEDULE)
 

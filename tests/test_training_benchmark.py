@@ -349,7 +349,7 @@ def test_the_truth_is_pytorchs_autograd_of_the_loss(throughput):
 def test_loss_curves(tmp_path, capsys):
     """Both precisions take the steps that a Trainer takes alone, on the same batches."""
     from fastddpm.data import batch_indices
-    from fastddpm.presets import preset
+    from fastddpm.training.presets import preset
 
     random = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (10, 28, 28), dtype=torch.uint8, generator=random)

@@ -17,11 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from toy import tiny_unet
 
-from fastddpm import host, training_graph, training_step, unet_walk, upload
-from fastddpm.guard import Guard
+from fastddpm import host
 from fastddpm.ops import library
-from fastddpm.trainer import Trainer
-from fastddpm.unet_parts import AttentionBlock
+from fastddpm.training import Trainer, upload
+from fastddpm.training import graph as training_graph
+from fastddpm.training import step as training_step
+from fastddpm.training.guard import Guard
+from fastddpm.unet import walk as unet_walk
+from fastddpm.unet.parts import AttentionBlock
 
 SHAPE = (1, 8, 8)
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")

@@ -11,7 +11,7 @@ from torch import nn
 from toy import generator, tiny_unet
 
 from fastddpm import Diffusion, Schedule, UNet
-from fastddpm.unet import Downsample, ResnetBlock, Upsample, timestep_embedding
+from fastddpm.unet.network import Downsample, ResnetBlock, Upsample, timestep_embedding
 
 
 def count(model: nn.Module) -> int:

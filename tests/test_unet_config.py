@@ -9,8 +9,9 @@ import pytest
 import torch
 from toy import tiny_unet
 
-from fastddpm import UNet, unet_config
-from fastddpm.unet import timestep_embedding
+from fastddpm import UNet
+from fastddpm.unet import config as unet_config
+from fastddpm.unet.network import timestep_embedding
 
 
 def test_numpys_numbers_are_taken_and_kept_as_pythons(tmp_path):

@@ -15,7 +15,7 @@ from test_training import assert_same, batches, state, trainer
 from torch import nn
 from toy import SCHEDULE, generator, images, tiny_unet
 
-from fastddpm import Diffusion, Schedule, UNet, _native, cli, ops, sample, unet_walk
+from fastddpm import Diffusion, Schedule, UNet, _native, cli, ops, sample
 from fastddpm.checkpoint import read_tensors, write_tensors
 from fastddpm.engine import choose
 from fastddpm.engine.cpu_plan import CpuPlan, build_plan
@@ -23,11 +23,12 @@ from fastddpm.engine.cuda_graph import CudaGraph
 from fastddpm.engine.cuda_plan import CudaPlan
 from fastddpm.engine.eager import Eager
 from fastddpm.engine.gpu_network import Network
-from fastddpm.recipe import read_recipe
-from fastddpm.run_folder import STATE
-from fastddpm.unet_plain import foreign, unusual
-from fastddpm.unet_walk import CpuWalk, Walk
-from fastddpm.working_copies import WorkingCopies
+from fastddpm.training.recipe import read_recipe
+from fastddpm.training.run_folder import STATE
+from fastddpm.training.working_copies import WorkingCopies
+from fastddpm.unet import walk as unet_walk
+from fastddpm.unet.plain import foreign, unusual
+from fastddpm.unet.walk import CpuWalk, Walk
 
 CPU = torch.device("cpu")
 SHORT = Diffusion(Schedule.linear(3, 0.1, 0.3))

@@ -20,11 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from toy import generator, tiny_unet
 
-from fastddpm import UNet, ops, reference, sample, unet_walk
+from fastddpm import UNet, ops, reference, sample
 from fastddpm.ops import dispatch
-from fastddpm.unet_parts import AttentionBlock, ResnetBlock
-from fastddpm.unet_plain import foreign, unusual
-from fastddpm.unet_walk import CpuWalk, Walk, dropout_stream, is_taken, stream_of, way
+from fastddpm.unet import walk as unet_walk
+from fastddpm.unet.parts import AttentionBlock, ResnetBlock
+from fastddpm.unet.plain import foreign, unusual
+from fastddpm.unet.walk import CpuWalk, Walk, dropout_stream, is_taken, stream_of, way
 
 NETWORKS = [
     {},

@@ -14,7 +14,7 @@ from toy import SCHEDULE, images, tiny_unet
 import fastddpm
 from fastddpm import Diffusion, Schedule, UNet, bits_per_dim
 from fastddpm.checkpoint import read_tensors
-from fastddpm.training import STATE, Trainer
+from fastddpm.training.run import STATE, Trainer
 from fastddpm.wrapped import unwrap
 
 PROCESS = Diffusion(Schedule.cosine(12), "x0")  # neither of it is the paper's

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-from fastddpm.unet_parts import OWN
+from fastddpm.unet.parts import OWN
 
 _PLAIN = frozenset((bool, int, float, str, type(None)))
 # Modes, which are read in every call; and what holds our own parts.

@@ -17,7 +17,7 @@ from fastddpm.engine.time_table import time_embeddings, time_layer, time_offsets
 from fastddpm.ops import checks, dispatch
 from fastddpm.precision import resolve_precision
 from fastddpm.unet import AttentionBlock, Level, ResnetBlock, UNet
-from fastddpm.unet_walk_cpu import pixels
+from fastddpm.unet.walk_cpu import pixels
 
 
 def unsupported(model: Model, device: torch.device) -> str | None:

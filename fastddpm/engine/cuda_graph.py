@@ -21,7 +21,7 @@ from fastddpm.ops import checks
 from fastddpm.ops.dispatch import report_slower
 from fastddpm.presence import first_line
 from fastddpm.unet import UNet
-from fastddpm.unet_plain import settings
+from fastddpm.unet.plain import settings
 from fastddpm.wrapped import parts
 
 Action = Callable[[], None]

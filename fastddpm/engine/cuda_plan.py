@@ -16,7 +16,7 @@ from fastddpm.engine.gpu_network import Network
 from fastddpm.engine.plannable import unplannable
 from fastddpm.ops.checks import FLOATS
 from fastddpm.unet import UNet
-from fastddpm.unet_plain import settings
+from fastddpm.unet.plain import settings
 
 
 def unsupported(model: Model, device: torch.device) -> str | None:

@@ -18,7 +18,7 @@ from fastddpm.host import evaluating
 from fastddpm.precision import autocast, float32_kept, resolve_precision
 from fastddpm.schedule import Sampler
 from fastddpm.unet import UNet
-from fastddpm.unet_plain import settings
+from fastddpm.unet.plain import settings
 
 OnStep = Callable[[int, torch.Tensor, Callable[[], torch.Tensor]], None]
 

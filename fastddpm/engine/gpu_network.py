@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fastddpm.engine.time_table import time_embeddings, time_layer, time_offsets, time_rows
 from fastddpm.unet import UNet
-from fastddpm.unet_parts import Downsample, regrouped
-from fastddpm.unet_walk import Image, Walk, matrix, shortcut_bias
+from fastddpm.unet.parts import Downsample, regrouped
+from fastddpm.unet.walk import Image, Walk, matrix, shortcut_bias
 
 WIDTH = 8  # channels of an image's ends are padded to a multiple: what tensor cores take in NHWC
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastddpm.diffusion import Model
 from fastddpm.unet import UNet
-from fastddpm.unet_parts import changed
-from fastddpm.unet_plain import foreign, unusual
+from fastddpm.unet.parts import changed
+from fastddpm.unet.plain import foreign, unusual
 
 
 def unplannable(model: Model) -> str | None:

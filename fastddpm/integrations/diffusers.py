@@ -19,7 +19,7 @@ from fastddpm.diffusion import Diffusion
 from fastddpm.integrations.port import join_qkv, split_qkv
 from fastddpm.integrations.schedulers import SCHEDULER, load_process, scheduler_config
 from fastddpm.unet import UNet
-from fastddpm.unet_config import MAX_VALUES
+from fastddpm.unet.config import MAX_VALUES
 from fastddpm.weights import load, rename
 
 PROJECT = "diffusers"

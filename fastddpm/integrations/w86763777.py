@@ -13,7 +13,7 @@ from fastddpm.diffusion import Diffusion
 from fastddpm.integrations.layouts import Keys, renamed
 from fastddpm.integrations.port import join_qkv
 from fastddpm.schedule import Schedule
-from fastddpm.unet_parts import timestep_embedding
+from fastddpm.unet.parts import timestep_embedding
 from fastddpm.weights import Tensors
 
 PROJECT = "w86763777/pytorch-ddpm"

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from tabulate import tabulate
 
 from fastddpm import console
-from fastddpm.cli_arguments import alone, path, size
+from fastddpm.cli.arguments import alone, path, size
 from fastddpm.convert import Format, convert
 from fastddpm.diffusion import Prediction
 from fastddpm.integrations.containers import Weights

@@ -1,6 +1,6 @@
 """A step of the optimiser: torch's Adam keeps the state and the options, ops.adam moves weights,
 moments, average and rounded copies in one pass over memory. When a step is taken, and which
-gradients it gets, is training_step.py's."""
+gradients it gets, is step.py's."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch.optim import optimizer as torch_optimizer
 
 from fastddpm import ops
-from fastddpm.master_weights import MasterWeights, on_device
 from fastddpm.ops import plain_sweep
 from fastddpm.ops.lists import in_order_of, is_dense, lie_apart
+from fastddpm.training.master_weights import MasterWeights, on_device
 
 # What the options that ops.adam does not have must be for it to be the same step.
 PLAIN = {"amsgrad": False, "maximize": False, "differentiable": False, "weight_decay": 0}

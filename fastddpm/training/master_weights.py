@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastddpm.ops.overlap import overlaps_itself
-from fastddpm.working_copies import widen
+from fastddpm.training.working_copies import widen
 from fastddpm.wrapped import is_sharded
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

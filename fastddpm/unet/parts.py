@@ -1,4 +1,4 @@
-"""The modules that a U-Net is made of, and nothing of how they hang together: that is unet.py's.
+"""The modules that a U-Net is made of, and nothing of how they hang together: that is network.py's.
 
 Module names follow the widely used PyTorch port of the paper's code (down.0.block.1.conv1,
 mid.attn_1, ...), except that q, k and v are one `qkv`."""
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastddpm import ops
-from fastddpm.unet_config import check_freq_shift
+from fastddpm.unet.config import check_freq_shift
 
 
 def timestep_embedding(

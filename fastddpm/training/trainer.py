@@ -17,22 +17,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastddpm import unet_walk
 from fastddpm.arguments import check_one_device, check_pixels
 from fastddpm.checkpoint import named, read_tensors, write_tensors
 from fastddpm.diffusion import Diffusion
 from fastddpm.engine import cuda_graph
 from fastddpm.engine.cuda_graph import Record
-from fastddpm.guard import IN_A_ROW, Guard, in_range, out_of_range
 from fastddpm.host import callers_level, own_state, plain, training
-from fastddpm.master_weights import DTYPES, MasterWeights
 from fastddpm.options import check_flag, check_integer, check_number
 from fastddpm.precision import Precision, float32_kept, resolve_precision
 from fastddpm.pretrained import save_config, save_model
 from fastddpm.ranks import losing
-from fastddpm.replicas import Replicas, replicated
-from fastddpm.run_folder import STATE
-from fastddpm.run_settings import (
+from fastddpm.training.graph import Recordings
+from fastddpm.training.guard import IN_A_ROW, Guard, in_range, out_of_range
+from fastddpm.training.master_weights import DTYPES, MasterWeights
+from fastddpm.training.replicas import Replicas, replicated
+from fastddpm.training.run_folder import STATE
+from fastddpm.training.run_settings import (
     architecture,
     compare,
     differing,
@@ -40,12 +40,12 @@ from fastddpm.run_settings import (
     read_settings,
     with_later_options,
 )
-from fastddpm.trainer_state import check_tensors, take, tensors_of
-from fastddpm.training_graph import Recordings
-from fastddpm.training_step import take_step
+from fastddpm.training.state import check_tensors, take, tensors_of
+from fastddpm.training.step import take_step
+from fastddpm.training.upload import uploaded
+from fastddpm.training.working_copies import WorkingCopies
 from fastddpm.unet import UNet
-from fastddpm.upload import uploaded
-from fastddpm.working_copies import WorkingCopies
+from fastddpm.unet import walk as unet_walk
 from fastddpm.wrapped import unwrap
 
 WAY = 3  # of a step's masks and sums: another one goes on with a saved run but not bit for bit

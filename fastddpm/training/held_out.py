@@ -19,8 +19,8 @@ from fastddpm.data.identity import Fingerprint
 from fastddpm.evaluation import bits_per_dim
 from fastddpm.options import check_integer
 from fastddpm.pretrained import CONFIG, WEIGHTS, save_config, save_model
-from fastddpm.run_folder import BEST, NOTE
-from fastddpm.trainer import Trainer
+from fastddpm.training.run_folder import BEST, NOTE
+from fastddpm.training.trainer import Trainer
 from fastddpm.unet import UNet
 
 

@@ -1,5 +1,5 @@
 """The paper's U-Net (Appendix B): its parts put together, presets and nothing about diffusion
-beyond `forward(x, t, y)`. The parts are unet_parts.py's."""
+beyond `forward(x, t, y)`. The parts are parts.py's."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from fastddpm import unet_walk
 from fastddpm.diffusion import Diffusion
 from fastddpm.memory import check_fits
 from fastddpm.ops import checks
 from fastddpm.options import check_flag
 from fastddpm.schedule import Variance
-from fastddpm.unet_config import check_config, fewest_parameters
-from fastddpm.unet_order import recomputed
-from fastddpm.unet_parts import (
+from fastddpm.unet import walk as unet_walk
+from fastddpm.unet.config import check_config, fewest_parameters
+from fastddpm.unet.order import recomputed
+from fastddpm.unet.parts import (
     AttentionBlock,
     Downsample,
     GroupNorm,

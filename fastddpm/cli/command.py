@@ -17,8 +17,10 @@ import torch
 from tabulate import tabulate
 
 import fastddpm
-from fastddpm import batching, cli_convert, cli_train, console, figures, ranks, shards
-from fastddpm.cli_arguments import alone, integers, machine, path, timeout
+from fastddpm import batching, console, figures, ranks, shards
+from fastddpm.cli import convert as cli_convert
+from fastddpm.cli import train as cli_train
+from fastddpm.cli.arguments import alone, integers, machine, path, timeout
 from fastddpm.doctor import doctor, what_runs
 from fastddpm.engine import EngineName
 from fastddpm.host import check_threads
@@ -268,7 +270,3 @@ def _chain() -> argparse.ArgumentParser:
     )
     p.add_argument("--engine", default="auto", choices=get_args(EngineName), help="(default: auto)")
     return p
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,9 +8,9 @@ from collections.abc import Callable, Hashable
 import torch
 
 from fastddpm.engine.cuda_graph import Record
-from fastddpm.guard import Guard
 from fastddpm.ops.dispatch import report_slower
 from fastddpm.presence import first_line
+from fastddpm.training.guard import Guard
 
 Compute = Callable[
     [

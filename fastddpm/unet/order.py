@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastddpm.unet_parts import AttentionBlock, Level, ResnetBlock
+from fastddpm.unet.parts import AttentionBlock, Level, ResnetBlock
 
 if TYPE_CHECKING:
     from fastddpm.unet import UNet

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from fastddpm.figures import grid
-from fastddpm.run_folder import BOARD
-from fastddpm.run_log import COLUMNS, Row
+from fastddpm.training.run_folder import BOARD
+from fastddpm.training.run_log import COLUMNS, Row
 
 
 def check_board() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from fastddpm import ranks
 from fastddpm.data import Dataset, batch_indices
-from fastddpm.upload import staged, uploaded
+from fastddpm.training.upload import staged, uploaded
 
 AHEAD = 3  # batches that are read, or being read, while a step computes
 

@@ -4,7 +4,7 @@ convolutions is one pass over memory.
 Convolutions run without their bias; this, the time embedding and a residual are added by the
 group_norm_silu that reads the result (`before`, `residual`), which writes the sum where something
 else reads it, too. Skips are a second source of a norm (`x2`) and never concatenated: the 1x1
-shortcut of two sources is two products. On a CPU see unet_walk_cpu.py."""
+shortcut of two sources is two products. On a CPU see walk_cpu.py."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from torch.autograd import forward_ad
 
 from fastddpm import ops
 from fastddpm.ops import attention, dispatch
-from fastddpm.unet_order import Order, Stream, dropout_stream, stream_of
-from fastddpm.unet_parts import (
+from fastddpm.unet.order import Order, Stream, dropout_stream, stream_of
+from fastddpm.unet.parts import (
     AttentionBlock,
     Downsample,
     ResnetBlock,
@@ -32,8 +32,8 @@ from fastddpm.unet_parts import (
     resampled,
     tokens,
 )
-from fastddpm.unet_plain import foreign, unusual
-from fastddpm.unet_walk_cpu import CpuWalk
+from fastddpm.unet.plain import foreign, unusual
+from fastddpm.unet.walk_cpu import CpuWalk
 
 if TYPE_CHECKING:
     from fastddpm.unet import UNet
@@ -131,7 +131,7 @@ class Walk(Order):
         else:
             c.before = self.time(block)
         out = self.convolution(block.conv2, self.dropped(block, place, c, **modulation))
-        if block.resample:  # of one source, with as many channels: see unet_plain.py
+        if block.resample:  # of one source, with as many channels: see plain.py
             return Image(out, resampled(h.value(), block.resample), self.bias(block.conv2))
         if "nin_shortcut" not in block._modules:
             return Image(out, h.x, self.bias(block.conv2, h.before))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from fastddpm.checkpoint import atomic_write
 from fastddpm.data.files import RegularFile
 from fastddpm.figures import loss_plot
-from fastddpm.run_folder import LOG, PLOT
+from fastddpm.training.run_folder import LOG, PLOT
 
 LONGEST_LOG = 2**26  # bytes: some two million rows
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fastddpm.training.upload import uploaded
 from fastddpm.unet import UNet
-from fastddpm.upload import uploaded
 from fastddpm.wrapped import _inside
 
 if dist.is_available():

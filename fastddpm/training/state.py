@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastddpm.master_weights import MasterWeights
+from fastddpm.training.master_weights import MasterWeights
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 

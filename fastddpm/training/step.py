@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastddpm import ops, unet_walk
-from fastddpm.adam_step import norm_of, update
+from fastddpm import ops
 from fastddpm.host import seeded
 from fastddpm.ops import dispatch
 from fastddpm.precision import autocast, tf32_asked
-from fastddpm.replicas import Part, cut
+from fastddpm.training.adam_step import norm_of, update
+from fastddpm.training.replicas import Part, cut
 from fastddpm.unet import UNet
-from fastddpm.unet_parts import changed
-from fastddpm.unet_plain import foreign, settings
+from fastddpm.unet import walk as unet_walk
+from fastddpm.unet.parts import changed
+from fastddpm.unet.plain import foreign, settings
 
 if TYPE_CHECKING:
-    from fastddpm.trainer import Trainer
+    from fastddpm.training.trainer import Trainer
 
 CHOICES_STEP = 2**32 - 1  # the RNG contract's step word of t and flip, which no chain reaches
 

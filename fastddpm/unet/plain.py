@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
-from fastddpm.unet_parts import (
+from fastddpm.unet.parts import (
     AttentionBlock,
     Downsample,
     GroupNorm,
@@ -77,7 +77,7 @@ _METHODS = tuple(
 def foreign(model: nn.Module) -> str | None:
     """What in the U-Net is not its own, the part named; None for a plain one.
 
-    Its own are the exact classes of unet_parts.py and torch's in them, each in its place, without
+    Its own are the exact classes of parts.py and torch's in them, each in its place, without
     hooks or replaced forwards, with plain tensors as weights and 1x1 convolutions as shortcuts.
     `model` itself may be of any class: what it does around the parts is not asked."""
     found = _find(model)

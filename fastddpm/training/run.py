@@ -12,23 +12,31 @@ from typing import Any, NamedTuple
 import torch
 
 from fastddpm import ranks
-from fastddpm.board import Board, check_board
 from fastddpm.checkpoint import named, write_json
 from fastddpm.data import Dataset
 from fastddpm.data.limits import check_memory
-from fastddpm.feed import AHEAD, Feed
 from fastddpm.figures import check_channels, save_samples
-from fastddpm.held_out import HeldOut
 from fastddpm.host import own_state
 from fastddpm.options import check_integer
-from fastddpm.presets import PRESETS, Preset, preset
 from fastddpm.pretrained import WEIGHTS
 from fastddpm.progress import tqdm
-from fastddpm.run_folder import RECIPE, SAMPLES, STATE, check_apart, check_kinds, check_new, locked
-from fastddpm.run_log import Log, Row
 from fastddpm.sampling import sample
-from fastddpm.trainer import Trainer
-from fastddpm.training_step import CHOICES_STEP
+from fastddpm.training.board import Board, check_board
+from fastddpm.training.feed import AHEAD, Feed
+from fastddpm.training.held_out import HeldOut
+from fastddpm.training.presets import PRESETS, Preset, preset
+from fastddpm.training.run_folder import (
+    RECIPE,
+    SAMPLES,
+    STATE,
+    check_apart,
+    check_kinds,
+    check_new,
+    locked,
+)
+from fastddpm.training.run_log import Log, Row
+from fastddpm.training.step import CHOICES_STEP
+from fastddpm.training.trainer import Trainer
 from fastddpm.unet import UNet
 
 __all__ = ["CHOICES_STEP", "PRESETS", "STATE", "Log", "Preset", "Trainer", "fit", "preset"]

@@ -19,16 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from fastddpm.cli_arguments import integers, path, size
+from fastddpm.cli.arguments import integers, path, size
 from fastddpm.data.files import RegularFile
 from fastddpm.diffusion import Loss, Prediction
 from fastddpm.loss_weights import GAMMA
 from fastddpm.options import shown
 from fastddpm.precision import Precision
-from fastddpm.presets import preset
-from fastddpm.run_folder import WRITER
 from fastddpm.schedule import KINDS as SCHEDULES
 from fastddpm.schedule import Schedule, Variance
+from fastddpm.training.presets import preset
+from fastddpm.training.run_folder import WRITER
 from fastddpm.unet import UNet
 
 LONGEST = 2**20  # bytes of a file

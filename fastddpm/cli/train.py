@@ -13,15 +13,16 @@ import torch
 from tabulate import tabulate
 
 import fastddpm
-from fastddpm import console, figures, ranks, run_folder
+from fastddpm import console, figures, ranks
 from fastddpm.checkpoint import read_json
-from fastddpm.cli_arguments import path, timeout
+from fastddpm.cli.arguments import path, timeout
 from fastddpm.data import WITH_SPLITS, Dataset, check_size, open_dataset
 from fastddpm.diffusion import Diffusion
-from fastddpm.held_out import HeldOut
 from fastddpm.host import seeded
 from fastddpm.pretrained import CONFIG, build_model
-from fastddpm.recipe import (
+from fastddpm.training import run_folder
+from fastddpm.training.held_out import HeldOut
+from fastddpm.training.recipe import (
     BY_KEY,
     FLAG,
     NUMBERS_OF_SCHEDULES,
@@ -32,8 +33,8 @@ from fastddpm.recipe import (
     Recipe,
     read_recipe,
 )
-from fastddpm.run_folder import BEST, BOARD, LOG, PLOT, RECIPE, SAMPLES
-from fastddpm.training import PRESETS, STATE, Ran, Trainer, fit, preset
+from fastddpm.training.run import PRESETS, STATE, Ran, Trainer, fit, preset
+from fastddpm.training.run_folder import BEST, BOARD, LOG, PLOT, RECIPE, SAMPLES
 from fastddpm.unet import UNet
 
 DEFAULT_PRESET = "cifar10"

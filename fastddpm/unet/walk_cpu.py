@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastddpm import ops
-from fastddpm.unet_order import Order, Stream
-from fastddpm.unet_parts import (
+from fastddpm.unet.order import Order, Stream
+from fastddpm.unet.parts import (
     AttentionBlock,
     Downsample,
     ResnetBlock,
@@ -84,7 +84,7 @@ class CpuWalk(Order):
         self, block: ResnetBlock, h: Tensor, skip: Tensor | None, time: Tensor | None
     ) -> Tensor:
         """conv1 of the block, of its norm's result as it resamples it, and `time`."""
-        if block.resample == "down":  # of one source: see unet_plain.py
+        if block.resample == "down":  # of one source: see plain.py
             return convolution(block.conv1, resampled(normed(block.norm1, h), "down"), shift=time)
         upsample = 2 if block.resample == "up" else 1
         return convolution(block.conv1, h, block.norm1, x2=skip, shift=time, upsample=upsample)
