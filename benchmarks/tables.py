@@ -72,7 +72,10 @@ def plot(path: Path, rows: list[Row], race: ModuleType, title: str) -> None:
     for axes, batch in zip(panels, batches, strict=True):
         shown = sorted((r for r in rows if r["batch"] == batch), key=lambda r: -r["ms"])
         bars = axes.barh(
-            [f"{r['name']} {r['precision']}" for r in shown],
+            [
+                f"{r['name']} {r['precision']}" + ", its own network" * r.get("own network", False)
+                for r in shown
+            ],
             [r["ms"] for r in shown],
             color=["tab:blue" if r["name"] in race.OURS else "0.7" for r in shown],
         )

@@ -122,15 +122,19 @@ def distance(got: Tensor | None, truth: Tensor, typical: float) -> float:
     return ((got.double() - truth.double()).norm() / scale).item()
 
 
-def errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """The errors of the loss and of the worst gradient."""
+def distances(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """The distance of each gradient, by its name."""
     gradients = {k: v for k, v in truth.items() if k.startswith("gradient.")}
     size = torch.stack([g.double().norm() for g in gradients.values()]).norm()
     typical = size.item() / sum(g.numel() for g in gradients.values()) ** 0.5
+    found = {name: distance(got.get(name), g, typical) for name, g in gradients.items()}
+    return {name: math.inf if math.isnan(d) else d for name, d in found.items()}
+
+
+def errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """The errors of the loss and of the worst gradient."""
     loss = abs(got["loss"].double() / truth["loss"].double() - 1)
-    distances = [distance(got.get(name), g, typical) for name, g in gradients.items()]
-    worst = max(math.inf if math.isnan(d) else d for d in distances)
-    return {"loss": loss.item(), "gradient": worst}
+    return {"loss": loss.item(), "gradient": max(distances(got, truth).values())}
 
 
 def optimiser_errors(got: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, float]:
@@ -193,11 +197,15 @@ def race(
             right, before = exact, {k: v for k, v in exact.items() if k.startswith("start.")}
         found = errors(got, right) | optimiser_errors(got, before)
         row |= {"error": found["gradient"], "errors": found, "allowed": limits["gradient"]}
-        row["FLOP"] = own_work if same else runner.flop()
+        row |= {"FLOP": own_work if same else runner.flop(), "own network": not same}
         if same and precision == "bf16":
             row["of PyTorch's error"] = found["gradient"] / theirs
         wrong = [k for k, error in found.items() if not error <= limits[k]]
-        said = (f"{found[k]:.2g} of the {k}, allowed {limits[k]:.2g}" for k in wrong)
+        said = [f"{found[k]:.2g} of the {k}, allowed {limits[k]:.2g}" for k in wrong]
+        if "gradient" in wrong:
+            off = [k for k, d in distances(got, right).items() if d > limits["gradient"]]
+            worst = off[0].removeprefix("gradient.")
+            said.append(f"{len(off)} of {len(distances(got, right))} gradients, {worst} the first")
         return "; ".join(said) or None
 
     def ask(runner: Any, row: dict[str, Any]) -> None:
