@@ -444,6 +444,31 @@ class Diffusion:
         term = torch.where(t.eq(0)[:, None, None, None], nll, kl)
         return term.mean(dim=(1, 2, 3)) / math.log(2)
 
+    @torch.no_grad()
+    def bound_term(
+        self,
+        x0: torch.Tensor,
+        xt: torch.Tensor,
+        output: torch.Tensor,
+        t: torch.Tensor,
+        *,
+        clip: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(vlb_term, the mse of the x0 prediction), (N,) float32, in one pass and in float64: what
+        likelihoods are made of. No gradients. x0: uint8 or float in [-1, 1]; see ops.vlb_term.
+        """
+        prediction, log_variance = self.split(output)
+        kind, learned_range = self.prediction, self.learned_range
+        if not self.takes_output():
+            if kind == "mean":
+                prediction, kind = self.predict_x0(xt, output, t, clip=clip), "x0"
+            if log_variance is not None and not learned_range:
+                log_variance = self._translate(log_variance, t)
+        return ops.vlb_term(
+            x0, xt, prediction, t, self.table(x0.device), self._true_log_variance(x0.device),
+            clip=clip, prediction=kind, log_variance=log_variance, learned_range=learned_range,
+        )  # fmt: skip
+
     def vlb_terms(
         self,
         model: Model,
@@ -461,7 +486,6 @@ class Diffusion:
         n, device = x0.shape[0], x0.device
         if sample_index is None:
             sample_index = torch.arange(n, device=device)
-        x0 = reference.to_unit(x0) if x0.dtype == torch.uint8 else x0
         terms = torch.empty(n, self.T, dtype=torch.float32, device=device)
         mse = torch.empty_like(terms)
         with torch.no_grad():
@@ -476,9 +500,7 @@ class Diffusion:
                     step=self.model_t(t),
                 )
                 output = self.model_output(model, xt, t, **(model_kwargs or {}))
-                terms[:, i] = self.vlb_term(x0, xt, output, t, clip=clip)
-                predicted = self.predict_x0(xt, output, t, clip=clip)
-                mse[:, i] = (predicted - x0).square().mean(dim=(1, 2, 3))
+                terms[:, i], mse[:, i] = self.bound_term(x0, xt, output, t, clip=clip)
                 if on_step is not None:
                     on_step()
         return terms, mse
@@ -496,11 +518,20 @@ class Diffusion:
         """The table's columns at t by name, and log beta-tilde: (N, 1, 1, 1) float32."""
 
         def make() -> torch.Tensor:
-            column = torch.from_numpy(self.schedule.posterior_log_variance)[:, None]
-            return torch.cat((self.table(x.device), column.to(x.device, torch.float32)), dim=1)
+            column = self._true_log_variance(x.device)[:, None]
+            return torch.cat((self.table(x.device), column), dim=1)
 
-        rows = self._kept(f"{x.device} posterior_log_variance", make)
+        rows = self._kept(f"{x.device} with posterior_log_variance", make)
         return _rows(rows, (*COLUMNS, "posterior_log_variance"), t)
+
+    def _true_log_variance(self, device: torch.device) -> torch.Tensor:
+        """log beta-tilde of each step, (T,) float32, that of t = 1 at t = 0."""
+        return self._kept(
+            f"{device} posterior_log_variance",
+            lambda: torch.from_numpy(self.schedule.posterior_log_variance).to(
+                device, torch.float32
+            ),
+        )
 
     def _trained_table(self, device: torch.device) -> torch.Tensor:
         """The table of the chain that the model was trained with, at the steps of this one."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.ops import checks, library
+from fastddpm.ops.bound import vlb_term
 from fastddpm.ops.convolve import convolution
 from fastddpm.ops.dispatch import use_backend
 from fastddpm.ops.sweep import adam, grad_norm
@@ -39,6 +40,7 @@ __all__ = [
     "residual_sum",
     "squared_error",
     "use_backend",
+    "vlb_term",
 ]
 
 Prediction = Literal["eps", "x0", "mean", "v"]
