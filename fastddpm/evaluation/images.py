@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,16 +56,24 @@ class Images:
             return self.data.images(index)
         return self.data[torch.from_numpy(index).to(self.data.device)]
 
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """The images in parts, (k, C, H, W) each, in order."""
+        many = max(1, CHUNK // max(1, int(np.prod(self.shape))))
+        for start in range(0, len(self), many):
+            yield self[start : start + many]
+
     def fingerprint(self, progress: bool = False) -> str:
         """SHA-256 of the pixels in order, as a Dataset's; a bar where it takes more than 2 s."""
         if self._digest is None:
             if isinstance(self.data, Dataset) and len(self) == self.of:
                 self._digest = self.data.fingerprint(progress)
             else:
-                digest, many = Fingerprint(), max(1, CHUNK // max(1, int(np.prod(self.shape))))
-                starts = range(0, len(self), many)
-                for start in tqdm(starts, desc="the data's digest", delay=2, disable=not progress):
-                    digest.add(self[start : start + many].cpu().numpy())
+                digest = Fingerprint()
+                bar = tqdm(total=len(self), desc="the data's digest", delay=2, disable=not progress)
+                with bar:
+                    for part in self:
+                        digest.add(part.cpu().numpy())
+                        bar.update(len(part))
                 self._digest = digest.hexdigest()
         return self._digest
 
@@ -73,16 +83,31 @@ class Images:
         return f"{some} images of {self.source}"
 
 
-def opened(data: Any, shape: tuple[int, int, int], *, test: bool) -> Any:
-    """A Dataset of what is a path, in the size and channels of `shape` where it holds encoded
-    images; anything else as it is.
+def opened(data: Any, name: str, shape: tuple[int, ...] | None, *, test: bool) -> Any:
+    """A Dataset of what is a path; anything else as it is.
 
-    test: of kinds with both splits, the images that models are not trained on"""
+    shape: (C, H, W) that encoded pictures are brought to; None: their own
+    test:  of kinds with both splits, the images that models are not trained on"""
     if not isinstance(data, (str, os.PathLike)):
         return data
     if not os.fspath(data):
-        raise ValueError("data '': give a path")
-    dataset = open_dataset(data)
+        raise ValueError(f"{name} is '': give a path")
+    as_model: dict[str, Any] = {} if shape is None else {"size": shape[1:], "channels": shape[0]}
+    dataset = open_dataset(data, **as_model)
     if test and dataset.kind in WITH_SPLITS:
-        dataset = open_dataset(data, split="test")
+        dataset = open_dataset(data, split="test", **as_model)
     return dataset
+
+
+def check_apart(data: Any, out: Path) -> None:
+    """ValueError if what is written into `out` would be among the images."""
+    if isinstance(data, Dataset):
+        data = data.path
+    if not isinstance(data, (str, os.PathLike)):
+        return
+    source, folder = Path(data).resolve(), out.resolve()
+    if source.is_dir() and (folder == source or source in folder.parents):
+        raise ValueError(
+            f"the results' folder {out} lies in the data {data}: samples would be among the "
+            "images; give another folder"
+        )

@@ -81,7 +81,8 @@ def rate_distortion(bound: Bound) -> RateDistortion:
     of the mean squared error of all their pixels."""
     terms, mse = (np.asarray(values, np.float64) for values in (bound.terms, bound.mse))
     if terms.shape != (bound.T,) or mse.shape != (bound.T,):
-        raise ValueError(f"terms and mse must be (T,) = ({bound.T},); got {terms.shape}, {mse.shape}")  # fmt: skip
+        got = f"{terms.shape}, {mse.shape}"
+        raise ValueError(f"terms and mse must be (T,) = ({bound.T},); got {got}")
     received = np.concatenate(([float(bound.prior)], terms[:0:-1]))  # L_T, L_{T-1} .. L_1
     distortion = LEVELS * np.sqrt(mse[::-1])
     return RateDistortion(np.cumsum(received), distortion, float(terms[0]), bound.sampled)
