@@ -15,7 +15,7 @@ struct BoundStep {
   double mean_x0, mean_xt;      // p's mean = mean_x0 (x0 prediction) + mean_xt x_t
   double true_log_variance;     // of q(x_{t-1} | x_t, x_0)
   double precision;             // e^-true_log_variance
-  double offset, slope;         // log sigma^2 of p = offset + slope (the model's word)
+  double offset, slope;         // true_log_variance - log sigma^2 of p = offset + slope word
   bool decoder;                 // t = 0: the term is -log p(x_0 | x_1)
 
   FASTDDPM_HD double x0(float value) const { return madd(scale, double(value), shift); }
@@ -32,18 +32,23 @@ struct BoundStep {
   }
 
   // KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of an element in nats; word: what the model says
-  // of its variance. Both means have the same part of x_t.
+  // of its variance, 0 if it says nothing. Both means have the same part of x_t.
   FASTDDPM_HD double kl(double x0, double prediction, float word) const {
-    const double apart = true_log_variance - madd(slope, double(word), offset);
+    const double apart = madd(slope, double(word), offset);
     const double mean = mean_x0 * (x0 - clipped(prediction, mean_clip));
     const double ratio = exponential(apart);
-    return 0.5 * (((ratio - 1.0) - apart) + mean * mean * precision * ratio);
+    // e^apart - 1 - apart, by its series where that cancels.
+    double series = madd(apart, 1.0 / 120.0, 1.0 / 24.0);
+    series = madd(madd(series, apart, 1.0 / 6.0), apart, 0.5) * apart * apart;
+    const bool close = apart < 0.01 && apart > -0.01;
+    const double excess = close ? series : (ratio - 1.0) - apart;
+    return 0.5 * (excess + mean * mean * precision * ratio);
   }
 
   // -log of the mass of p in the pixel's bin, in nats.
   FASTDDPM_HD double nll(double x0, double prediction, float xt, float word) const {
     const double mean = madd(mean_x0, clipped(prediction, mean_clip), mean_xt * double(xt));
-    return -log_bin_mass(x0, mean, 0.5 * madd(slope, double(word), offset));
+    return -log_bin_mass(x0, mean, 0.5 * (true_log_variance - madd(slope, double(word), offset)));
   }
 
   FASTDDPM_HD static double clipped(double x, double bound) {  // comparisons that keep a NaN
@@ -52,10 +57,11 @@ struct BoundStep {
   }
 };
 
-// row: the table's of the sample's t;  learned, learned_range: whether the model says log sigma^2,
-// or where it lies from true_log_variance (-1) to the row's LOG_VARIANCE (1).
-FASTDDPM_HD BoundStep bound_step(const float* row, float true_log_variance, bool decoder,
-                                 bool bytes, Prediction prediction, bool clip, bool learned,
+// row: the table's of the sample's t;  log_ratio: its LOG_VARIANCE less log beta-tilde;  learned,
+// learned_range: whether the model says log sigma^2, or where it lies from log beta-tilde (-1) to
+// LOG_VARIANCE (1).
+FASTDDPM_HD BoundStep bound_step(const float* row, float log_ratio, bool decoder, bool bytes,
+                                 Prediction prediction, bool clip, bool learned,
                                  bool learned_range) {
   const double infinity = bit_cast<double>(uint64_t(0x7ff0000000000000u));
   const bool is_mean = prediction == Prediction::mean;
@@ -67,8 +73,7 @@ FASTDDPM_HD BoundStep bound_step(const float* row, float true_log_variance, bool
     from_xt = row[SQRT_AB], from_output = -double(row[SQRT_1M_AB]);
   else if (is_mean)
     from_xt = -mean_xt / mean_x0, from_output = 1.0 / mean_x0;
-  const double half_way = 0.5 * (double(row[LOG_VARIANCE]) - double(true_log_variance));
-  const double middle = double(true_log_variance) + half_way;
+  const double ratio = log_ratio, true_log_variance = double(row[LOG_VARIANCE]) - ratio;
   return {bytes ? 1.0 / 127.5 : 1.0,
           bytes ? -1.0 : 0.0,
           prediction != Prediction::x0,
@@ -79,13 +84,13 @@ FASTDDPM_HD BoundStep bound_step(const float* row, float true_log_variance, bool
           mean_x0,
           mean_xt,
           true_log_variance,
-          exponential(-double(true_log_variance)),
-          !learned        ? double(row[LOG_VARIANCE])
-          : learned_range ? middle
-                          : 0.0,
+          exponential(-true_log_variance),
+          !learned        ? -ratio
+          : learned_range ? -0.5 * ratio
+                          : true_log_variance,
           !learned        ? 0.0
-          : learned_range ? half_way
-                          : 1.0,
+          : learned_range ? -0.5 * ratio
+                          : -1.0,
           decoder};
 }
 

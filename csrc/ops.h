@@ -72,7 +72,8 @@ constexpr int64_t MAX_LEVELS = int64_t(1) << 31;
 
 // x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps   (DDPM Eq. 4).
 // x0: u8 0 .. 255, scaled to [-1, 1] first, or float; mirrored along W where flip[n] is not 0.
-// eps: read, or, if generate_eps, drawn from `random`, rounded to its storage type and written.
+// eps: read, or, if generate_eps, drawn from `random`, rounded to the storage type of x_t and
+// written, where it is given.
 struct Noise {
   Shape shape;
   Tensor x0, eps, xt;
@@ -258,9 +259,9 @@ struct VlbTerm {
   Prediction prediction;
   bool clip, learned_range;
   Table table;
-  const float* true_log_variance;  // (T,) contiguous: log beta-tilde_t, that of t = 1 at t = 0
-  float *term, *mse;               // (N,) contiguous
-  double* workspace;               // CUDA: 2 N vlb_term_chunks() numbers, or null for one chunk
+  const float* log_ratio;  // (T,) contiguous: LOG_VARIANCE less log beta-tilde_t, of t = 1 at t = 0
+  float *term, *mse;       // (N,) contiguous
+  double* workspace;       // CUDA: 2 N vlb_term_chunks() numbers, or null for one chunk
 };
 
 // CUDA: how many sums of a sample of so many elements meet in the workspace.

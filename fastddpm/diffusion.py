@@ -465,7 +465,7 @@ class Diffusion:
             if log_variance is not None and not learned_range:
                 log_variance = self._translate(log_variance, t)
         return ops.vlb_term(
-            x0, xt, prediction, t, self.table(x0.device), self._true_log_variance(x0.device),
+            x0, xt, prediction, t, self.table(x0.device), self._log_ratio(x0.device),
             clip=clip, prediction=kind, log_variance=log_variance, learned_range=learned_range,
         )  # fmt: skip
 
@@ -498,6 +498,7 @@ class Diffusion:
                     seed=seed,
                     sample_index=sample_index,
                     step=self.model_t(t),
+                    keep_eps=False,
                 )
                 output = self.model_output(model, xt, t, **(model_kwargs or {}))
                 terms[:, i], mse[:, i] = self.bound_term(x0, xt, output, t, clip=clip)
@@ -518,19 +519,18 @@ class Diffusion:
         """The table's columns at t by name, and log beta-tilde: (N, 1, 1, 1) float32."""
 
         def make() -> torch.Tensor:
-            column = self._true_log_variance(x.device)[:, None]
-            return torch.cat((self.table(x.device), column), dim=1)
+            column = torch.from_numpy(self.schedule.posterior_log_variance)[:, None]
+            return torch.cat((self.table(x.device), column.to(x.device, torch.float32)), dim=1)
 
-        rows = self._kept(f"{x.device} with posterior_log_variance", make)
+        rows = self._kept(f"{x.device} posterior_log_variance", make)
         return _rows(rows, (*COLUMNS, "posterior_log_variance"), t)
 
-    def _true_log_variance(self, device: torch.device) -> torch.Tensor:
-        """log beta-tilde of each step, (T,) float32, that of t = 1 at t = 0."""
+    def _log_ratio(self, device: torch.device) -> torch.Tensor:
+        """(T,) float32, see Schedule.log_variance_ratio."""
+        ratio = self.schedule.log_variance_ratio
         return self._kept(
-            f"{device} posterior_log_variance",
-            lambda: torch.from_numpy(self.schedule.posterior_log_variance).to(
-                device, torch.float32
-            ),
+            f"{device} log_ratio",
+            lambda: torch.from_numpy(ratio(self.variance)).to(device, torch.float32),
         )
 
     def _trained_table(self, device: torch.device) -> torch.Tensor:

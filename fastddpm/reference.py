@@ -88,12 +88,12 @@ def randn(shape, *, seed, step, sample_index, dtype=torch.float32):
 
 def noise(
     x0, t, table, *,
-    eps=None, seed=None, step=None, sample_index=None, flip=None, dtype=None,
+    eps=None, seed=None, step=None, sample_index=None, flip=None, dtype=None, keep_eps=True,
 ):  # fmt: skip
     """(x_t, eps), x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps   (DDPM Eq. 4).
 
     uint8 x0 is scaled to [-1, 1] first. An eps that is not given is drawn, rounded to the dtype of
-    x_t, then used.
+    x_t, then used; keep_eps is for backends that need not write it.
     """
     if dtype is None:
         floating = eps if x0.dtype == torch.uint8 else x0
@@ -678,7 +678,7 @@ def _bin(x, mean, log_scale):
 
 
 def vlb_term(
-    x0, xt, model_output, t, table, posterior_log_variance, *,
+    x0, xt, model_output, t, table, log_ratio, *,
     seed=None, step=None, sample_index=None,
     clip=True, prediction="eps", log_variance=None, learned_range=False,
 ):  # fmt: skip
@@ -688,8 +688,9 @@ def vlb_term(
     The KL of two diagonal Gaussians whose means have the same part of x_t:
     (log sigma^2 - log beta-tilde + expm1(log beta-tilde - log sigma^2) + d^2 / sigma^2) / 2,
     d = mean_x0 (x0 - x0 prediction); prediction="mean" takes it unclipped, so that d is that of the
-    means. log_variance: log sigma^2, or in a learned range where it lies from log beta-tilde (-1)
-    to the table's log_variance (1).
+    means. log_ratio: the table's log_variance less log beta-tilde, exact where they are close.
+    log_variance: log sigma^2, or in a learned range where it lies from log beta-tilde (-1) to the
+    table's log_variance (1).
     """
     if xt is None:
         drawn = torch.float64 if x0.dtype == torch.float64 else torch.float32
@@ -697,16 +698,18 @@ def vlb_term(
     dtype = _compute(x0, model_output)
     xt, images = xt.double(), to_unit(x0, torch.float64) if x0.dtype == torch.uint8 else x0.double()
     *_, mean_x0, mean_xt, _, top = _coefficients(table, t, xt)
-    lower, _ = torch.broadcast_tensors(_coefficients(posterior_log_variance[:, None], t, xt)[0], xt)
-    log_sigma2 = top
-    if log_variance is not None:
-        log_sigma2 = log_variance.double()
-        if learned_range:
-            log_sigma2 = lower + (0.5 * log_sigma2 + 0.5) * (top - lower)
+    (ratio,) = _coefficients(log_ratio[:, None], t, xt)
+    lower = top - ratio
+    if log_variance is None:
+        apart = -ratio.expand_as(xt)
+    elif learned_range:
+        apart = -(0.5 * log_variance.double() + 0.5) * ratio
+    else:
+        apart = lower - log_variance.double()
+    log_sigma2 = lower - apart
     predicted = predict_x0(xt, model_output, t, table, prediction=prediction, clip=False)
     clipped = predicted.clamp(-1, 1) if clip else predicted
     of_mean = predicted if prediction == "mean" else clipped
-    apart = lower - log_sigma2
     kl = (
         torch.expm1(apart)
         - apart

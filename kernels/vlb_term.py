@@ -19,7 +19,7 @@ CHUNK = 256  # elements of a program: two a thread, each takes thirty registers 
 
 @triton.jit(do_not_specialize=["CHUNKS", "seed"])
 def _vlb_term_kernel(
-    x0, xt, log_variance, model_output, sums, t, table, lower, steps, seed, step, index,
+    x0, xt, log_variance, model_output, sums, t, table, log_ratio, steps, seed, step, index,
     CHUNKS, A, B, D,
     PREDICTION: tl.constexpr, CLIP: tl.constexpr, LEARNED_RANGE: tl.constexpr,
     BLOCK: tl.constexpr, FLAT: tl.constexpr,
@@ -32,7 +32,6 @@ def _vlb_term_kernel(
     row = tl.load(t[0] + n.to(tl.int64) * t[1])
     row = tl.minimum(tl.maximum(row, 0), steps - 1)
     mean_x0, mean_xt = _entry(table, row, 4), _entry(table, row, 5)
-    true_log_variance = tl.load(lower + row).to(tl.float64)
 
     value = load(pointers(x0, n, a, p, D, FLAT), inside)
     image = value.to(tl.float64)
@@ -63,19 +62,22 @@ def _vlb_term_kernel(
     if PREDICTION == "mean":
         of_mean = predicted
 
-    top = _entry(table, row, 7)
-    log_sigma2 = top + image * 0.0
-    if log_variance is not None:
-        log_sigma2 = load(pointers(log_variance, n, a, p, D, FLAT), inside).to(tl.float64)
+    ratio = tl.load(log_ratio + row).to(tl.float64)
+    lower = _entry(table, row, 7) - ratio
+    if log_variance is None:
+        apart = image * 0.0 - ratio
+    else:
+        word = load(pointers(log_variance, n, a, p, D, FLAT), inside).to(tl.float64)
         if LEARNED_RANGE:
-            log_sigma2 = true_log_variance + (0.5 * log_sigma2 + 0.5) * (top - true_log_variance)
+            apart = -(0.5 * word + 0.5) * ratio
+        else:
+            apart = lower - word
     if row == 0:
         mean = mean_x0 * of_mean + mean_xt * x
-        nats = -log_bin_mass(image, mean, 0.5 * log_sigma2)
+        nats = -log_bin_mass(image, mean, 0.5 * (lower - apart))
     else:
-        apart = true_log_variance - log_sigma2
         d = mean_x0 * (image - of_mean)
-        nats = 0.5 * (_expm1(apart) - apart + d * d * tl.exp(-log_sigma2))
+        nats = 0.5 * (_expm1(apart) - apart + d * d * tl.exp(apart - lower))
     error = clipped - image
     tl.store(sums + 2 * program, tl.sum(tl.where(inside, nats, 0.0), 0))
     tl.store(sums + 2 * program + 1, tl.sum(tl.where(inside, error * error, 0.0), 0))
@@ -119,7 +121,7 @@ def _vlb_term_sums_kernel(sums, term, mse, CHUNKS, elements, BLOCK: tl.constexpr
 
 
 def vlb_term(
-    x0, xt, model_output, t, table, posterior_log_variance, *,
+    x0, xt, model_output, t, table, log_ratio, *,
     seed=None, step=None, sample_index=None,
     clip=True, prediction="eps", log_variance=None, learned_range=False,
 ):  # fmt: skip
@@ -139,7 +141,7 @@ def vlb_term(
         chunks = triton.cdiv(elements, block)
         sums = torch.empty(2 * n * chunks, dtype=torch.float64, device=x0.device)
         _vlb_term_kernel[(n * chunks,)](
-            *tiles.views, sums, per_sample(t), table, posterior_log_variance, table.shape[0],
+            *tiles.views, sums, per_sample(t), table, log_ratio, table.shape[0],
             **random, CHUNKS=chunks, A=a, B=b, D=d,
             PREDICTION=prediction, CLIP=clip, LEARNED_RANGE=learned_range,
             BLOCK=block, FLAT=b == 1,

@@ -58,7 +58,9 @@ void def_noise(py::module_& m) {
     const Shape shape = read.set_shape(x0, "x0");
     launch(run,
            Noise{shape, read.tensor(x0, "x0", true),
-                 seed.is_none() ? read.tensor(eps, "eps") : read.output(eps, "eps"),
+                 seed.is_none()  ? read.tensor(eps, "eps")
+                 : eps.is_none() ? read.optional(eps, "eps")
+                                 : read.output(eps, "eps"),
                  read.output(xt, "xt"), !seed.is_none(), read.random(seed, step, sample_index),
                  read.per_sample(t, "t"), read.flags(flip, "flip"), read.table(table)},
            where);
@@ -265,12 +267,11 @@ void def_vlb_term(py::module_& m) {
   m.def("vlb_term", [](py::handle x0, py::handle xt, py::handle model_output,
                        py::handle log_variance, py::handle term, py::handle mse, py::handle seed,
                        py::handle step, py::handle sample_index, py::handle t, py::handle table,
-                       py::handle true_log_variance, const std::string& prediction, bool clip,
+                       py::handle log_ratio, const std::string& prediction, bool clip,
                        bool learned_range, py::handle workspace, int64_t where) {
     if (xt.is_none() && seed.is_none()) throw py::value_error("vlb_term needs xt or a seed");
-    for (py::handle given : {term, mse, true_log_variance})
-      if (given.is_none())
-        throw py::value_error("vlb_term needs term, mse and posterior_log_variance");
+    for (py::handle given : {term, mse, log_ratio})
+      if (given.is_none()) throw py::value_error("vlb_term needs term, mse and log_ratio");
     Reader read(is_cuda(run));
     VlbTerm op{};
     op.shape = read.set_shape(x0, "x0");
@@ -280,7 +281,7 @@ void def_vlb_term(py::module_& m) {
     op.random = read.random(seed, step, sample_index), op.t = read.per_sample(t, "t");
     op.prediction = prediction_of(prediction), op.clip = clip, op.learned_range = learned_range;
     op.table = read.table(table);
-    op.true_log_variance = read.floats(true_log_variance, "posterior_log_variance", op.table.steps);
+    op.log_ratio = read.floats(log_ratio, "log_ratio", op.table.steps);
     op.term = read.floats(term, "term", op.shape.n), op.mse = read.floats(mse, "mse", op.shape.n);
     const int64_t chunks = vlb_term_chunks(op.shape.c * op.shape.h * op.shape.w);
     if (needs_workspace(run) && chunks > 1)

@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(THREADS) vlb_term_parts(const VlbTerm op, int6
     float row[COLUMNS];
     read_row(op.table, op.t, n, row);
     const BoundStep step =
-        bound_step(row, op.true_log_variance[t], t == 0, op.x0.dtype == DType::u8, op.prediction,
-                   op.clip, op.log_variance.data != nullptr, op.learned_range);
+        bound_step(row, op.log_ratio[t], t == 0, op.x0.dtype == DType::u8, op.prediction, op.clip,
+                   op.log_variance.data != nullptr, op.learned_range);
     double nats = 0.0, squares = 0.0;
     for (int64_t first = chunk * VLB_TERM_CHUNK + 4 * int64_t(threadIdx.x); first < end;
          first += 4 * THREADS) {

@@ -83,7 +83,7 @@ class Terms:
         process = self.engine.diffusion
         return ops.noise(
             x0, t, process.table(x0.device), seed=self._seed, sample_index=index,
-            step=process.model_t(t),
+            step=process.model_t(t), keep_eps=False,
         )[0]  # fmt: skip
 
     def _term(

@@ -82,10 +82,8 @@ class Bound:
     def from_json(cls, content: dict[str, Any]) -> Bound:
         """What `to_json` gave; ValueError for anything else."""
         try:
-            arrays = {
-                name: np.array(content[name], dtype=np.float64)
-                for name in ("total", "terms", "mse")
-            }
+            lists = ("total", "terms", "mse")
+            arrays = {name: np.array(content[name], dtype=np.float64) for name in lists}
             n, T, dims = (int(content[name]) for name in ("n", "T", "dims"))
             sampled = content["sampled"]
             whole = cls(
@@ -94,7 +92,7 @@ class Bound:
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is no bound of a data set: {error!r}") from None
-        if (n, T) != (len(whole.total), len(whole.terms)) or T != len(whole.mse):
+        if (n, T) != (len(whole.total), len(whole.terms)) or len(whole.mse) != T:
             raise ValueError(f"this is no bound of {n} images and {T} steps: its lists differ")
         return whole
 
@@ -189,7 +187,7 @@ def _check_shape(model: Model, shape: tuple[int, ...]) -> None:
 def _about(
     likelihood: Likelihood, model: Model, data: Images, stored: bool, progress: bool
 ) -> dict[str, Any]:
-    """What tells one bound from another, JSON-ready; of one that is not stored, what costs nothing."""
+    """What tells one bound from another, JSON-ready; unless it is stored, what costs nothing."""
     process, whole = likelihood.process, likelihood.whole
     about: dict[str, Any] = {
         "images": len(data),

@@ -23,9 +23,7 @@ def check_terms(terms: object, T: int) -> int | None:
     if terms is None:
         return None
     if T < LEAST:
-        raise ValueError(
-            f"terms is for chains of at least {LEAST} steps; got {shown(terms)} of {T}"
-        )
+        raise ValueError(f"terms needs a chain of {LEAST} steps or more; got {shown(terms)} of {T}")
     if check_integer("terms", terms, LEAST) > T:
         raise ValueError(f"terms must be in {LEAST} .. {T}, the steps of the chain; got {terms}")
     return int(terms)  # type: ignore[call-overload]

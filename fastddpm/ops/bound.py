@@ -23,7 +23,7 @@ def vlb_term(
     model_output: Tensor,
     t: Tensor,
     table: Tensor,
-    posterior_log_variance: Tensor,
+    log_ratio: Tensor,
     *,
     seed: int | None = None,
     sample_index: Tensor | None = None,
@@ -42,8 +42,8 @@ def vlb_term(
     model_output: (N, C, H, W) float;  prediction: what it is, see posterior_step. "mean" is the
                   mean of p itself, which clip does not touch but in the mse
     t:            (N,) int64 in 0 .. T-1;  table: (T, 8) from Schedule.table()
-    posterior_log_variance: (T,) of the table's dtype, log beta-tilde, that of t = 1 at t = 0:
-                  Schedule.posterior_log_variance
+    log_ratio:    (T,) of the table's dtype, its log_variance less log beta-tilde, which float32
+                  logarithms don't know: Schedule.log_variance_ratio()
     log_variance, learned_range: the model's, as in posterior_step; None: p has the table's
                   log_variance
     returns (term, mse), (N,) float32 each, float64 for float64: bits/dim, and of images in [-1, 1]
@@ -57,7 +57,7 @@ def vlb_term(
     checks.operand("model_output", model_output, "x0", x0)
     checks.per_sample("t", t, n, device)
     checks.schedule_table(table, device)
-    _check_posterior(posterior_log_variance, table)
+    _check_ratio(log_ratio, table)
     if xt is not None:
         checks.operand("xt", xt, "model_output", model_output)
     stream = checks.draw("xt", xt, seed, sample_index, step, t)
@@ -70,18 +70,18 @@ def vlb_term(
         raise ValueError("learned_range is how log_variance is read; got no log_variance")
     _no_gradient(x0=x0, xt=xt, model_output=model_output, log_variance=log_variance)
     return op(
-        x0, xt, model_output, t, table.contiguous(), posterior_log_variance.contiguous(),
+        x0, xt, model_output, t, table.contiguous(), log_ratio.contiguous(),
         *(stream or (None, None, None)), check_flag("clip", clip), prediction, log_variance,
         learned_range,
     )  # fmt: skip
 
 
-def _check_posterior(values: Any, table: Tensor) -> None:
-    checks.parameter("posterior_log_variance", values, (table.shape[0],), table.device)
+def _check_ratio(values: Any, table: Tensor) -> None:
+    checks.parameter("log_ratio", values, (table.shape[0],), table.device)
     if values is None or values.dtype != table.dtype:
         got = "None" if values is None else str(values.dtype).removeprefix("torch.")
         raise TypeError(
-            "posterior_log_variance must be (T,) of the table's dtype, "
+            "log_ratio must be (T,) of the table's dtype, "
             f"{str(table.dtype).removeprefix('torch.')}; got {got}"
         )
 
@@ -100,18 +100,18 @@ def _no_gradient(**tensors: Tensor | None) -> None:
 
 
 def _vlb_term(
-    x0, xt, model_output, t, table, posterior_log_variance, seed, step, sample_index, clip,
+    x0, xt, model_output, t, table, log_ratio, seed, step, sample_index, clip,
     prediction, log_variance, learned_range, choose=choose,
 ):  # fmt: skip
     check_t(t, table)
     if xt is None:
         check_draw(t, step, sample_index)
     backend = choose(
-        "vlb_term", x0, xt, model_output, t, table, posterior_log_variance, step, sample_index,
+        "vlb_term", x0, xt, model_output, t, table, log_ratio, step, sample_index,
         log_variance,
     )  # fmt: skip
     return backend.vlb_term(
-        x0, xt, model_output, t, table, posterior_log_variance, seed=seed, step=step,
+        x0, xt, model_output, t, table, log_ratio, seed=seed, step=step,
         sample_index=sample_index, clip=clip, prediction=prediction, log_variance=log_variance,
         learned_range=learned_range,
     )  # fmt: skip
@@ -126,7 +126,7 @@ def _vlb_term_fake(x0, xt, model_output, *_):
 op = Op(
     "vlb_term",
     "(Tensor x0, Tensor? xt, Tensor model_output, Tensor t, Tensor table, "
-    "Tensor posterior_log_variance, int? seed, Tensor? step, Tensor? sample_index, bool clip, "
+    "Tensor log_ratio, int? seed, Tensor? step, Tensor? sample_index, bool clip, "
     "str prediction, Tensor? log_variance, bool learned_range) -> (Tensor, Tensor)",
     _vlb_term,
     _vlb_term_fake,

@@ -252,6 +252,41 @@ drawn_noise = Op(
 )
 
 
+def _noised(x0, t, table, seed, step, sample_index, flip, dtype, choose=choose):
+    check_t(t, table)
+    check_draw(t, step, sample_index)
+    backend = choose("noise", x0, t, table, step, sample_index, flip, dtype=dtype)
+    return backend.noise(
+        x0, t, table, seed=seed, step=step, sample_index=sample_index, flip=flip, dtype=dtype,
+        keep_eps=False,
+    )[0]  # fmt: skip
+
+
+def _noised_fake(x0, t, table, seed, step, sample_index, flip, dtype):
+    return torch.empty_like(x0, dtype=dtype)
+
+
+def _noised_setup(ctx, inputs, output):
+    x0, t, table, *_, flip, _ = inputs
+    ctx.save_for_backward(t, table, flip)
+    ctx.dtype = x0.dtype
+
+
+def _noised_backward(ctx, grad):
+    return _drawn_noise_backward(ctx, grad, None)
+
+
+noised = Op(
+    "noised",
+    "(Tensor x0, Tensor t, Tensor table, int seed, Tensor step, Tensor sample_index, "
+    "Tensor? flip, ScalarType dtype) -> Tensor",
+    _noised,
+    _noised_fake,
+    _noised_setup,
+    _noised_backward,
+)
+
+
 # ---- posterior_step ------------------------------------------------------------------------------
 
 

@@ -90,15 +90,17 @@ class Native:
 
     def noise(
         self, x0, t, table, *,
-        eps=None, seed=None, step=None, sample_index=None, flip=None, dtype=None,
+        eps=None, seed=None, step=None, sample_index=None, flip=None, dtype=None, keep_eps=True,
     ):  # fmt: skip
-        """(x_t, eps). An eps that is not given is drawn, rounded to the dtype of x_t, then used."""
+        """(x_t, eps). An eps that is not given is drawn, rounded to the dtype of x_t, then used;
+        None for one that is not kept.
+        """
         if dtype is None:
             floating = eps if x0.dtype == torch.uint8 else x0
             dtype = torch.float32 if floating is None else floating.dtype
         if eps is None:
             step = t if step is None else _step(step, sample_index)
-            eps = torch.empty_like(x0, dtype=dtype)
+            eps = torch.empty_like(x0, dtype=dtype) if keep_eps else None
         else:
             seed = None
         xt = torch.empty_like(x0, dtype=dtype)
@@ -201,7 +203,7 @@ class Native:
         return out
 
     def vlb_term(
-        self, x0, xt, model_output, t, table, posterior_log_variance, *,
+        self, x0, xt, model_output, t, table, log_ratio, *,
         seed=None, step=None, sample_index=None,
         clip=True, prediction="eps", log_variance=None, learned_range=False,
     ):  # fmt: skip
@@ -214,7 +216,7 @@ class Native:
         self.call(
             "vlb_term", x0,
             x0, xt, model_output, log_variance, term, mse, seed, step, sample_index, t, table,
-            posterior_log_variance, prediction, clip, learned_range, self.bound_workspace(x0),
+            log_ratio, prediction, clip, learned_range, self.bound_workspace(x0),
         )  # fmt: skip
         return term, mse
 

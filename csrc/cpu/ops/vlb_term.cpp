@@ -35,9 +35,8 @@ inline Sums sum_of(int64_t count, const Each& each) {
 
 BoundStep step_of(const VlbTerm& op, int64_t n) {
   const int64_t t = op.t.data[n * op.t.stride];
-  return bound_step(op.table.data + t * COLUMNS, op.true_log_variance[t], t == 0,
-                    op.x0.dtype == DType::u8, op.prediction, op.clip, op.log_variance.data,
-                    op.learned_range);
+  return bound_step(op.table.data + t * COLUMNS, op.log_ratio[t], t == 0, op.x0.dtype == DType::u8,
+                    op.prediction, op.clip, op.log_variance.data, op.learned_range);
 }
 
 Sums chunk_sums(const VlbTerm& op, int64_t n, int64_t first, int64_t count) {
