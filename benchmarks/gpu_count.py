@@ -25,6 +25,7 @@ from fastddpm.precision import tf32_asked
 OURS = {
     "randn": "posterior", "noise": "posterior", "drawn_noise": "posterior",
     "posterior_step": "posterior", "posterior_step_out": "posterior",
+    "noised": "posterior", "vlb_term": "posterior",
     "discretized_log_likelihood": "posterior", "residual_sum": "residual",
     "adam": "optimizer", "grad_norm": "optimizer",
     "group_norm_silu": "norm", "group_norm_silu_sum": "norm", "group_norm_silu_backward": "norm",

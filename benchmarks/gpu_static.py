@@ -135,6 +135,14 @@ def cases() -> list[Case]:
             "float32 128x3x32x32; bound by float64 arithmetic, not by memory",
             images, 16, 16, (12, 8, 8) + 2 * (8, 12, 8, 8, 8, 8) + (12, 8, 8) + 2 * (8, 8, 5, 13),
         ),
+        Case(
+            "vlb_term", "vlb_term_parts",
+            "uint8, x_t and eps float32, 128x3x32x32 NCHW; bound by float64 arithmetic at t = 0",
+            images, 9, 9,
+            # both means, their squared difference over sigma^2, the decoder's term, a choice, a
+            # mean; and of the mse a difference, its square and a mean
+            to_unit + mean + x0 + mean + (12, 8, 8, 8, 8, 16, 13, 4) + (12, 8, 4),
+        ),
     ]  # fmt: skip
 
 

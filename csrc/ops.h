@@ -72,7 +72,8 @@ constexpr int64_t MAX_LEVELS = int64_t(1) << 31;
 
 // x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps   (DDPM Eq. 4).
 // x0: u8 0 .. 255, scaled to [-1, 1] first, or float; mirrored along W where flip[n] is not 0.
-// eps: read, or, if generate_eps, drawn from `random`, rounded to its storage type and written.
+// eps: read, or, if generate_eps, drawn from `random`, rounded to the storage type of x_t and
+// written, where it is given.
 struct Noise {
   Shape shape;
   Tensor x0, eps, xt;
@@ -245,6 +246,31 @@ struct SquaredErrorBackward {
   Tensor prediction, target, dprediction;
 };
 
+// The term of Eq. 5 of each sample in bits/dim, KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) or at
+// t = 0 -log p(x_0 | x_1) (Eq. 13), and the mean squared error of its x0 prediction.
+// x0: u8 0 .. 255, or float in [-1, 1]. xt: read if given, else drawn as noise draws it in float32.
+// log_variance: the model's, as in posterior_step; else the table's LOG_VARIANCE is log sigma_t^2.
+// Float64 inside, summed in an order of the sample's shape alone, whatever the layouts.
+struct VlbTerm {
+  Shape shape;
+  Tensor x0, xt, model_output, log_variance;
+  Random random;
+  PerSample t;
+  Prediction prediction;
+  bool clip, learned_range;
+  Table table;
+  const float* log_ratio;  // (T,) contiguous: LOG_VARIANCE less log beta-tilde_t, of t = 1 at t = 0
+  float *term, *mse;       // (N,) contiguous
+  double* workspace;       // CUDA: 2 N vlb_term_chunks() numbers, or null for one chunk
+};
+
+// CUDA: how many sums of a sample of so many elements meet in the workspace.
+constexpr int64_t VLB_TERM_CHUNK = 1 << 12;
+
+inline int64_t vlb_term_chunks(int64_t elements) {
+  return (elements + VLB_TERM_CHUNK - 1) / VLB_TERM_CHUNK;
+}
+
 // The elements of a dense tensor in the order of its memory.
 struct Flat {
   void* data;
@@ -306,6 +332,7 @@ void attention_block_backward(const AttentionBlockBackward& op, int threads);
 void discretized_log_likelihood(const DiscretizedLogLikelihood& op, int threads);
 void convolution(const Convolution& op, int threads);
 void convolution_backward(const ConvolutionBackward& op, int threads);
+void vlb_term(const VlbTerm& op, int threads);
 void squared_error(const SquaredError& op, int threads);
 void squared_error_backward(const SquaredErrorBackward& op, int threads);
 void adam(const Adam& op, int threads);
@@ -321,6 +348,7 @@ void group_norm_silu(const GroupNormSilu& op, void* stream);
 void group_norm_silu_backward(const GroupNormSiluBackward& op, void* stream);
 void residual_sum(const ResidualSum& op, void* stream);
 void discretized_log_likelihood(const DiscretizedLogLikelihood& op, void* stream);
+void vlb_term(const VlbTerm& op, void* stream);
 void squared_error(const SquaredError& op, void* stream);
 void squared_error_backward(const SquaredErrorBackward& op, void* stream);
 void adam(const Adam& op, void* stream);

@@ -8,7 +8,7 @@ from fastddpm import ops, reference
 from fastddpm.accelerate import accelerate
 from fastddpm.diffusion import Diffusion
 from fastddpm.doctor import doctor
-from fastddpm.evaluation import bits_per_dim
+from fastddpm.evaluation import bits_per_dim, evaluate
 from fastddpm.ops import use_backend
 from fastddpm.sampling import interpolate, sample, sample_progressive, sample_shared_latent
 from fastddpm.schedule import Schedule
@@ -24,6 +24,7 @@ __all__ = [
     "accelerate",
     "bits_per_dim",
     "doctor",
+    "evaluate",
     "interpolate",
     "ops",
     "reference",

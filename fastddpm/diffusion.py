@@ -444,6 +444,31 @@ class Diffusion:
         term = torch.where(t.eq(0)[:, None, None, None], nll, kl)
         return term.mean(dim=(1, 2, 3)) / math.log(2)
 
+    @torch.no_grad()
+    def bound_term(
+        self,
+        x0: torch.Tensor,
+        xt: torch.Tensor,
+        output: torch.Tensor,
+        t: torch.Tensor,
+        *,
+        clip: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(vlb_term, the mse of the x0 prediction), (N,) float32, in one pass and in float64: what
+        likelihoods are made of. No gradients. x0: uint8 or float in [-1, 1]; see ops.vlb_term.
+        """
+        prediction, log_variance = self.split(output)
+        kind, learned_range = self.prediction, self.learned_range
+        if not self.takes_output():
+            if kind == "mean":
+                prediction, kind = self.predict_x0(xt, output, t, clip=clip), "x0"
+            if log_variance is not None and not learned_range:
+                log_variance = self._translate(log_variance, t)
+        return ops.vlb_term(
+            x0, xt, prediction, t, self.table(x0.device), self._log_ratio(x0.device),
+            clip=clip, prediction=kind, log_variance=log_variance, learned_range=learned_range,
+        )  # fmt: skip
+
     def vlb_terms(
         self,
         model: Model,
@@ -461,7 +486,6 @@ class Diffusion:
         n, device = x0.shape[0], x0.device
         if sample_index is None:
             sample_index = torch.arange(n, device=device)
-        x0 = reference.to_unit(x0) if x0.dtype == torch.uint8 else x0
         terms = torch.empty(n, self.T, dtype=torch.float32, device=device)
         mse = torch.empty_like(terms)
         with torch.no_grad():
@@ -474,11 +498,10 @@ class Diffusion:
                     seed=seed,
                     sample_index=sample_index,
                     step=self.model_t(t),
+                    keep_eps=False,
                 )
                 output = self.model_output(model, xt, t, **(model_kwargs or {}))
-                terms[:, i] = self.vlb_term(x0, xt, output, t, clip=clip)
-                predicted = self.predict_x0(xt, output, t, clip=clip)
-                mse[:, i] = (predicted - x0).square().mean(dim=(1, 2, 3))
+                terms[:, i], mse[:, i] = self.bound_term(x0, xt, output, t, clip=clip)
                 if on_step is not None:
                     on_step()
         return terms, mse
@@ -501,6 +524,14 @@ class Diffusion:
 
         rows = self._kept(f"{x.device} posterior_log_variance", make)
         return _rows(rows, (*COLUMNS, "posterior_log_variance"), t)
+
+    def _log_ratio(self, device: torch.device) -> torch.Tensor:
+        """(T,) float32, see Schedule.log_variance_ratio."""
+        ratio = self.schedule.log_variance_ratio
+        return self._kept(
+            f"{device} log_ratio",
+            lambda: torch.from_numpy(ratio(self.variance)).to(device, torch.float32),
+        )
 
     def _trained_table(self, device: torch.device) -> torch.Tensor:
         """The table of the chain that the model was trained with, at the steps of this one."""

@@ -210,6 +210,15 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
+def everyone(value: Any) -> list[Any]:
+    """The ranks' values, in their order, on every rank. A collective."""
+    values = [value] * place()[1]
+    if len(values) > 1:
+        with _meeting():
+            dist.all_gather_object(values, value)
+    return values
+
+
 def gather(mine: torch.Tensor, n: int) -> torch.Tensor:
     """All n rows in order on every rank, of the parts that `share` gave them. A collective."""
     rank, world = place()

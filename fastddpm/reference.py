@@ -88,12 +88,12 @@ def randn(shape, *, seed, step, sample_index, dtype=torch.float32):
 
 def noise(
     x0, t, table, *,
-    eps=None, seed=None, step=None, sample_index=None, flip=None, dtype=None,
+    eps=None, seed=None, step=None, sample_index=None, flip=None, dtype=None, keep_eps=True,
 ):  # fmt: skip
     """(x_t, eps), x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps   (DDPM Eq. 4).
 
     uint8 x0 is scaled to [-1, 1] first. An eps that is not given is drawn, rounded to the dtype of
-    x_t, then used.
+    x_t, then used; keep_eps is for backends that need not write it.
     """
     if dtype is None:
         floating = eps if x0.dtype == torch.uint8 else x0
@@ -672,6 +672,55 @@ def _bin(x, mean, log_scale):
     narrow = (w * (1 + c.abs()) < 1e-3) & ~outer
     slope = torch.where(mirrored, inverse, -inverse)
     return c - 0.5 * w, c + 0.5 * w, c, w, outer, narrow, slope
+
+
+# ---- vlb_term ------------------------------------------------------------------------------------
+
+
+def vlb_term(
+    x0, xt, model_output, t, table, log_ratio, *,
+    seed=None, step=None, sample_index=None,
+    clip=True, prediction="eps", log_variance=None, learned_range=False,
+):  # fmt: skip
+    """(L_t, or L_0 at t = 0, of each image in bits/dim, the mse of its x0 prediction)   (DDPM Eq.
+    5, 13). Always float64 inside.
+
+    The KL of two diagonal Gaussians whose means have the same part of x_t:
+    (log sigma^2 - log beta-tilde + expm1(log beta-tilde - log sigma^2) + d^2 / sigma^2) / 2,
+    d = mean_x0 (x0 - x0 prediction); prediction="mean" takes it unclipped, so that d is that of the
+    means. log_ratio: the table's log_variance less log beta-tilde, exact where they are close.
+    log_variance: log sigma^2, or in a learned range where it lies from log beta-tilde (-1) to the
+    table's log_variance (1).
+    """
+    if xt is None:
+        drawn = torch.float64 if x0.dtype == torch.float64 else torch.float32
+        xt, _ = noise(x0, t, table, seed=seed, step=step, sample_index=sample_index, dtype=drawn)
+    dtype = _compute(x0, model_output)
+    xt, images = xt.double(), to_unit(x0, torch.float64) if x0.dtype == torch.uint8 else x0.double()
+    *_, mean_x0, mean_xt, _, top = _coefficients(table, t, xt)
+    (ratio,) = _coefficients(log_ratio[:, None], t, xt)
+    lower = top - ratio
+    if log_variance is None:
+        apart = -ratio.expand_as(xt)
+    elif learned_range:
+        apart = -(0.5 * log_variance.double() + 0.5) * ratio
+    else:
+        apart = lower - log_variance.double()
+    log_sigma2 = lower - apart
+    predicted = predict_x0(xt, model_output, t, table, prediction=prediction, clip=False)
+    clipped = predicted.clamp(-1, 1) if clip else predicted
+    of_mean = predicted if prediction == "mean" else clipped
+    kl = (
+        torch.expm1(apart)
+        - apart
+        + (mean_x0 * (images - of_mean)).square() * torch.exp(-log_sigma2)
+    )
+    mean = mean_x0 * of_mean + mean_xt * xt
+    nll = -discretized_log_likelihood(images, mean, 0.5 * log_sigma2)
+    first = (t <= 0).reshape(-1, *[1] * (xt.dim() - 1))
+    nats = torch.where(first, nll, 0.5 * kl).flatten(1).mean(1)
+    error = (clipped - images).square().flatten(1).mean(1)
+    return (nats / math.log(2)).to(dtype), error.to(dtype)
 
 
 # ---- squared_error -------------------------------------------------------------------------------

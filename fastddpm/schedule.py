@@ -360,6 +360,18 @@ class Schedule:
         way = -np.log1p(-self.alphas_cumprod_prev[1:] * self.betas[1:] / (1 - ab[1:]))
         return lower, np.append(np.log(self.betas[0]) - lower[0], way)
 
+    def log_variance_ratio(self, variance: Variance = "fixed_large") -> np.ndarray:
+        """log_variance(variance) - log beta-tilde_t, (T,) float64: what the table's two logarithms
+        differ by, exact where that is little; 0 where the table holds log beta-tilde itself.
+        """
+        check_choice("variance", variance, get_args(Variance))
+        if variance in ("fixed_small", "learned"):
+            return np.zeros(self.T)
+        ratio = self.log_variance_bounds()[1]
+        if variance == "fixed_large":
+            ratio[0] = 0.0
+        return ratio
+
     def learned_variance(self) -> np.ndarray:
         """(T, 4) float64: what makes log sigma_t^2 of a step of the trained chain that of a step of
         this one.

@@ -32,8 +32,9 @@ def _noise_kernel(
     else:
         # x_t is made of eps as it is stored: a target of the training loss has to match it.
         z = normals(seed, step, index, n, a, p, N, A, B * D, BN, BA, BP, WHOLE)
-        z = rounded(z, eps[0].dtype.element_ty)
-        tl.store(at(eps, n, a, p, D, FLAT), z, mask=inside)
+        z = rounded(z, xt[0].dtype.element_ty)
+        if eps is not None:
+            tl.store(at(eps, n, a, p, D, FLAT), z, mask=inside)
         e = widened(z)
     if flip is None:
         source = at(x0, n, a, p, D, FLAT)
@@ -51,14 +52,16 @@ def _noise_kernel(
 
 def noise(
     x0, t, table, *,
-    eps=None, seed=None, step=None, sample_index=None, flip=None, dtype=None,
+    eps=None, seed=None, step=None, sample_index=None, flip=None, dtype=None, keep_eps=True,
 ):  # fmt: skip
-    """(x_t, eps). An eps that is not given is drawn, rounded to the dtype of x_t, then used."""
+    """(x_t, eps). An eps that is not given is drawn, rounded to the dtype of x_t, then used; None
+    for one that is not kept.
+    """
     if dtype is None:
         floating = eps if x0.dtype == torch.uint8 else x0
         dtype = torch.float32 if floating is None else floating.dtype
     stream = None if eps is not None else Stream(seed, t if step is None else step, sample_index)
-    eps = like(x0, dtype) if eps is None else eps
+    eps = like(x0, dtype) if eps is None and keep_eps else eps
     xt = like(x0, dtype)
     if xt.numel():
         tiles = Tiles([x0, eps, xt], whole_rows=flip is not None)

@@ -27,14 +27,14 @@ def _squared_error_kernel(
     else:
         a, p = element // (B * D), element % (B * D)
     inside = element < A * B * D
-    p_at = _pointers(prediction, n, a, p, D, FLAT)
-    t_at = _pointers(target, n, a, p, D, FLAT)
+    p_at = pointers(prediction, n, a, p, D, FLAT)
+    t_at = pointers(target, n, a, p, D, FLAT)
     d = (load(p_at, inside) - load(t_at, inside)).to(tl.float64)
     tl.store(out + program, tl.sum(d * d, 0))
 
 
 @triton.jit
-def _pointers(x, n, a, p, D, FLAT: tl.constexpr):
+def pointers(x, n, a, p, D, FLAT: tl.constexpr):
     """(BLOCK,) pointers at the pixels p of the rows a of sample n."""
     row = x[0] + n.to(tl.int64) * x[1] + a.to(tl.int64) * x[2]
     p = p.to(tl.int64)

@@ -165,6 +165,7 @@ def op_calls() -> dict:
         "choices": (index, 3, 5, 1000, torch.empty_like(t), torch.empty_like(flip), 2),
         "noise": (x, z, y, None, None, None, t, flip, TABLE, 2),
         "noise drawn": (x, f(2, 4, 3, 5), y, *drawn, t, None, TABLE, 2),
+        "noise not kept": (x, None, y, *drawn, t, flip, TABLE, 2),
         "posterior_step": (x, z, z, z, y, None, None, None, t, TABLE, "eps", True, False, 2),
         "posterior_step drawn": (x, z, None, None, y, *drawn, t, TABLE, "x0", False, False, 2),
         "group_norm_silu": (
@@ -210,6 +211,14 @@ def op_calls() -> dict:
         ),
         "packed_weights": (),
         "discretized_log_likelihood": (x, z, z, y, 2),
+        "vlb_term": (
+            *(x, z, x, z, f(2), f(2), None, None, None, t, TABLE, torch.randn(len(TABLE)), "eps"),
+            *(True, False, None, 2),
+        ),
+        "vlb_term drawn": (
+            *(x, None, z, None, f(2), f(2), *drawn, t, TABLE, torch.randn(len(TABLE)), "mean"),
+            *(False, False, None, 2),
+        ),
         "squared_error": (x, z, f(2), None, 2),
         "squared_error_backward": (torch.randn(2), x, z, y, 2),
         "adam": (

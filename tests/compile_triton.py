@@ -34,6 +34,7 @@ from fastddpm.kernels import (
     posterior_step,
     residual_sum,
     squared_error,
+    vlb_term,
 )
 
 WIDE = re.compile(r"cp\.async\.c[ag]\S* \[.*\], \[.*\], 0x10|ld\.global\S*\.v4\.[bu]32")
@@ -146,6 +147,11 @@ def launch_squared_error(x: torch.Tensor) -> None:
     squared_error.squared_error_backward(torch.zeros(len(x)), x, x)
 
 
+def launch_vlb_term(x: torch.Tensor, t: torch.Tensor, table: torch.Tensor) -> None:
+    ratio = table[:, 7].contiguous()
+    vlb_term.vlb_term(x.byte(), x, x, t, table, ratio, log_variance=x)
+
+
 def launch_batches(dtype: torch.dtype) -> None:
     """What must not know how many samples there are."""
     table = Schedule.linear().table()
@@ -159,6 +165,7 @@ def launch_batches(dtype: torch.dtype) -> None:
         posterior_step.posterior_step(x, x, t, table, seed=3, sample_index=t)
         discretized_log_likelihood.discretized_log_likelihood(x, x, x)
         launch_squared_error(x)
+        launch_vlb_term(x, t, table)
 
 
 def launch_every_kernel(dtype: torch.dtype) -> None:
@@ -172,6 +179,7 @@ def launch_every_kernel(dtype: torch.dtype) -> None:
     discretized_log_likelihood.discretized_log_likelihood(x, x, x)
     residual_sum.residual_sum(x, x, torch.zeros(2, 64))
     launch_squared_error(x)
+    launch_vlb_term(x, t, table)
     launch_adam(dtype)
     launch_norm(image(2, 128, 32, 32, dtype=dtype), 32)  # slabs that a program just holds
     launch_norm(image(2, 64, 64, 64, dtype=dtype), 8)  # slabs of many tiles
@@ -185,6 +193,10 @@ def launch_other_ways(dtype: torch.dtype) -> None:
     options = {"log_variance": x, "learned_range": True, "prediction": "v"}
     posterior_step.posterior_step(x, x, t, table, z=x, **options)
     posterior_step.posterior_step(x, x, t, table, seed=seed, sample_index=t)
+    ratio = table[:, 7].contiguous()
+    vlb_term.vlb_term(x, None, x, t, table, ratio, seed=3, sample_index=t, prediction="mean")
+    options = {"log_variance": x, "learned_range": True, "prediction": "v"}
+    vlb_term.vlb_term(x, x, x, t, table, ratio, clip=False, **options)
     halves = image(2, 128, 32, 32, dtype=dtype), image(2, 256, 32, 32, dtype=dtype)
     launch_plain_norm(halves[0], 32)
     launch_norm(halves[0], 32, halves[0])  # no program has channels of both sources

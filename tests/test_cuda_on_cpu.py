@@ -86,7 +86,7 @@ def test_the_ops_pass_in_a_checking_build(build):
         for op in (
             *("randn", "choices", "noise", "posterior_step"),
             *("group_norm_silu", "group_norm_silu_fused", "residual_sum"),
-            *("discretized_log_likelihood", "squared_error", "adam"),
+            *("discretized_log_likelihood", "squared_error", "vlb_term", "adam"),
         )
     ]
     done = subprocess.run(

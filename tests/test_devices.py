@@ -62,6 +62,14 @@ OPERANDS = {
     },
     "discretized_log_likelihood": {"x": IMAGE, "mean": IMAGE, "log_scale": IMAGE},
     "squared_error": {"prediction": IMAGE, "target": IMAGE},
+    "vlb_term": {
+        "x0": IMAGE, "xt": IMAGE, "model_output": IMAGE, "t": (N,), "table": (1000, 8),
+        "log_ratio": (1000,), "log_variance": IMAGE,
+    },
+    "vlb_term, drawn": {
+        "x0": IMAGE, "xt": None, "model_output": IMAGE, "t": (N,), "table": (1000, 8),
+        "log_ratio": (1000,), "seed": 1, "sample_index": (N,), "step": (N,),
+    },
 }  # fmt: skip
 DTYPES = {"flip": torch.bool, **dict.fromkeys(("t", "step", "seed", "sample_index"), torch.int64)}
 LEADS = ("x", "x0", "xt", "prediction")  # what the others have to follow

@@ -73,6 +73,41 @@ def test_bytes(device, layout, dtype):
     assert_exact(xt, truth, eager(unit.to(dtype), t, tab, eps))
 
 
+@pytest.mark.parametrize("layout", ["nhwc", "slice"])
+@pytest.mark.parametrize("x0_dtype", [torch.uint8, torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_eps_that_is_not_kept_is_the_same(device, x0_dtype, dtype, layout):
+    for shape in ((3, 3, 6, 5), (2, 1, 8, 8), (1, 3, 40, 32)):
+        x0 = in_layout(images(shape, x0_dtype).to(device), layout)
+        t, tab, n = timesteps(len(x0)).to(device), table(device=device), len(x0)
+        stream = {"seed": 2**64 - 3, "sample_index": torch.arange(9, 9 + n).to(device), "step": 77}
+        flip = torch.arange(n).to(device) % 2 == 0
+        for options in ({}, {"flip": flip}):
+            options = {**stream, "dtype": dtype, **options}
+            kept, _ = ops.noise(x0, t, tab, **options)
+            xt, eps = ops.noise(x0, t, tab, keep_eps=False, **options)
+            assert eps is None
+            assert torch.equal(xt, kept)
+            assert xt.stride() == kept.stride()
+
+
+def test_an_eps_that_is_not_kept_has_the_same_gradient(device):
+    x0, grad = torch.randn(2, 3, 4, 4).to(device), torch.randn(2, 3, 4, 4).to(device)
+    t, tab = timesteps(2).to(device), table(device=device)
+    stream = {"seed": 1, "sample_index": torch.arange(2).to(device)}
+    got, expected = (
+        gradients(lambda x, keep=keep: ops.noise(x, t, tab, keep_eps=keep, **stream)[0], [x0], grad)
+        for keep in (False, True)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    with pytest.raises(ValueError, match="keep_eps must be True or False"):
+        ops.noise(x0, t, tab, keep_eps=0, **stream)
+    opcheck(
+        torch.ops.fastddpm.noised.default,
+        (x0.cpu(), t.cpu(), tab.cpu(), 1, t.cpu(), torch.arange(2), None, torch.float32),
+    )
+
+
 @pytest.mark.parametrize("x0_dtype", [torch.uint8, *DTYPES])
 @pytest.mark.parametrize("dtype", [None, *DTYPES])
 def test_drawn(device, x0_dtype, dtype):

@@ -76,6 +76,13 @@ RECORDED = {
         ops.discretized_log_likelihood,
         lambda k: (image(k).sign(), image(k + 1) * 0.1, image(k + 2) - 2),
     ),
+    "vlb_term": (
+        lambda *tensors: ops.vlb_term(*tensors)[0],
+        lambda k: (
+            image(k).sign(), image(k + 1), image(k + 2), per_sample(k, 12), TABLE,
+            torch.from_numpy(SCHEDULE.log_variance_ratio()).float(),
+        ),
+    ),
     "squared_error": (ops.squared_error, lambda k: (image(k), image(k + 1))),
 }  # fmt: skip
 

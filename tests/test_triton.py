@@ -27,14 +27,20 @@ KERNELS = {
     "_gradient_kernel", "_parameter_gradients_kernel", "_residual_sum_kernel", "_linear_kernel",
     "_weight_gradient_kernel", "_attention_kernel", "_delta_kernel", "_dq_kernel", "_dkv_kernel",
     "_discretized_log_likelihood_kernel", "_squared_error_kernel", "_squared_error_mean_kernel",
-    "_squared_error_backward_kernel", "_adam_kernel", "_squares_kernel",
+    "_squared_error_backward_kernel", "_adam_kernel", "_squares_kernel", "_vlb_term_kernel",
+    "_vlb_term_sums_kernel",
 }  # fmt: skip
-OF_NO_DTYPE = {"_choices_kernel", "_squared_error_mean_kernel"}  # compiled with the first
+OF_NO_DTYPE = {
+    "_choices_kernel",
+    "_squared_error_mean_kernel",
+    "_vlb_term_sums_kernel",
+}  # compiled with the first
 ELEMENTWISE = {
     f"_{op}_kernel"
     for op in (
         *("randn", "noise", "posterior_step", "residual_sum", "discretized_log_likelihood"),
         *("squared_error", "squared_error_mean", "squared_error_backward"),
+        *("vlb_term", "vlb_term_sums"),
     )
 }
 NORM = {

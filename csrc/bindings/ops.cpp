@@ -58,7 +58,9 @@ void def_noise(py::module_& m) {
     const Shape shape = read.set_shape(x0, "x0");
     launch(run,
            Noise{shape, read.tensor(x0, "x0", true),
-                 seed.is_none() ? read.tensor(eps, "eps") : read.output(eps, "eps"),
+                 seed.is_none()  ? read.tensor(eps, "eps")
+                 : eps.is_none() ? read.optional(eps, "eps")
+                                 : read.output(eps, "eps"),
                  read.output(xt, "xt"), !seed.is_none(), read.random(seed, step, sample_index),
                  read.per_sample(t, "t"), read.flags(flip, "flip"), read.table(table)},
            where);
@@ -261,6 +263,34 @@ void def_discretized_log_likelihood(py::module_& m) {
 }
 
 template <auto run>
+void def_vlb_term(py::module_& m) {
+  m.def("vlb_term", [](py::handle x0, py::handle xt, py::handle model_output,
+                       py::handle log_variance, py::handle term, py::handle mse, py::handle seed,
+                       py::handle step, py::handle sample_index, py::handle t, py::handle table,
+                       py::handle log_ratio, const std::string& prediction, bool clip,
+                       bool learned_range, py::handle workspace, int64_t where) {
+    if (xt.is_none() && seed.is_none()) throw py::value_error("vlb_term needs xt or a seed");
+    for (py::handle given : {term, mse, log_ratio})
+      if (given.is_none()) throw py::value_error("vlb_term needs term, mse and log_ratio");
+    Reader read(is_cuda(run));
+    VlbTerm op{};
+    op.shape = read.set_shape(x0, "x0");
+    op.x0 = read.tensor(x0, "x0", true), op.xt = read.optional(xt, "xt");
+    op.model_output = read.tensor(model_output, "model_output");
+    op.log_variance = read.optional(log_variance, "log_variance");
+    op.random = read.random(seed, step, sample_index), op.t = read.per_sample(t, "t");
+    op.prediction = prediction_of(prediction), op.clip = clip, op.learned_range = learned_range;
+    op.table = read.table(table);
+    op.log_ratio = read.floats(log_ratio, "log_ratio", op.table.steps);
+    op.term = read.floats(term, "term", op.shape.n), op.mse = read.floats(mse, "mse", op.shape.n);
+    const int64_t chunks = vlb_term_chunks(op.shape.c * op.shape.h * op.shape.w);
+    if (needs_workspace(run) && chunks > 1)
+      op.workspace = read.doubles(workspace, "workspace", 2 * op.shape.n * chunks);
+    launch(run, op, where);
+  });
+}
+
+template <auto run>
 void def_squared_error(py::module_& m) {
   m.def("squared_error", [](py::handle prediction, py::handle target, py::handle out,
                             py::handle workspace, int64_t where) {
@@ -331,6 +361,7 @@ void def_cpu_ops(py::module_& m) {
   def_attention_block_backward(m);
   def_discretized_log_likelihood<cpu::discretized_log_likelihood>(m);
   def_convolution(m);
+  def_vlb_term<cpu::vlb_term>(m);
   def_squared_error<cpu::squared_error>(m);
   def_squared_error_backward<cpu::squared_error_backward>(m);
   def_adam<cpu::adam>(m);
@@ -349,11 +380,13 @@ void def_cuda(py::module_& m) {
   def_group_norm_silu_backward<cuda::group_norm_silu_backward>(m);
   def_residual_sum<cuda::residual_sum>(m);
   def_discretized_log_likelihood<cuda::discretized_log_likelihood>(m);
+  def_vlb_term<cuda::vlb_term>(m);
   def_squared_error<cuda::squared_error>(m);
   def_squared_error_backward<cuda::squared_error_backward>(m);
   def_adam<cuda::adam>(m);
   def_grad_norm<cuda::grad_norm>(m);
   m.attr("GRAD_NORM_CHUNK") = GRAD_NORM_CHUNK;
+  m.attr("VLB_TERM_CHUNK") = VLB_TERM_CHUNK;
   m.def("squared_error_chunks", [](int64_t elements) {
     if (elements < 0 || elements > MAX_ELEMENTS)
       throw py::value_error("elements must be in 0 .. 2^48");

@@ -101,6 +101,7 @@ struct Isa {
   decltype(&plain::attention_block) attention_block;
   decltype(&plain::attention_block_backward) attention_block_backward;
   decltype(&plain::discretized_log_likelihood) discretized_log_likelihood;
+  decltype(&plain::vlb_term) vlb_term;
   decltype(&plain::squared_error) squared_error;
   decltype(&plain::squared_error_backward) squared_error_backward;
   decltype(&plain::adam) adam;
@@ -122,6 +123,7 @@ struct Isa {
    base::attention_block,                \
    base::attention_block_backward,       \
    base::discretized_log_likelihood,     \
+   base::vlb_term,                       \
    base::squared_error,                  \
    base::squared_error_backward,         \
    base::adam,                           \
@@ -290,6 +292,11 @@ void discretized_log_likelihood(const DiscretizedLogLikelihood& op, int threads)
   require(op.out.dtype != DType::u8,
           "discretized_log_likelihood: out must be float32, bfloat16 or float16");
   active().discretized_log_likelihood(op, threads);
+}
+
+void vlb_term(const VlbTerm& op, int threads) {
+  check_timesteps(op.t, op.shape.n, op.table);
+  active().vlb_term(op, threads);
 }
 
 void squared_error(const SquaredError& op, int threads) { active().squared_error(op, threads); }

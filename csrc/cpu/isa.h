@@ -30,6 +30,7 @@
   void attention_block(const AttentionBlock&, int threads);                      \
   void attention_block_backward(const AttentionBlockBackward&, int threads);     \
   void discretized_log_likelihood(const DiscretizedLogLikelihood&, int threads); \
+  void vlb_term(const VlbTerm&, int threads);                                    \
   void squared_error(const SquaredError&, int threads);                          \
   void squared_error_backward(const SquaredErrorBackward&, int threads);         \
   void adam(const Adam&, int threads);                                           \

@@ -32,8 +32,8 @@ __device__ __forceinline__ void load_x0(const Noise& op, int64_t n, int64_t tile
     for (int k = 0; k < PLACES * CHANNELS; ++k) x0[k] = to_unit(x0[k]);
 }
 
-// One thread per tile: x0 is read once, x_t and a generated eps are written once. E: storage of eps
-// and x_t.
+// One thread per tile: x0 is read once, x_t and a generated eps that is kept are written once. E:
+// storage of eps and x_t.
 template <class X0, class E, int CHANNELS>
 __global__ void __launch_bounds__(THREADS) noise_tiles(const Noise op) {
   constexpr int V = PLACES * CHANNELS;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(THREADS) noise_tiles(const Noise op) {
       // x_t is made of eps as it is stored: a target of the training loss has to match it.
 #pragma unroll
       for (int k = 0; k < V; ++k) eps[k] = to_float(from_float<E>(eps[k]));
-      store_vector(stored, eps);
+      if (op.eps.data) store_vector(stored, eps);
     } else {
       load_vector(stored, eps);
     }
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(THREADS) noise_quads(const Noise op) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (4 * quad + i == numel(op.shape)) break;
-      const float e = op.generate_eps ? rounded(op.eps.dtype, eps[i]) : at.load(op.eps);
-      if (op.generate_eps) at.store(op.eps, e);
+      const float e = op.generate_eps ? rounded(op.xt.dtype, eps[i]) : at.load(op.eps);
+      if (op.generate_eps && op.eps.data) at.store(op.eps, e);
       Cursor source = at;
       if (flip) source.w = op.shape.w - 1 - at.w;
       float x0 = source.load(op.x0);
@@ -97,8 +97,8 @@ namespace cuda {
 
 void noise(const Noise& op, void* stream) {
   if (is_empty(op.shape)) return;
-  const DType x0 = op.x0.dtype, e = op.eps.dtype;
-  const bool types = op.xt.dtype == e && (x0 == e || x0 == DType::u8);
+  const DType x0 = op.x0.dtype, e = op.xt.dtype;
+  const bool types = (!op.eps.data || op.eps.dtype == e) && (x0 == e || x0 == DType::u8);
   const bool rows = !op.flip || op.shape.w % 4 == 0;
   const int channels = types && rows ? tile_channels(op.shape, op.x0, op.eps, op.xt) : 0;
   if (channels == 0)

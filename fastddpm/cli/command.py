@@ -19,6 +19,7 @@ from tabulate import tabulate
 import fastddpm
 from fastddpm import batching, console, figures, ranks, shards
 from fastddpm.cli import convert as cli_convert
+from fastddpm.cli import evaluate as cli_evaluate
 from fastddpm.cli import train as cli_train
 from fastddpm.cli.arguments import alone, integers, machine, path, timeout
 from fastddpm.doctor import doctor, what_runs
@@ -241,6 +242,12 @@ def _parser() -> argparse.ArgumentParser:
     cli_train.add_options(command(
         "train", cli_train.train, "Train a model (Algorithm 1).", machine(),
         smaller="give a smaller --batch-size, --image-size or --preset",
+    ))  # fmt: skip
+
+    cli_evaluate.add_options(command(
+        "evaluate", cli_evaluate.run,
+        "Judge a model: bits/dim, rate and distortion, FID (Tables 1 and 4, Figure 5).",
+        machine(), _chain(), smaller="give a smaller --batch-size",
     ))  # fmt: skip
 
     cli_convert.add_options(command(

@@ -88,7 +88,7 @@ class CpuPlan(Eager):
         self._plans: dict[tuple[int, int], Any] = {}
 
     def output(
-        self, xt: torch.Tensor, i: int, t: torch.Tensor, /, **model_kwargs: Any
+        self, xt: torch.Tensor, i: int | torch.Tensor, t: torch.Tensor, /, **model_kwargs: Any
     ) -> torch.Tensor:
         plan, out, time = self._plan(xt, t), self._empty_output(xt), self._rows(i, **model_kwargs)
         if not plan.forward(xt, time, out, torch.get_num_threads()):
@@ -134,8 +134,9 @@ class CpuPlan(Eager):
             raise self._not_finite(plan, xt, time, i)
         return x, out
 
-    def _rows(self, i: int, y: torch.Tensor | None = None) -> torch.Tensor:
-        """What the blocks take of the time at chain index i, (K,), or with classes y (N, K)."""
+    def _rows(self, i: int | torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        """What the blocks take of the time at chain index i, (K,), or with classes y or of several
+        steps (N, K)."""
         if self._labels is None:
             return self._time[i]
         steps, weight, bias = self._embeddings
@@ -155,11 +156,12 @@ class CpuPlan(Eager):
         return xt.new_empty((xt.shape[0], self._unet.config["out_channels"], *xt.shape[2:]))
 
     def _not_finite(
-        self, plan: Any, xt: torch.Tensor, time: torch.Tensor, i: int
+        self, plan: Any, xt: torch.Tensor, time: torch.Tensor, i: int | torch.Tensor
     ) -> FloatingPointError:
         layer = plan.not_finite(xt, time, torch.get_num_threads()) or "the input"
+        steps = self._steps[i].reshape(-1).unique().tolist()
         return FloatingPointError(
-            f"not a number or infinite at step t = {int(self._steps[i])}, first in {layer}"
+            f"not a number or infinite at step t = {', '.join(map(str, steps))}, first in {layer}"
         )
 
 

@@ -191,6 +191,19 @@ class CudaGraph(Eager):
         )  # fmt: skip
         return output
 
+    def recording(self, step: Action) -> Action | None:
+        """The work that `step` queues, as a function that queues it again; None where it can't be
+        recorded, which a warning says once."""
+        if self._refused:
+            return None
+        try:
+            return self._record(step, lambda: None, self.device)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            self._refuse(first_line(error))
+            return None
+
     def _get(self, xt: torch.Tensor, model_kwargs: dict[str, torch.Tensor]) -> Step | None:
         """The recording for this shape; None where none can be made."""
         self.follow()

@@ -80,12 +80,18 @@ class CudaPlan(CudaGraph):
     def _reads(self) -> list[Any]:
         return []  # the network's copies alone, which `follow` keeps up to date
 
-    def advance(self, step: Step) -> torch.Tensor:
-        assert self.network is not None
+    def output(
+        self, xt: torch.Tensor, i: int | torch.Tensor, t: torch.Tensor, /, **model_kwargs: Any
+    ) -> torch.Tensor:
+        """As Eager's, at the step that all of t are."""
+        if self.network is None:
+            return super().output(xt, i, t, **model_kwargs)
         with self._context():
-            output = self.network(step.x, step.t[:1], **step.model_kwargs)
-        if output.dtype == torch.float64:
-            output = output.float()
+            output = self.network(xt, t[:1], **model_kwargs)
+        return output.float() if output.dtype == torch.float64 else output
+
+    def advance(self, step: Step) -> torch.Tensor:
+        output = self.output(step.x, -1, step.t, **step.model_kwargs)
         self.diffusion.p_step(
             step.x, output, step.t, seed=step.seed, sample_index=step.sample_index, out=step.x,
             **self.step_options,

@@ -99,9 +99,10 @@ class Eager:
             self._given.check_labels(model_kwargs.get("y"), n, wait=True)
 
     def output(
-        self, xt: torch.Tensor, i: int, t: torch.Tensor, /, **model_kwargs: Any
+        self, xt: torch.Tensor, i: int | torch.Tensor, t: torch.Tensor, /, **model_kwargs: Any
     ) -> torch.Tensor:
-        """What the model says of x_t at chain index i; t: the same as a tensor (N,)."""
+        """What the model says of x_t at chain index i, or at those of a tensor (N,); t: the same as
+        a tensor."""
         with self._context():
             return self.diffusion.model_output(self.model, xt, t, **model_kwargs)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.ops import checks, library
+from fastddpm.ops.bound import vlb_term
 from fastddpm.ops.convolve import convolution
 from fastddpm.ops.dispatch import use_backend
 from fastddpm.ops.sweep import adam, grad_norm
@@ -39,6 +40,7 @@ __all__ = [
     "residual_sum",
     "squared_error",
     "use_backend",
+    "vlb_term",
 ]
 
 Prediction = Literal["eps", "x0", "mean", "v"]
@@ -116,7 +118,8 @@ def noise(
     step: int | Tensor | None = None,
     flip: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+    keep_eps: bool = True,
+) -> tuple[Tensor, Any]:
     """Draw x_t ~ q(x_t | x_0): x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps   (DDPM Eq. 4).
 
     x0:    (N, C, H, W) uint8 0 .. 255, scaled to [-1, 1] first, or float
@@ -125,6 +128,7 @@ def noise(
            seed in [0, 2^64), sample_index (N,) int64, step (t unless given)
     flip:  (N,) bool: mirror this image along W, before the noise
     dtype: of x_t and of a drawn eps; by default that of x0, or of eps, or float32 for uint8
+    keep_eps: False: a drawn eps is not written anywhere, and None is returned in its place
     returns (x_t, eps), the eps that was used
 
     Gradients for float x0 and eps. A drawn eps is rounded to its dtype before it is used.
@@ -146,6 +150,8 @@ def noise(
         raise TypeError(f"dtype must be a float dtype; got {shown(dtype)}")
     table = table.contiguous()
     if stream is not None:
+        if not check_flag("keep_eps", keep_eps):
+            return library.noised(x0, t, table, *stream, flip, dtype), None
         return library.drawn_noise(x0, t, table, *stream, flip, dtype)
     assert eps is not None
     return library.noise(x0, t, table, eps, flip, dtype), eps

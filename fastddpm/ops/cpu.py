@@ -106,6 +106,7 @@ convolution = _cpu.convolution
 convolution_backward = _cpu.convolution_backward
 attention_block_backward = _cpu.attention_block_backward
 discretized_log_likelihood = _cpu.discretized_log_likelihood
+vlb_term = _cpu.vlb_term
 squared_error = _cpu.squared_error
 squared_error_backward = _cpu.squared_error_backward
 adam = _cpu.adam

@@ -40,6 +40,13 @@ class _Cuda(Native):
             return None
         return torch.empty(len(x) * chunks, dtype=torch.float64, device=x.device)
 
+    def bound_workspace(self, x):
+        assert self.module is not None
+        chunks = -(-x[:1].numel() // self.module.VLB_TERM_CHUNK)
+        if chunks <= 1:
+            return None
+        return torch.empty(2 * len(x) * chunks, dtype=torch.float64, device=x.device)
+
     def sweep_workspace(self, params):
         size = 2 * (len(params) + 1)
         return torch.empty(size, dtype=torch.float32, device=params[0].device)
@@ -120,6 +127,7 @@ residual_sum = _cuda.residual_sum
 convolution = _cuda.convolution
 convolution_backward = _cuda.convolution_backward
 discretized_log_likelihood = _cuda.discretized_log_likelihood
+vlb_term = _cuda.vlb_term
 squared_error = _cuda.squared_error
 squared_error_backward = _cuda.squared_error_backward
 adam = _cuda.adam

@@ -27,6 +27,7 @@ OPS = (
     "convolution",
     "convolution_backward",
     "discretized_log_likelihood",
+    "vlb_term",
     "squared_error",
     "squared_error_backward",
     "adam",

@@ -131,7 +131,7 @@ def check_draw(t: Tensor | None, step: Tensor, sample_index: Tensor) -> None:
     values_in("sample_index", sample_index, INDEX_END, "2^63 - 1")
 
 
-def _check_t(t: Tensor, table: Tensor) -> None:
+def check_t(t: Tensor, table: Tensor) -> None:
     values_in("t", t, table.shape[0], str(table.shape[0] - 1))
 
 
@@ -183,7 +183,7 @@ choices = Op(
 
 
 def _noise(x0, t, table, eps, flip, dtype, choose=choose):
-    _check_t(t, table)
+    check_t(t, table)
     backend = choose("noise", x0, t, table, eps, flip, dtype=dtype)
     return backend.noise(x0, t, table, eps=eps, flip=flip, dtype=dtype)[0]
 
@@ -217,7 +217,7 @@ noise = Op(
 
 
 def _drawn_noise(x0, t, table, seed, step, sample_index, flip, dtype, choose=choose):
-    _check_t(t, table)
+    check_t(t, table)
     check_draw(t, step, sample_index)
     backend = choose("noise", x0, t, table, step, sample_index, flip, dtype=dtype)
     return backend.noise(
@@ -252,6 +252,41 @@ drawn_noise = Op(
 )
 
 
+def _noised(x0, t, table, seed, step, sample_index, flip, dtype, choose=choose):
+    check_t(t, table)
+    check_draw(t, step, sample_index)
+    backend = choose("noise", x0, t, table, step, sample_index, flip, dtype=dtype)
+    return backend.noise(
+        x0, t, table, seed=seed, step=step, sample_index=sample_index, flip=flip, dtype=dtype,
+        keep_eps=False,
+    )[0]  # fmt: skip
+
+
+def _noised_fake(x0, t, table, seed, step, sample_index, flip, dtype):
+    return torch.empty_like(x0, dtype=dtype)
+
+
+def _noised_setup(ctx, inputs, output):
+    x0, t, table, *_, flip, _ = inputs
+    ctx.save_for_backward(t, table, flip)
+    ctx.dtype = x0.dtype
+
+
+def _noised_backward(ctx, grad):
+    return _drawn_noise_backward(ctx, grad, None)
+
+
+noised = Op(
+    "noised",
+    "(Tensor x0, Tensor t, Tensor table, int seed, Tensor step, Tensor sample_index, "
+    "Tensor? flip, ScalarType dtype) -> Tensor",
+    _noised,
+    _noised_fake,
+    _noised_setup,
+    _noised_backward,
+)
+
+
 # ---- posterior_step ------------------------------------------------------------------------------
 
 
@@ -259,7 +294,7 @@ def _posterior_step(
     xt, model_output, t, table, z, seed, step, sample_index, clip, prediction, log_variance,
     device_seed=None, learned_range=False, out=None, *, choose=choose,
 ):  # fmt: skip
-    _check_t(t, table)
+    check_t(t, table)
     if z is None:
         check_draw(t, step, sample_index)
     backend = choose(

@@ -38,6 +38,10 @@ class Native:
         """What squared_error needs for samples like those of x: nothing on the CPU."""
         return None
 
+    def bound_workspace(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What vlb_term needs for images like those of x: nothing on the CPU."""
+        return None
+
     def sweep_workspace(self, params: list[torch.Tensor]) -> torch.Tensor | None:
         """What adam needs: nothing on the CPU."""
         return None
@@ -86,15 +90,17 @@ class Native:
 
     def noise(
         self, x0, t, table, *,
-        eps=None, seed=None, step=None, sample_index=None, flip=None, dtype=None,
+        eps=None, seed=None, step=None, sample_index=None, flip=None, dtype=None, keep_eps=True,
     ):  # fmt: skip
-        """(x_t, eps). An eps that is not given is drawn, rounded to the dtype of x_t, then used."""
+        """(x_t, eps). An eps that is not given is drawn, rounded to the dtype of x_t, then used;
+        None for one that is not kept.
+        """
         if dtype is None:
             floating = eps if x0.dtype == torch.uint8 else x0
             dtype = torch.float32 if floating is None else floating.dtype
         if eps is None:
             step = t if step is None else _step(step, sample_index)
-            eps = torch.empty_like(x0, dtype=dtype)
+            eps = torch.empty_like(x0, dtype=dtype) if keep_eps else None
         else:
             seed = None
         xt = torch.empty_like(x0, dtype=dtype)
@@ -195,6 +201,24 @@ class Native:
         out = torch.empty_like(x, dtype=dtype)
         self.call("discretized_log_likelihood", x, x, mean, log_scale, out)
         return out
+
+    def vlb_term(
+        self, x0, xt, model_output, t, table, log_ratio, *,
+        seed=None, step=None, sample_index=None,
+        clip=True, prediction="eps", log_variance=None, learned_range=False,
+    ):  # fmt: skip
+        """(bits/dim, mse). An x_t that is not given is drawn, step t by default."""
+        if xt is None:
+            step = t if step is None else _step(step, sample_index)
+        else:
+            seed = None
+        term, mse = (torch.empty(len(x0), dtype=torch.float32, device=x0.device) for _ in range(2))
+        self.call(
+            "vlb_term", x0,
+            x0, xt, model_output, log_variance, term, mse, seed, step, sample_index, t, table,
+            log_ratio, prediction, clip, learned_range, self.bound_workspace(x0),
+        )  # fmt: skip
+        return term, mse
 
     def squared_error(self, prediction, target):
         out = torch.empty(len(prediction), dtype=torch.float32, device=prediction.device)

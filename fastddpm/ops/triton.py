@@ -24,6 +24,7 @@ from fastddpm.kernels import philox as _philox
 from fastddpm.kernels import posterior_step as _posterior
 from fastddpm.kernels import residual_sum as _residual
 from fastddpm.kernels import squared_error as _squared_error
+from fastddpm.kernels import vlb_term as _vlb_term
 from fastddpm.kernels.storage import INTERPRETED
 from fastddpm.kernels.tiles import MAX_PIXELS
 from fastddpm.ops import composite
@@ -62,6 +63,7 @@ convolution_backward = functools.partial(
 attention_block = _on_device(_attention.attention_block)
 attention_block_backward = _on_device(_attention.attention_block_backward)
 discretized_log_likelihood = _on_device(_likelihood.discretized_log_likelihood)
+vlb_term = _on_device(_vlb_term.vlb_term)
 squared_error = _on_device(_squared_error.squared_error)
 squared_error_backward = _on_device(_squared_error.squared_error_backward)
 adam = _on_device(_adam.adam)

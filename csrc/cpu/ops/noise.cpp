@@ -69,9 +69,37 @@ void run_copied(const Walk& walk, int threads) {
            });
 }
 
+// A drawn eps that nobody keeps: rounded to what x_t is stored in, as one that is stored.
+template <class T>
+void round_to(int64_t count, float* z) {
+  for (int64_t i = 0; i < count; ++i) z[i] = to_float(from_float<T>(z[i]));
+}
+
+void run_unkept(const Noise& op, int threads) {
+  const Order order = memory_order(op.xt, op.shape, true);
+  const int64_t size = numel(op.shape);
+  for_chunks(op.shape.n, size, chunk_length(order, op.shape, true), op.shape.n * size, threads,
+             [&](int64_t n, int64_t first, int64_t count) {
+               float x0_buffer[CHUNK], z[CHUNK], xt_buffer[CHUNK];
+               normals(stream(op.random, n), op.shape, order, first, count, z);
+               if (op.xt.dtype == DType::bf16) round_to<BF16>(count, z);
+               if (op.xt.dtype == DType::f16) round_to<F16>(count, z);
+               const View images = view(op.x0, op.shape, n, order, op.flip && op.flip[n]);
+               const View out = view(op.xt, op.shape, n, order);
+               const float* x0 = floats(images, first, count, x0_buffer);
+               if (op.x0.dtype == DType::u8)
+                 for (int64_t i = 0; i < count; ++i) x0_buffer[i] = to_unit(x0_buffer[i]);
+               float* const xt = direct(out, first);
+               noise_run(op.table.data + op.t.data[n * op.t.stride] * COLUMNS, x0, z, count,
+                         xt ? xt : xt_buffer);
+               if (!xt) store(out, first, count, xt_buffer);
+             });
+}
+
 }  // namespace
 
 void noise(const Noise& op, int threads) {
+  if (op.generate_eps && !op.eps.data) return run_unkept(op, threads);
   const Walk walk{op, memory_order(op.xt, op.shape, op.generate_eps)};
   if (!run_direct<uint8_t, float>(walk, threads) && !run_direct<uint8_t, BF16>(walk, threads) &&
       !run_direct<float, float>(walk, threads) && !run_direct<BF16, BF16>(walk, threads))
