@@ -28,7 +28,7 @@ from test_training import command as resume_command
 from test_training import start as start_run
 from toy import SCHEDULE, images, tiny_unet
 
-from fastddpm import Diffusion, UNet, checkpoint, cli, figures
+from fastddpm import Diffusion, UNet, checkpoint, cli, figures, folder_lock
 from fastddpm.checkpoint import CONFIG, WEIGHTS, read_json, read_tensors, write_json, write_tensors
 from fastddpm.data import open_dataset
 from fastddpm.data.identity import Fingerprint
@@ -446,7 +446,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
 
 
 def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "_lock", lambda handle, wait: None)
+    monkeypatch.setattr(folder_lock, "_lock", lambda handle, wait: None)
     with pytest.warns(UserWarning, match="without locks"), run_folder.locked(tmp_path):
         pass
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import socket
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastddpm.checkpoint import _lock, read_json, read_metadata, remove_abandoned
+from fastddpm import folder_lock
+from fastddpm.checkpoint import read_json, read_metadata, remove_abandoned
+from fastddpm.folder_lock import LOCK
 from fastddpm.pretrained import CONFIG, WEIGHTS
 
 STATE, LOG, PLOT, SAMPLES = "trainer.safetensors", "log.csv", "loss.png", "samples"
@@ -19,7 +19,6 @@ RECIPE = "recipe.json"  # all options of the run, see recipe.py
 BEST, NOTE = "best", "best"  # the folder of the best model; the key, and the file, of what it is
 BOARD = "tensorboard"
 WRITER = "fastddpm"  # key of the version that wrote a recipe: the mark of a run's own
-LOCK = ".lock"
 
 
 def check_new(out: Path) -> None:
@@ -93,8 +92,7 @@ def locked(out: Path) -> Iterator[None]:
     Raises BlockingIOError, naming the process that has it. What killed runs left half-written is
     removed.
     """
-    handle = _locked_handle(out)
-    try:
+    with folder_lock.locked(out, "training"):
         for folder, names in (
             (out, {CONFIG, WEIGHTS, STATE, LOG, PLOT, RECIPE}.__contains__),
             (out / BEST, {CONFIG, WEIGHTS, f"{NOTE}.json"}.__contains__),
@@ -102,40 +100,3 @@ def locked(out: Path) -> Iterator[None]:
         ):
             remove_abandoned(folder, lambda name, names=names: bool(names(name)))  # type: ignore[misc]
         yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(out / LOCK)  # while it is locked: the next one makes its own
-        os.close(handle)
-
-
-def _locked_handle(out: Path) -> int:
-    path = out / LOCK
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        taken = _lock(handle, wait=False)
-        if taken is False:
-            with os.fdopen(handle, "rb") as file:
-                holder = file.read(200).decode(errors="replace").strip()
-            raise BlockingIOError(
-                f"{out} is in use by another training{f' ({holder})' if holder else ''}: end that "
-                "one, or give another folder"
-            )
-        if taken is None:
-            warnings.warn(
-                f"{out} is on a file system without locks: see to it that no other training writes "
-                "there",
-                stacklevel=4,
-            )
-        if _is_at(path, handle):
-            with contextlib.suppress(OSError):  # on a full disk it is nameless
-                os.ftruncate(handle, 0)
-                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-            return handle
-        os.close(handle)  # one that ended removed it between the two calls
-
-
-def _is_at(path: Path, handle: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(handle))
-    except FileNotFoundError:
-        return False
