@@ -50,7 +50,7 @@ def labelled_grid(
     over = [] if columns is None or isinstance(columns, int) else list(columns)
     if not isinstance(columns, int):
         columns = len(over) or math.ceil(math.sqrt(n))
-    if columns < 1 or n % columns and (over or rows is not None):
+    if columns < 1 or (n % columns and (over or rows is not None)):
         raise ValueError(f"{n} images are no whole rows of {columns} columns")
     down = math.ceil(n / columns)
     beside = [] if rows is None else list(rows)
@@ -69,7 +69,7 @@ def labelled_grid(
     lefts, x = [], left
     for k in range(columns):
         lefts.append(x)
-        x += width + (4 * gap + space if k + 1 in apart else gap)
+        x += width + (gap + 2 * space if k + 1 in apart else gap)
     total = max(x, lefts[-1] + width + gap)
     heading = text.broken(title, total - 2 * gap) if title else []
     total = max([total, *(text.width(line) + 2 * gap for line in heading)])
@@ -88,8 +88,8 @@ def labelled_grid(
         text.put(gap, gap + k * text.line, line)
     if corner:
         text.put(left - space, top - text.line, corner, right=True)
-    for at, label in zip(lefts, over, strict=bool(over)):
-        text.put(at + (width - text.width(label)) // 2, top - text.line, label)
+    for x, label in zip(lefts, over, strict=bool(over)):
+        text.put(x + (width - text.width(label)) // 2, top - text.line, label)
     for k, label in enumerate(beside):
         y = top + k * (height + gap) + (height - text.line) // 2
         text.put(left - space, y, label, right=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,10 +24,22 @@ BYTES = 1 << 26  # of a chunk of the set, as float64 pixels
 MOST = 256  # images a chunk: a network's own memory is not known
 
 
+class Sliced(Protocol):
+    """Images of one shape that are read as they are asked for.
+
+    shape: (C, H, W);  a slice: (m, C, H, W) uint8"""
+
+    shape: Any
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice) -> torch.Tensor: ...
+
+
 @own_state()
 def nearest(
     samples: torch.Tensor,
-    data: Dataset | torch.Tensor,
+    data: Dataset | Sliced | torch.Tensor,
     *,
     k: int = 8,
     features: Features | None = None,
@@ -37,7 +49,7 @@ def nearest(
     distances, the nearest first; of equal ones the lower index.
 
     samples:  (n, C, H, W) uint8, or float in about [-1, 1]
-    data:     a set of `fastddpm.data`, or (N, C, H, W) uint8
+    data:     a set of `fastddpm.data`, (N, C, H, W) uint8, or what has slices that are such
     features: (m, C, H, W) uint8 -> (m, width) numbers, such as an extractor of
               fastddpm.evaluation; None: distances are of pixels on the 0 .. 255 scale
 
@@ -89,12 +101,15 @@ def _reader(data: Any) -> tuple[Callable[[range], torch.Tensor], int, tuple[int,
     """(images of a range of numbers, how many there are, their shape)."""
     if isinstance(data, Dataset):
         return data.images, len(data), tuple(data.shape)
-    if not isinstance(data, torch.Tensor) or data.dim() != 4 or data.dtype != torch.uint8:
+    shape = tuple(getattr(data, "shape", ()))
+    if isinstance(data, torch.Tensor):
+        shape = tuple(data.shape[1:]) if data.dtype == torch.uint8 else ()
+    if len(shape) != 3 or not hasattr(data, "__getitem__"):
         what = f"{tuple(data.shape)} {data.dtype}" if isinstance(data, torch.Tensor) else type(data)
         raise ValueError(f"data must be a Dataset, or a tensor (N, C, H, W) uint8; got {what}")
     if not len(data):
         raise ValueError("data must have at least one image; got none")
-    return lambda part: data[part.start : part.stop].cpu(), len(data), tuple(data.shape[1:])
+    return lambda part: data[part.start : part.stop].cpu(), len(data), shape
 
 
 def _values(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
 
 from fastddpm.checkpoint import atomic_write
 
@@ -43,3 +46,26 @@ def loss_plot(
         figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def quality_plot(
+    times: Sequence[int], T: int, curves: Mapping[str, Sequence[float]]
+) -> Image.Image:
+    """Quality against time, as Figure 10 has it: each curve over the steps taken, T - t.
+
+    times: t at which x0 was predicted from x_t;  curves: values there, by what they measure
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(curves) + 1, 3.75), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    steps = [T - t for t in times]
+    for axes, (label, values) in zip(figure.subplots(1, len(curves), squeeze=False)[0],
+                                     curves.items(), strict=True):  # fmt: skip
+        axes.plot(steps, values, "o-", linewidth=1.5, markersize=4)
+        axes.set(xlabel="reverse process steps (T - t)", ylabel=label, xlim=(0, T))
+        axes.grid(alpha=0.3)
+    figure.set_dpi(120)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
