@@ -294,6 +294,7 @@ def read_weights(
     *,
     allow_pickle: bool = False,
     shapes_only: bool = False,
+    counters: bool = False,
     pick: Callable[[Any], dict[str, torch.Tensor]] = last_state_dict,
 ) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors file, or with allow_pickle=True of a pickled state dict.
@@ -301,6 +302,7 @@ def read_weights(
     shapes_only: on the meta device, from the file's header; no value is read. Pickles are read by
     torch's weights-only unpickler, which makes nothing but tensors and plain containers.
 
+    counters: int64 is allowed too, which batch norms count their batches in
     pick: from what a file holds to the weights that are meant; of a list of several state dicts the
           last by default, the EMA's where it has one
 
@@ -327,8 +329,9 @@ def read_weights(
     weights = pick(content)
     if not weights:
         raise ValueError(f"{path} holds no state dict of tensors")
+    allowed = {*FLOATS.values(), *([torch.int64] if counters else [])}
     for name, tensor in weights.items():
-        if tensor.layout != torch.strided or tensor.dtype not in FLOATS.values():
+        if tensor.layout != torch.strided or tensor.dtype not in allowed:
             raise _other_type(path, name, f"{tensor.dtype}, {tensor.layout}")
         _check_shape(path, name, tensor.shape)
     return weights
