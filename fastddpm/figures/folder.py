@@ -24,11 +24,13 @@ from fastddpm.checkpoint import read_json
 from fastddpm.data import Dataset, open_dataset
 from fastddpm.data.errors import reading
 from fastddpm.diffusion import Diffusion
+from fastddpm.evaluation import extractors
 from fastddpm.evaluation.images import Images
 from fastddpm.evaluation.plots import PLOTS
+from fastddpm.figures.job import Job
 from fastddpm.figures.output import check_output
 from fastddpm.figures.page import Section, page
-from fastddpm.figures.paper import FIGURES, Job
+from fastddpm.figures.paper import FIGURES, cost
 from fastddpm.figures.pictures import check_channels
 from fastddpm.figures.store import INDEX, Shown, Store
 from fastddpm.options import check_choice, check_count, shown
@@ -74,7 +76,7 @@ def gallery(
     clip: bool = True,
     precision: str = "auto",
     engine: str = "auto",
-    extractor: Any = None,
+    extractor: extractors.Extractor | str | None = None,
     evaluation: str | os.PathLike | None = None,
     title: str | None = None,
     command: str | None = None,
@@ -89,8 +91,8 @@ def gallery(
     n:          uncurated samples (64);  rows: images of the other figures (8);  frames: x0
                 predictions of each over time
     k:          nearest neighbours of each (8), of `search` images evenly spaced (None: all)
-    extractor:  a network's name, for neighbours in its features (`fastddpm.evaluation`), or any
-                (m, C, H, W) uint8 -> (m, width) with a .label and a .fingerprint
+    extractor:  an Extractor of `fastddpm.evaluation` or the name of one, for neighbours and
+                quality over time in its features
     evaluation: the folder of an evaluation of this model, for its plots of rate and distortion
     title, command: of the page: what the model is called, and what draws this gallery
 
@@ -131,15 +133,20 @@ def gallery(
         k = min(K, len(searched)) if k is None else check_count("k", k)
         if k > len(searched):
             raise ValueError(f"k must be at most the {len(searched)} images searched; got {k}")
-    features = _extractor(extractor, model)
+    network = _extractor(extractor, model)
+    if "quality-features" in wanted and images is not None and min(n, len(images)) < 2:
+        raise ValueError(
+            f"quality in features compares two sets, of 2 images at the least; got {n} samples and "
+            f"{len(images)} images"
+        )
     model_is = fingerprint(model, Diffusion.of(model))
     base = {"model": model_is, "seed": seed, **chain.facts, "precision": chain.engine.precision}
     facts: dict[str, Any] = {"n": n, "rows": rows, "frames": frames}
     if evaluation is not None:
         evaluation = Path(evaluation)
         facts["evaluation"] = _evaluation(evaluation, model_is)
-    if features is not None:
-        facts["extractor"] = features.fingerprint
+    if network is not None:
+        facts["extractor"] = network.fingerprint
     if images is not None and searched is not None:
         facts |= {"k": k, "search": len(searched), "data": images.fingerprint(progress)}
     store = Store(out, base, facts)
@@ -167,10 +174,9 @@ def gallery(
         with Whole(desc="figures", disable=not progress or not todo, bar_format=BAR) as whole:
             job = Job(
                 model, options, chain.diffusion.schedule, images, searched, n, rows, frames,
-                k or K, seed, features, getattr(features, "label", ""), evaluation, whole,
-                store.progression() if todo else None,
+                k or K, seed, network, evaluation, whole, store.progression() if todo else None,
             )  # fmt: skip
-            whole.total = job.cost(todo)
+            whole.total = cost(job, todo)
             for name in todo:
                 whole.set_description(name)
                 began = time.perf_counter()
@@ -235,7 +241,7 @@ def _check_apart(data: str | os.PathLike, out: Path) -> None:
         )
 
 
-def _extractor(extractor: Any, model: UNet) -> Any:
+def _extractor(extractor: Any, model: UNet) -> extractors.Extractor | None:
     if extractor is None:
         return None
     if model.in_channels not in (1, 3):
@@ -243,16 +249,13 @@ def _extractor(extractor: Any, model: UNet) -> Any:
             f"a network's features are of grey or RGB images; the model's have {model.in_channels} "
             "channels"
         )
-    if isinstance(extractor, str):
-        from fastddpm.evaluation import extractors
-
-        return extractors.extractor(extractor)
-    if not callable(extractor) or not all(hasattr(extractor, x) for x in ("label", "fingerprint")):
+    found = extractors.extractor(extractor) if isinstance(extractor, str) else extractor
+    if not isinstance(found, extractors.Extractor):
+        allowed = ", ".join(extractors.available())
         raise ValueError(
-            "extractor must be a name, or a callable with a label and a fingerprint; got "
-            f"{shown(extractor)}"
+            f"extractor must be one of {allowed}, or an Extractor; got {shown(extractor)}"
         )
-    return extractor
+    return found
 
 
 def _evaluation(folder: Path, model_is: str) -> str:

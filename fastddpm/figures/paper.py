@@ -1,27 +1,23 @@
-"""The paper's figures of one model and its data, each as a picture with its caption. No files."""
+"""The paper's figures of a Job, each as a picture with its caption. No files."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 
-from fastddpm.data import batch_indices
+from fastddpm.evaluation.distances import compare, features
 from fastddpm.evaluation.images import Images
 from fastddpm.evaluation.plots import PLOTS
+from fastddpm.figures.job import NO_DATA, Job
 from fastddpm.figures.labels import LAMBDA, labelled_grid
 from fastddpm.figures.neighbours import Features, nearest
 from fastddpm.figures.pictures import to_uint8
 from fastddpm.figures.plots import quality_plot
-from fastddpm.progress import Whole
-from fastddpm.sampling import draw_shared_latent, interpolate, sample_progressive
-from fastddpm.schedule import Schedule
-from fastddpm.unet import UNet
+from fastddpm.sampling import draw_shared_latent, interpolate
 
 WIDTH = 900  # of a grid of small images, about
 MIXTURES = 11  # lambda = 0, 0.1 .. 1
@@ -32,7 +28,8 @@ FINE = [k / 8 for k in range(9)]  # of the chain, where Figure 9 mixes: 0 is pix
 
 # What an image that is compared takes, in steps of an image of the chain: for the bar alone.
 PIXELS, FEATURES = 1 / 40, 20.0
-NO_DATA = "figures that need data are left out where there are none"
+REAL = 2_000  # images of the data that samples are compared with over time, at most
+CURVES = ("KID", "IS")  # FD falls with the number of images, of which there are few
 
 
 class Picture(NamedTuple):
@@ -41,101 +38,6 @@ class Picture(NamedTuple):
     image: Image.Image
     caption: str
     alt: str
-
-
-@dataclass
-class Progression:
-    """n samples and how they came to be.
-
-    images (n, C, H, W) uint8;  predictions (frames, rows, C, H, W) uint8: of x0, of the first
-    samples;  times: the paper's t of each, from T on;  rmse: (frames,), of all n samples'
-    predictions against the samples, on the 0 .. 255 scale
-    """
-
-    images: torch.Tensor
-    predictions: torch.Tensor
-    times: list[int]
-    rmse: list[float]
-
-
-@dataclass
-class Job:
-    """What the figures are of.
-
-    options:  of `fastddpm.sample`: the chain, precision and engine
-    schedule: of the chain
-    data:     the images that are mixed;  searched: those that samples are compared with
-    """
-
-    model: UNet
-    options: dict[str, Any]
-    schedule: Schedule
-    data: Images | None
-    searched: Images | None
-    n: int
-    rows: int
-    frames: int
-    k: int
-    seed: int
-    features: Features | None
-    label: str  # of distances in the features
-    evaluation: Path | None
-    whole: Whole
-    said: str = field(init=False)
-    progression: Progression | None = None
-
-    def __post_init__(self) -> None:
-        T, sampler = self.schedule.T, self.options["sampler"]
-        of = "" if self.schedule.full_steps == T else f" of {self.schedule.full_steps:,}"
-        self.said = f"{sampler.upper()}, {T:,}{of} steps, seed {self.seed}"
-
-    @property
-    def model_shape(self) -> tuple[int, int, int]:
-        return (self.model.in_channels, *self.model.image_size)
-
-    @property
-    def T(self) -> int:
-        return self.schedule.T
-
-    def paper_t(self, level: int) -> int:
-        """The paper's t of the x_t that `level` steps of the chain lead from to x_0."""
-        return int(self.schedule.timesteps[level - 1]) + 1 if level else 0
-
-    def levels(self, shares: Sequence[float], least: int) -> list[int]:
-        """Steps of the chain at these shares of it, falling, each once."""
-        found = {max(least, round(self.T * share)) for share in shares}
-        return sorted(found, reverse=True)
-
-    def cost(self, names: Sequence[str]) -> float:
-        """Of these figures, in steps of an image: the whole bar's total."""
-        chain = 0 if self.progression is not None else self.n * self.T
-        drawn = any(FIGURES[name].samples for name in names)
-        return chain * drawn + sum(FIGURES[name].cost(self) for name in names)
-
-    def drawn(self) -> Progression:
-        """The samples of all figures that show some, drawn once."""
-        if self.progression is None:
-            batches = math.ceil(self.n / 64)
-            with self.whole.part(self.n * self.T, self.T * batches):
-                images, x0, times = sample_progressive(
-                    self.model, self.n, frames=self.frames, seed=self.seed, progress=False,
-                    **self.options,
-                )  # fmt: skip
-            rmse = [float((x - images).double().square().mean().sqrt()) * 127.5 for x in x0]
-            self.progression = Progression(
-                to_uint8(images).cpu(), to_uint8(x0[:, : self.rows]).cpu(), [t + 1 for t in times],
-                rmse,
-            )  # fmt: skip
-        return self.progression
-
-    def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Images to mix, drawn from the data by the seed; half as many as there are rows."""
-        assert self.data is not None, NO_DATA
-        data = self.data
-        count = min(max(1, self.rows // 2), len(data) // 2)
-        picked = batch_indices(len(data), 2 * count, 0, seed=self.seed).tolist()
-        x = [data[k : k + 1][0] for k in picked]
-        return list(zip(x[::2], x[1::2], strict=True))
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -177,10 +79,35 @@ def quality(job: Job) -> Picture:
     return Picture(
         image,
         f"How far the x0 predicted from x_t is from the sample that it becomes, over the steps "
-        f"taken: root of the mean squared error over {job.n} samples. (The paper's plot has "
-        "Inception score and FID there.)",
+        f"taken: root of the mean squared error over {job.n} samples. (The paper plots "
+        "Inception score and FID.)",
         f"A falling curve, from {drawn.rmse[0]:.1f} at the first step to {drawn.rmse[-1]:.1f} at "
         "the last.",
+    )
+
+
+def quality_features(job: Job) -> Picture:
+    assert job.extractor is not None, NO_DATA
+    assert job.data is not None, NO_DATA
+    drawn, real = job.drawn(every=True), Images(job.data.data, REAL)
+    assert drawn.every is not None
+    count = len(real) + job.n * len(drawn.times)
+    with job.whole.part(count * FEATURES, count):
+        goal = features(real, job.extractor, progress=False)
+        found = [features(x, job.extractor, progress=False) for x in drawn.every]
+    curves: dict[str, list[float]] = {}
+    for x in found:
+        for figure in compare(x, goal, job.extractor, seed=job.seed, progress=False):
+            if figure.name.startswith(CURVES):
+                curves.setdefault(figure.name, []).append(figure.value)
+    image = quality_plot(drawn.times, job.schedule.full_steps, curves)
+    ends = ", ".join(f"{name} from {v[0]:.3g} to {v[-1]:.3g}" for name, v in curves.items())
+    return Picture(
+        image,
+        f"{' and '.join(curves)} of the x0 predicted from x_t, over the steps taken, in the "
+        f"features of {job.extractor.name}: {job.n} samples, compared with {len(real):,} of "
+        f"{job.data.of:,} images of the data. Few samples: numbers of other n are others.",
+        f"Curves over the steps: {ends}.",
     )
 
 
@@ -281,15 +208,16 @@ def nearest_pixels(job: Job) -> Picture:
 
 
 def nearest_features(job: Job) -> Picture:
+    assert job.extractor is not None, NO_DATA
     return _neighbours(
-        job, job.features, FEATURES, where=f"in features of {job.label}", corner="distance",
-        said=lambda distance: f"{distance:.3g}",
+        job, job.extractor, FEATURES, where=f"in features of {job.extractor.name}",
+        corner="distance", said=lambda distance: f"{distance:.3g}",
     )  # fmt: skip
 
 
 def _neighbours(
     job: Job,
-    features: Features | None,
+    network: Features | None,
     cost: float,
     *,
     where: str,
@@ -299,7 +227,7 @@ def _neighbours(
     assert job.searched is not None, NO_DATA
     data, drawn = job.searched, job.drawn().images[: job.rows]
     with job.whole.part(len(data) * cost, len(data)):
-        indices, distances = nearest(drawn, data, k=job.k, features=features, progress=False)
+        indices, distances = nearest(drawn, data, k=job.k, features=network, progress=False)
     rows = []
     for sample, found in zip(drawn, indices.tolist(), strict=True):
         rows += [sample, *(data[k : k + 1][0] for k in found)]
@@ -365,6 +293,10 @@ class Figure(NamedTuple):
     cost: Callable[[Job], float] = lambda job: 0.0
 
 
+def _quality_cost(job: Job) -> float:
+    return FEATURES * (job.n * job.frames + min(REAL, len(job.data or ())))
+
+
 def _search_cost(each: float) -> Callable[[Job], float]:
     return lambda job: each * len(job.searched or ())
 
@@ -378,6 +310,15 @@ FIGURES: dict[str, Figure] = {
     ),
     "quality": Figure(
         "Quality over time", "Figure 10", quality, ("n", "frames"), samples=True
+    ),
+    "quality-features": Figure(
+        "Quality over time in features",
+        "Figure 10",
+        quality_features,
+        ("n", "frames", "data", "extractor"),
+        ("data", "extractor"),
+        samples=True,
+        cost=_quality_cost,
     ),
     "shared-latent": Figure(
         "Shared latents", "Figure 7", shared_latent, ("rows",), cost=_shared_cost
@@ -403,3 +344,11 @@ FIGURES: dict[str, Figure] = {
         "Rate and distortion", "Figure 5", rate_distortion, ("evaluation",), ("evaluation",)
     ),
 }  # fmt: skip
+
+
+def cost(job: Job, names: Sequence[str]) -> float:
+    """Of these figures, in steps of an image: the whole bar's total."""
+    lacks_every = job.progression is None or job.progression.every is None
+    draws = lacks_every and "quality-features" in names
+    draws |= job.progression is None and any(FIGURES[name].samples for name in names)
+    return job.n * job.T * draws + sum(FIGURES[name].cost(job) for name in names)

@@ -16,8 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from fastddpm import folder_lock
 from fastddpm.checkpoint import atomic_write, read_tensors, remove_abandoned, write_tensors
+from fastddpm.figures.job import Progression
 from fastddpm.figures.page import is_ours
-from fastddpm.figures.paper import FIGURES, Picture, Progression
+from fastddpm.figures.paper import FIGURES, Picture
 from fastddpm.options import shown
 
 INDEX, CHAIN = "index.html", "samples.safetensors"
