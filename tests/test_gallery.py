@@ -385,6 +385,7 @@ def test_evaluations_that_do_not_fit(tmp_path, evaluation):
         ({"data": images(4, 1, 8, 8)[:0]}, "has no images"),
         ({"data": 3}, "data must be a fastddpm.data.Dataset, a path or"),
         ({"extractor": "vgg"}, "extractor must be one of .*; got 'vgg'"),
+        ({"weights": "x.pth"}, "weights are those of an extractor that is named"),
         ({"extractor": 3}, "extractor must be one of .*, or an Extractor; got 3"),
         ({"model": torch.nn.Identity()}, "model must be a fastddpm.UNet; got Identity"),
         ({"model": tiny_unet(num_classes=3)}, "the model has 3 classes"),

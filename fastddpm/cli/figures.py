@@ -22,7 +22,7 @@ from fastddpm.unet import UNet
 # Options that are passed on by their names, and said in the page's command where they are given.
 OPTIONS = (
     "n", "rows", "frames", "k", "search", "seed", "steps", "sampler", "eta", "precision", "engine",
-    "extractor", "evaluation",
+    "extractor", "weights", "evaluation",
 )  # fmt: skip
 
 
@@ -93,6 +93,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     add("--search", type=int, help="of so many images of the data, evenly spaced (default: all)")
     add("--steps", type=int, help="a shorter chain of evenly strided steps (default: all)")
     add("--extractor", metavar="NAME", help="a network, for nearest images in its features")
+    add("--weights", type=path, metavar="FILE", help="Inception's, which are not downloaded")
     add(
         "--evaluation",
         type=path,

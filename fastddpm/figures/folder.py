@@ -77,6 +77,7 @@ def gallery(
     precision: str = "auto",
     engine: str = "auto",
     extractor: extractors.Extractor | str | None = None,
+    weights: str | os.PathLike | None = None,
     evaluation: str | os.PathLike | None = None,
     title: str | None = None,
     command: str | None = None,
@@ -92,7 +93,7 @@ def gallery(
                 predictions of each over time
     k:          nearest neighbours of each (8), of `search` images evenly spaced (None: all)
     extractor:  an Extractor of `fastddpm.evaluation` or the name of one, for neighbours and
-                quality over time in its features
+                quality over time in its features;  weights: the file that a named one may need
     evaluation: the folder of an evaluation of this model, for its plots of rate and distortion
     title, command: of the page: what the model is called, and what draws this gallery
 
@@ -133,7 +134,7 @@ def gallery(
         k = min(K, len(searched)) if k is None else check_count("k", k)
         if k > len(searched):
             raise ValueError(f"k must be at most the {len(searched)} images searched; got {k}")
-    network = _extractor(extractor, model)
+    network = _extractor(extractor, weights, model)
     if "quality-features" in wanted and images is not None and min(n, len(images)) < 2:
         raise ValueError(
             f"quality in features compares two sets, of 2 images at the least; got {n} samples and "
@@ -241,7 +242,9 @@ def _check_apart(data: str | os.PathLike, out: Path) -> None:
         )
 
 
-def _extractor(extractor: Any, model: UNet) -> extractors.Extractor | None:
+def _extractor(extractor: Any, weights: Any, model: UNet) -> extractors.Extractor | None:
+    if weights is not None and not isinstance(extractor, str):
+        raise ValueError("weights are those of an extractor that is named: give its name too")
     if extractor is None:
         return None
     if model.in_channels not in (1, 3):
@@ -249,7 +252,9 @@ def _extractor(extractor: Any, model: UNet) -> extractors.Extractor | None:
             f"a network's features are of grey or RGB images; the model's have {model.in_channels} "
             "channels"
         )
-    found = extractors.extractor(extractor) if isinstance(extractor, str) else extractor
+    found = extractor
+    if isinstance(extractor, str):
+        found = extractors.extractor(extractor, weights=weights)
     if not isinstance(found, extractors.Extractor):
         allowed = ", ".join(extractors.available())
         raise ValueError(
