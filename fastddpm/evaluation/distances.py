@@ -199,31 +199,23 @@ def compare(
         name = name if name == extractor.label else f"{name}{extractor.suffix}"
         return Figure(name, value, spread, len(generated), len(real), note)
 
-    rows = sum(-(-len(x) // ROWS) for x in (generated, real))
-    with tqdm(
-        total=1 + kid_subsets + 2 * rows, desc="distances", unit="part", delay=2,
-        disable=not progress,
-    ) as bar:  # fmt: skip
-        found = [
-            figure(
-                extractor.label,
-                frechet_distance(generated, real),
-                note=_rank(few, extractor.width) if few <= extractor.width else "",
-            )
-        ]
-        bar.update()
+    parts = sum(-(-len(x) // ROWS) for x in (generated, real, generated))  # of precision_recall
+    total = kid_subsets + parts * (few > NEIGHBOUR) + 1
+    with tqdm(total=total, desc="distances", unit="part", delay=2, disable=not progress) as bar:
         kid, deviation = kernel_distance(
             generated, real, subsets=kid_subsets, size=kid_subset_size, seed=seed, bar=bar
         )
-        note = f"{kid_subsets} subsets of {kid_subset_size:,}"
-        found.append(figure("KID", kid, deviation, note))
+        found = [figure("KID", kid, deviation, f"{kid_subsets} subsets of {kid_subset_size:,}")]
         logits = extractor.logits(torch.from_numpy(generated))
         if logits is not None:
             found.append(figure("IS", *inception_score(logits.numpy(), seed=seed)))
         if few > NEIGHBOUR:
             precision, recall = precision_recall(generated, real, bar=bar)
             found += [figure("precision", precision), figure("recall", recall)]
-    return found
+        distance = frechet_distance(generated, real)  # last: a long part without an end in sight
+        bar.update()
+    note = _rank(few, extractor.width) if few <= extractor.width else ""
+    return [figure(extractor.label, distance, note=note), *found]
 
 
 def _rank(n: int, width: int) -> str:
@@ -312,8 +304,9 @@ def inception_score(logits: np.ndarray, *, seed: int = 0) -> tuple[float, float]
     found = []
     for k in range(splits):
         part = log_p[k * n // splits : (k + 1) * n // splits]
-        mean = part.exp().mean(dim=0, keepdim=True)
-        found.append(float((part.exp() * (part - mean.log())).sum(dim=1).mean().exp()))
+        p = part.exp()
+        terms = (p * (part - p.mean(dim=0).log())).where(p > 0, 0.0)  # 0 log 0 is 0
+        found.append(float(terms.sum(dim=1).mean().exp()))
     return float(np.mean(found)), float(np.std(found))
 
 
@@ -328,19 +321,17 @@ def precision_recall(
     x, y = (torch.from_numpy(f).double() for f in (generated, real))
     centre = y.mean(dim=0)  # distances stay, and less of them is lost in |x|^2 + |y|^2 - 2 x . y
     x, y = x - centre, y - centre
-    precision = _within(x, y, _radii(y, k, bar), bar)
-    return precision, _within(y, x, _radii(x, k, bar), bar)
+    of_x, of_y = _radii(x, k, bar), _radii(y, k, bar)
+    precise, recalled = [], torch.zeros(len(y), dtype=torch.bool)
+    for part, radii in zip(_squares(x, y, bar), of_x.split(ROWS), strict=True):
+        precise.append((part <= of_y).any(dim=1))
+        recalled |= (part <= radii[:, None]).any(dim=0)
+    return float(torch.cat(precise).double().mean()), float(recalled.double().mean())
 
 
 def _radii(x: torch.Tensor, k: int, bar: Bar | None) -> torch.Tensor:
     """The square of each row's distance to its k-th nearest other."""
     return torch.cat([part.kthvalue(k + 1).values for part in _squares(x, x, bar)])
-
-
-def _within(x: torch.Tensor, y: torch.Tensor, radii: torch.Tensor, bar: Bar | None) -> float:
-    """The share of the rows of x that are in the ball of any row of y."""
-    inside = [(part <= radii).any(dim=1) for part in _squares(x, y, bar)]
-    return float(torch.cat(inside).double().mean())
 
 
 def _squares(x: torch.Tensor, y: torch.Tensor, bar: Bar | None) -> Iterator[torch.Tensor]:
