@@ -23,7 +23,7 @@ from fastddpm.data import open_dataset
 from fastddpm.evaluation.extractors import Extractor
 from fastddpm.evaluation.images import Images
 from fastddpm.evaluation.plots import PLOTS
-from fastddpm.figures import folder, gallery, paper, store
+from fastddpm.figures import folder, gallery, job, paper, store
 from fastddpm.pretrained import save_model
 from fastddpm.sampling import draw_shared_latent
 from fastddpm.shards import fingerprint
@@ -143,6 +143,16 @@ def test_quality_over_time_is_the_predictions_distance_to_the_samples(tmp_path):
     rmse = store.Store(tmp_path / "out", *identity(MODEL)).progression().rmse
     assert np.allclose(rmse, expected, rtol=1e-6)
     assert rmse[0] > rmse[-1]
+
+
+def test_many_samples_are_drawn_in_batches(tmp_path, whole, monkeypatch):
+    monkeypatch.setitem(job.MOST, "cpu", 3)
+    gallery(MODEL, None, tmp_path / "out", only=["samples", "progressive", "quality"], **SMALL)
+    of = [store.Store(out, *identity(MODEL)).progression() for out in (tmp_path / "out", whole)]
+    assert (of[0].images.int() - of[1].images.int()).abs().max() <= 1  # a batch of another size
+    assert (of[0].predictions.int() - of[1].predictions.int()).abs().max() <= 1
+    assert of[0].times == of[1].times
+    assert np.allclose(of[0].rmse, of[1].rmse, rtol=1e-5)
 
 
 def identity(model):

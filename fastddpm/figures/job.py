@@ -91,19 +91,30 @@ class Job:
         """The samples of all figures that show some, drawn once; drawn again where those that are
         there lack what is wanted."""
         if self.progression is None or (every and self.progression.every is None):
-            kind = next(self.model.parameters()).device.type
-            batches = math.ceil(self.n / MOST.get(kind, MOST["cpu"]))
-            with self.whole.part(self.n * self.T, self.T * batches):
-                images, x0, times = sample_progressive(
-                    self.model, self.n, frames=self.frames, seed=self.seed, progress=False,
-                    **self.options,
-                )  # fmt: skip
-            rmse = [float((x - images).double().square().mean().sqrt()) * 127.5 for x in x0]
-            self.progression = Progression(
-                to_uint8(images).cpu(), to_uint8(x0[:, : self.rows]).cpu(), [t + 1 for t in times],
-                rmse, to_uint8(x0).cpu() if self.extractor is not None else None,
-            )  # fmt: skip
+            self.progression = self._draw()
         return self.progression
+
+    def _draw(self) -> Progression:
+        """A batch after the other, so that no more predictions are in memory than are kept."""
+        most = MOST.get(next(self.model.parameters()).device.type, MOST["cpu"])
+        images, predictions, squares = [], [], torch.zeros((), dtype=torch.float64)
+        for first in range(0, self.n, most):
+            count = min(most, self.n - first)
+            with self.whole.part(count * self.T, self.T):
+                x, x0, times = sample_progressive(
+                    self.model, count, first_index=first, frames=self.frames, seed=self.seed,
+                    progress=False, **self.options,
+                )  # fmt: skip
+            squares = squares + (x0 - x).double().square().sum(dim=(1, 2, 3, 4)).cpu()
+            images.append(to_uint8(x).cpu())
+            kept = count if self.extractor is not None else max(0, self.rows - first)
+            predictions.append(to_uint8(x0[:, :kept]).cpu())
+        every = torch.cat(predictions, dim=1)
+        mean = squares / (self.n * math.prod(self.model_shape))
+        return Progression(
+            torch.cat(images), every[:, : self.rows].clone(), [t + 1 for t in times],
+            (mean.sqrt() * 127.5).tolist(), every if self.extractor is not None else None,
+        )  # fmt: skip
 
     def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Images to mix, drawn from the data by the seed; half as many as there are rows."""
