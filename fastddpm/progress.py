@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, TextIO
 
 import tqdm as tqdm_package
@@ -19,6 +21,37 @@ class tqdm(tqdm_package.tqdm):  # its name and its options
             options.setdefault("file", _Unfailing(sys.stderr))
         options.setdefault("dynamic_ncols", True)  # else tqdm asks sys.stderr alone for its width
         super().__init__(*arguments, **options)
+
+    def update(self, n: float | None = 1) -> bool | None:
+        hears = _hears.get()
+        if hears is not None and hears is not self:
+            hears.hear(n or 0)
+        return super().update(n)
+
+
+class Whole(tqdm):
+    """One bar over many pieces of work of different sizes, which bars of their own count, shown or
+    not: the time that is left is that of all of them."""
+
+    _scale, _end = 0.0, 0.0
+
+    @contextlib.contextmanager
+    def part(self, share: float, updates: float) -> Iterator[None]:
+        """A piece that is `share` of this bar's total, in which other bars are updated by `updates`
+        in all; it is done when the block ends, however many those were."""
+        self._scale, self._end = share / max(updates, 1), self.n + share
+        token = _hears.set(self)
+        try:
+            yield
+        finally:
+            _hears.reset(token)
+        self.update(self._end - self.n)
+
+    def hear(self, n: float) -> None:
+        self.update(max(0.0, min(n * self._scale, self._end - self.n)))
+
+
+_hears: ContextVar[Whole | None] = ContextVar("_hears", default=None)
 
 
 class _Unfailing:

@@ -169,6 +169,24 @@ def sample_shared_latent(
     `sample` that say no beginning, batch or order of the noise; of model_kwargs, n images long, x_t
     takes the first.
     """
+    return draw_shared_latent(
+        model, n, t=t, seed=seed, first_index=first_index, progress=progress, **options
+    )[0]
+
+
+@own_state()
+def draw_shared_latent(
+    model: Model,
+    n: int = 8,
+    *,
+    t: int | Sequence[int] = (1000, 750, 500, 250),
+    seed: int = 0,
+    first_index: int = 0,
+    progress: bool = True,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sample_shared_latent`, and the x_t of each row, which Fig. 7 shows beside its samples:
+    (len(t), n, C, H, W) and (len(t), C, H, W)."""
     index, seed = sample_indices(n, first_index), arguments.seed(seed)
     n = len(index)
     refuse("sample_shared_latent", options, (*BATCHES, *BEGINNING, "self_condition"))
@@ -177,15 +195,18 @@ def sample_shared_latent(
     first, every = given.kwargs(slice(0, 1)), given.kwargs(slice(0, n))
     levels, index = arguments.levels(t, 1, chain.T), index.to(chain.device)
     rows: dict[int, torch.Tensor] = {}
+    latents: dict[int, torch.Tensor] = {}
     x, at = chain.prior(seed, index[:1]), chain.T
     total = chain.T - min(levels) + sum(set(levels))
     with bar(n * len(levels), chain.T, progress, total) as tick:
         for level in sorted(set(levels), reverse=True):
             x = chain.run(x, seed, index[:1], tick, first, start=at, stop=level)
             at = level
+            latents[level] = x[0].clone()
             shared = x.expand(n, -1, -1, -1)
             rows[level] = chain.run(shared, seed, index, tick, every, start=level)
-    return finite(torch.stack([rows[level] for level in levels]))
+    images = finite(torch.stack([rows[level] for level in levels]))
+    return images, torch.stack([latents[level] for level in levels])
 
 
 @own_state()

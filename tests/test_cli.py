@@ -22,6 +22,7 @@ from fastddpm.checkpoint import read_tensors, write_tensors
 from fastddpm.cli import train as cli_train
 from fastddpm.data import open_dataset
 from fastddpm.pretrained import save_model
+from fastddpm.sampling import draw_shared_latent
 from fastddpm.training.run import STATE
 
 T = SCHEDULE.T
@@ -154,11 +155,14 @@ def test_threads_are_set(call, model):
 
 def test_progressive(call, model, tmp_path):
     report = call("sample", "--model", model, "--n=2", "--progressive", "--frames=4", "--quiet")
-    assert row(report, "images").endswith("at t = 11, 7, 4, 0")
+    assert row(report, "images").endswith("at t = 12, 8, 5, 1")
     _, x0, _ = fastddpm.sample_progressive(
         fastddpm.UNet.from_pretrained(model), 2, frames=4, progress=False
     )
-    expected = figures.grid(torch.cat((x0[:, 0], x0[:, 1])), 4)  # one image a row
+    expected = figures.labelled_grid(  # one image a row
+        torch.cat((x0[:, 0], x0[:, 1])), columns=["12", "8", "5", "1"], corner="t",
+        title="x0 predicted from x_t: DDPM, 12 steps, seed 0",
+    )  # fmt: skip
     assert np.array_equal(picture(tmp_path / "samples.png"), np.asarray(expected))
 
 
@@ -168,10 +172,14 @@ def test_shared_latent(call, model, tmp_path, steps, rows):
     report = call("sample", "--model", model, "--n=3", "--shared-latent", "--quiet", *arguments)
     assert f"at t = {', '.join(map(str, rows))} of {steps or T} steps" in row(report, "images")
     assert row(report, "chain") == f"ddpm, {steps or T} steps"
-    x = fastddpm.sample_shared_latent(
+    x, latents = draw_shared_latent(
         fastddpm.UNet.from_pretrained(model), 3, t=rows, steps=steps, progress=False
     )
-    expected = figures.grid(x.flatten(0, 1), 3)
+    expected = figures.labelled_grid(
+        torch.cat((latents[:, None], x), 1).flatten(0, 1), [str(t) for t in rows],
+        ["x_t", "samples", "", ""], corner="t", apart=(1,),
+        title=f"Samples of p(x0 | x_t): DDPM, {steps or T} steps, seed 0",
+    )  # fmt: skip
     assert np.array_equal(picture(tmp_path / "samples.png"), np.asarray(expected))
 
 
@@ -185,7 +193,10 @@ def test_interpolate(call, model, tmp_path):
         fastddpm.UNet.from_pretrained(model), a, b, n=3, t=(4, 9), progress=False
     )
     rows = [torch.cat((a[None], figures.to_uint8(x), b[None])) for x in mixed]
-    expected = figures.grid(torch.cat(rows), 5)
+    expected = figures.labelled_grid(
+        torch.cat(rows), ["4", "9"], ["source", "0", "0.5", "1", "source"], corner="t \\ λ",
+        apart=(1, 4), title="Interpolation: DDPM, seed 0",
+    )  # fmt: skip
     assert np.array_equal(picture(tmp_path / "interpolation.png"), np.asarray(expected))
 
 
@@ -199,11 +210,10 @@ def test_pictures_with_alpha(call, tmp_path, channels):
     for name, x in zip(("A.png", "B.png"), images(2, channels, 8, 8), strict=True):
         figures.save_image(figures.to_pil(x), tmp_path / name)
     call("interpolate", "A.png", "B.png", "--model=model", "--n=1", "--t=2", "--quiet")
-    row = picture(tmp_path / "interpolation.png")
-    factor = row.shape[0] // 12  # of enlargement: 8 pixels and two gaps of 2
-    assert np.array_equal(
-        row[::factor][2:10, 2 * factor :: factor][:, :8], picture(tmp_path / "A.png")
-    )
+    row = picture(tmp_path / "interpolation.png")[:200, :200]
+    enlarged = picture(tmp_path / "A.png").repeat(8, 0).repeat(8, 1)  # as far as it goes
+    windows = np.lib.stride_tricks.sliding_window_view(row, enlarged.shape)
+    assert (windows == enlarged).all(axis=(-3, -2, -1)).sum() == 1
 
 
 # ---- train ---------------------------------------------------------------------------------------

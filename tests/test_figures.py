@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from toy import images, tiny_unet
 
 from fastddpm import Trainer, reference
@@ -15,6 +15,8 @@ from fastddpm.data import open_dataset
 from fastddpm.figures import (
     check_output,
     grid,
+    labelled_grid,
+    labels,
     loss_plot,
     read_image,
     save_image,
@@ -77,6 +79,148 @@ def test_small_grids_are_enlarged_by_a_whole_factor():
     assert small.shape == (62, 62)
     assert np.array_equal(large, small.repeat(4, 0).repeat(4, 1))
     assert grid(images(1, 1, 4, 4)).width == 8 * 8  # by 8 at most
+
+
+# ---- grids with labels ---------------------------------------------------------------------------
+
+LABELS = {"rows": ["1000", "1"], "columns": ["0", "0.5", "1"], "corner": "t", "title": "a title"}
+
+
+def changed(a: Image.Image, b: Image.Image) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of what differs between two pictures of one size and mode."""
+    assert (a.size, a.mode) == (b.size, b.mode)
+    pixels = np.asarray(a).reshape(a.height, a.width, -1) != np.asarray(b).reshape(
+        b.height, b.width, -1
+    )
+    down, across = np.nonzero(pixels.any(axis=2))
+    return across.min(), down.min(), across.max() + 1, down.max() + 1
+
+
+def where(picture: Image.Image, image: torch.Tensor, factor: int) -> tuple[int, int]:
+    """(x, y) of the one place where an image stands in a picture, enlarged by whole pixels."""
+    pixels = np.asarray(picture).reshape(picture.height, picture.width, -1)
+    cell = image.permute(1, 2, 0).numpy().repeat(factor, 0).repeat(factor, 1)
+    first = (pixels == cell[0, 0]).all(axis=2)
+    found = []
+    for y, x in zip(*np.nonzero(first), strict=True):
+        part = pixels[y : y + cell.shape[0], x : x + cell.shape[1]]
+        if part.shape == cell.shape and np.array_equal(part, cell):
+            found.append((x, y))
+    assert len(found) == 1, f"{len(found)} places"
+    return found[0]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_a_label_stands_over_its_column_and_beside_its_row(channels):
+    x = images(6, channels, 12, 16)
+    plain = labelled_grid(x, **LABELS, min_width=200)
+    at = [where(plain, image, 4) for image in x]
+    assert at[0][1] == at[1][1] < at[3][1]  # row by row
+    assert at[0][0] == at[3][0] < at[1][0] < at[2][0]
+
+    over = labelled_grid(x, **LABELS | {"columns": ["0", "0.7", "1"]}, min_width=200)
+    left, top, right, bottom = changed(plain, over)
+    assert at[1][0] <= left < right <= at[1][0] + 4 * 16  # over the second column alone,
+    assert 0 < top < bottom <= at[1][1]  # and above its images
+
+    beside = labelled_grid(x, **LABELS | {"rows": ["1000", "7"]}, min_width=200)
+    left, top, right, bottom = changed(plain, beside)
+    assert at[3][1] <= top < bottom <= at[3][1] + 4 * 12  # beside the second row alone,
+    assert 0 < left < right <= at[3][0]  # and left of its images
+
+    corner = labelled_grid(x, **LABELS | {"corner": "x"}, min_width=200)
+    left, top, right, bottom = changed(plain, corner)
+    assert right <= at[0][0]
+    assert bottom <= at[0][1]
+
+    title = labelled_grid(x, **LABELS | {"title": "b title"}, min_width=200)
+    assert changed(plain, title)[3] <= changed(plain, over)[1]  # over the columns' labels
+    for picture in (over, beside, corner, title):
+        assert [where(picture, image, 4) for image in x] == at
+    if channels in (2, 4):
+        alpha = np.asarray(plain)[..., -1].copy()
+        for left, top in at:
+            alpha[top : top + 48, left : left + 64] = 255
+        assert (alpha == 255).all()  # text and paper are opaque
+
+
+def test_text_is_black_on_white_and_has_the_letters_it_is_given():
+    x = images(2, 3, 8, 8)
+    said = [np.asarray(labelled_grid(x, columns=["t", letter])) for letter in "λ?□"]
+    assert said[0].min(axis=(0, 1)).max() < 60
+    assert (said[0][0, 0] == 255).all()
+    assert not np.array_equal(said[0], said[1])
+    assert not np.array_equal(said[0], said[2])  # not the box of a letter that is missing
+
+
+def test_wide_labels_widen_their_columns_and_long_titles_are_broken():
+    x = images(4, 1, 6, 6)
+    picture = labelled_grid(x, columns=["a label of many words", "b"], min_width=0)
+    first, second = where(picture, x[0], 1), where(picture, x[1], 1)
+    assert second[0] - first[0] > 100
+    narrow = labelled_grid(x, columns=2, title="word", min_width=200)
+    broken = labelled_grid(x, columns=2, title=" ".join(["word"] * 30), min_width=200)
+    assert broken.width == narrow.width
+    assert broken.height > narrow.height
+
+
+def test_columns_that_are_apart():
+    x = images(6, 1, 6, 6)
+    near = labelled_grid(x, columns=3, min_width=0)
+    apart = labelled_grid(x, columns=3, apart=(1,), min_width=0)
+    gaps = [
+        [where(p, x[k + 1], 1)[0] - where(p, x[k], 1)[0] for k in (0, 1)] for p in (near, apart)
+    ]
+    assert gaps[0] == [8, 8]
+    assert gaps[1][0] > 16
+    assert gaps[1][1] == 8
+
+
+def test_without_labels_it_is_the_grid_of_the_same_pixels():
+    x = images(5, 3, 8, 8)
+    picture = labelled_grid(x, min_width=0)
+    assert [where(picture, image, 1) for image in x] == [
+        (2 + 10 * (k % 3), 2 + 10 * (k // 3)) for k in range(5)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("n", "options", "message"),
+    [
+        (5, {"columns": ["a", "b"]}, "5 images are no whole rows of 2 columns"),
+        (4, {"columns": ["a", "b"], "rows": ["1"]}, "labels of 2 rows are needed; got 1"),
+        (4, {"columns": 2, "rows": ["1", "2", "3"]}, "labels of 2 rows are needed; got 3"),
+        (4, {"columns": 0}, "no whole rows of 0 columns"),
+        (0, {}, "at least one image"),
+    ],
+)
+def test_labels_that_do_not_fit(n, options, message):
+    with pytest.raises(ValueError, match=message):
+        labelled_grid(images(5, 1, 4, 4)[:n], **options)
+
+
+def test_pillows_own_font_stands_in(monkeypatch):
+    truetype = ImageFont.truetype
+
+    def in_memory_alone(font, *arguments, **options):
+        if isinstance(font, str):
+            raise OSError("cannot open resource")
+        return truetype(font, *arguments, **options)
+
+    monkeypatch.setattr("PIL.ImageFont.truetype", in_memory_alone)
+    labels._font.cache_clear()
+    try:
+        x = images(2, 1, 8, 8)
+        greek, plain, other = (
+            np.asarray(labelled_grid(x, columns=["t", label])) for label in ("λ", "lambda", "mu")
+        )
+        assert np.array_equal(greek, plain)
+        assert not np.array_equal(greek, other)
+    finally:
+        labels._font.cache_clear()
+
+
+# ---- files ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -180,7 +324,8 @@ def test_outputs_of_one_kind(tmp_path):
 
 
 def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastddpm.figures.os.access", lambda *_: False)  # root may write anywhere
+    # root may write anywhere
+    monkeypatch.setattr("fastddpm.figures.output.os.access", lambda *_: False)
     with pytest.raises(PermissionError, match="can't be written to"):
         check_output(tmp_path / "a.png")
 

@@ -19,7 +19,7 @@ from toy import SCHEDULE, generator, images, tiny_unet
 from fastddpm import Diffusion, Schedule, UNet, checkpoint, cli, ops, reference
 from fastddpm.checkpoint import read_tensors, write_tensors
 from fastddpm.data import batch_indices, open_dataset
-from fastddpm.figures import grid
+from fastddpm.figures import labelled_grid
 from fastddpm.sampling import sample
 from fastddpm.training import run as training
 from fastddpm.training import run_log
@@ -560,7 +560,8 @@ def test_fit_writes_all_that_it_promises(tmp_path, dataset):
     assert [step for step, _ in log(out)] == [4]
     drawn = sample(run.ema_model(), 36, steps=SCHEDULE.T, sampler="ddim", progress=False)
     with Image.open(out / "samples" / "step_000004.png") as picture:
-        assert np.array_equal(np.asarray(picture), np.asarray(grid(drawn)))
+        expected = labelled_grid(drawn, title=f"step 4: DDIM, {SCHEDULE.T} steps")
+        assert np.array_equal(np.asarray(picture), np.asarray(expected))
 
 
 def test_fit_trains_on_the_examples_of_batch_indices(tmp_path, dataset, quick):

@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from tabulate import tabulate
@@ -20,6 +20,7 @@ import fastddpm
 from fastddpm import batching, console, figures, ranks, shards
 from fastddpm.cli import convert as cli_convert
 from fastddpm.cli import evaluate as cli_evaluate
+from fastddpm.cli import figures as cli_figures
 from fastddpm.cli import train as cli_train
 from fastddpm.cli.arguments import alone, integers, machine, path, timeout
 from fastddpm.doctor import doctor, what_runs
@@ -27,6 +28,7 @@ from fastddpm.engine import EngineName
 from fastddpm.host import check_threads
 from fastddpm.ops.dispatch import BackendError
 from fastddpm.precision import Precision
+from fastddpm.sampling import draw_shared_latent
 from fastddpm.unet import UNet
 
 MISTAKES = (
@@ -91,38 +93,46 @@ def _sample_on(a: argparse.Namespace) -> None:
     n = a.n if a.n is not None else (8 if figure else 64)
     samples = f"samples {a.first_index} .. {a.first_index + n - 1} of seed {a.seed}"
     started = time.perf_counter()
+    labels: dict[str, Any] = {}
     if a.progressive:
         _, x0, times = fastddpm.sample_progressive(
             model, n, frames=a.frames, seed=a.seed, first_index=a.first_index, **options
         )
-        images, columns = x0.transpose(0, 1).flatten(0, 1), len(times)
-        what = f"one image a row, its x0 predictions at t = {', '.join(map(str, times))}"
+        images = x0.transpose(0, 1).flatten(0, 1)
+        labels = {"columns": [str(t + 1) for t in times], "corner": "t"}
+        what = f"one image a row, its x0 predictions at t = {', '.join(labels['columns'])}"
     elif a.shared_latent:
         T = model.diffusion.T if a.steps is None else a.steps
         rows = [max(1, round(T * share)) for share in (1, 0.75, 0.5, 0.25)]
-        latents = fastddpm.sample_shared_latent(
+        drawn, latents = draw_shared_latent(
             model, n, t=rows, seed=a.seed, first_index=a.first_index, **options
         )
-        images, columns = latents.flatten(0, 1), n
-        what = f"a row shares x_t, at t = {', '.join(map(str, rows))} of {T} steps"
+        images = torch.cat((latents[:, None], drawn), dim=1).flatten(0, 1)
+        labels = {"rows": [str(t) for t in rows], "corner": "t", "apart": (1,)}
+        labels["columns"] = ["x_t", "samples", *[""] * (n - 1)]
+        what = f"a row shares x_t, shown first, at t = {', '.join(map(str, rows))} of {T} steps"
     elif to_folder:
-        drawn = fastddpm.sample_to_folder(
+        missed = fastddpm.sample_to_folder(
             model, out, n, seed=a.seed, first_index=a.first_index, shard_size=a.shard_size,
             batch_size=a.batch_size, **options,
         )  # fmt: skip
-        what = samples + f", {n - drawn} of them there before" * (drawn < n)
-        n = drawn
+        what = samples + f", {n - missed} of them there before" * (missed < n)
+        n = missed
     else:
         images = fastddpm.sample(
             model, n, seed=a.seed, first_index=a.first_index, batch_size=a.batch_size, **options
         )
-        columns, what = None, samples
+        what = samples
     seconds = time.perf_counter() - started
     if ranks.place()[0] != 0:
         return
-    if not to_folder:
-        figures.save_samples(images, out, columns=columns)
     steps = model.diffusion.T if options.get("steps") is None else options["steps"]
+    if figure:
+        first = "x0 predicted from x_t" if a.progressive else "Samples of p(x0 | x_t)"
+        title = f"{first}: {a.sampler.upper()}, {steps:,} steps, seed {a.seed}"
+        _save_labelled(out, images, title, **labels)
+    elif not to_folder:
+        figures.save_samples(images, out)
     _report(out, {"images": what, "chain": f"{a.sampler}, {steps} steps"}, seconds, n, model, a)
 
 
@@ -144,13 +154,23 @@ def _interpolate(a: argparse.Namespace) -> None:
         torch.cat((figures.to_uint8(ends[:1]), figures.to_uint8(row), figures.to_uint8(ends[1:])))
         for row in images
     ]
-    figures.save_samples(torch.cat(rows), out, columns=a.n + 2)
+    weights = [f"{weight:.3g}" for weight in torch.linspace(0, 1, a.n).tolist()]
+    _save_labelled(
+        out, torch.cat(rows), f"Interpolation: {a.sampler.upper()}, seed {a.seed}",
+        rows=[str(t) for t in a.t], columns=["source", *weights, "source"], corner="t \\ λ",
+        apart=(1, a.n + 1),
+    )  # fmt: skip
     what = f"source | {a.n} mixtures | source, a row each at t = {', '.join(map(str, a.t))}"
     _report(out, {"images": what}, seconds, a.n * len(a.t), model, a)
 
 
 def _doctor(a: argparse.Namespace) -> None:
     console.say(doctor(), wanted=True)
+
+
+def _save_labelled(out: Path, images: torch.Tensor, title: str, **labels: Any) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figures.save_image(figures.labelled_grid(images, title=title, **labels), out)
 
 
 def _report(
@@ -238,6 +258,11 @@ def _parser() -> argparse.ArgumentParser:
         default="interpolation.png",
         help="a .png file (default: interpolation.png)",
     )
+
+    cli_figures.add_options(command(
+        "figures", cli_figures.run, "Draw the paper's figures of a model, and a page of them.",
+        machine(), _chain(), smaller="give a smaller --n",
+    ))  # fmt: skip
 
     cli_train.add_options(command(
         "train", cli_train.train, "Train a model (Algorithm 1).", machine(),

@@ -15,7 +15,7 @@ from fastddpm import ranks
 from fastddpm.checkpoint import named, write_json
 from fastddpm.data import Dataset
 from fastddpm.data.limits import check_memory
-from fastddpm.figures import check_channels, save_samples
+from fastddpm.figures import check_channels, labelled_grid, save_image
 from fastddpm.host import own_state
 from fastddpm.options import check_integer
 from fastddpm.pretrained import WEIGHTS
@@ -42,6 +42,7 @@ from fastddpm.unet import UNet
 __all__ = ["CHOICES_STEP", "PRESETS", "STATE", "Log", "Preset", "Trainer", "fit", "preset"]
 
 LOG_EVERY = 50  # steps that a row of log.csv averages over
+DDIM_STEPS = 50  # of the samples that a run draws as it goes
 BYTES_A_VALUE = AHEAD + 4  # of a batch, at the least: as bytes, read ahead, and as float32
 
 
@@ -275,7 +276,9 @@ def _run(
                 with ranks.together():
                     if rank == 0:
                         images = _sample(trainer)
-                        save_samples(images, out / SAMPLES / f"step_{done:06d}.png")
+                        title = f"step {done:,}: DDIM, {min(DDIM_STEPS, trainer.diffusion.T)} steps"
+                        picture = labelled_grid(images, title=title)
+                        save_image(picture, out / SAMPLES / f"step_{done:06d}.png")
                         if board is not None:
                             board.add_samples(images, done)
     rows = [row for row in log.rows if row.step > first]
@@ -306,6 +309,6 @@ def _judge(held_out: HeldOut, trainer: Trainer, out: Path) -> float:
 
 def _sample(trainer: Trainer) -> torch.Tensor:
     return sample(
-        trainer.ema_model(), 36, steps=min(50, trainer.diffusion.T), sampler="ddim",
+        trainer.ema_model(), 36, steps=min(DDIM_STEPS, trainer.diffusion.T), sampler="ddim",
         diffusion=trainer.diffusion, distributed=False, progress=False,
     )  # fmt: skip
