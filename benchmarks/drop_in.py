@@ -65,12 +65,10 @@ class Steps:
         self.trainer, self.what, self.bf16 = trainer, what, precision == "bf16"
         if form == OURS:
             trainer.put_in()
-        layout = torch.channels_last if form == LAST else torch.contiguous_format
-        if form == LAST:
-            trainer.network.to(memory_format=layout)
-        random = torch.Generator().manual_seed(1)
-        x = torch.randn(batch, *SHAPE, generator=random)
-        self.x = (x.clamp(-1, 1) if what == "training" else x).to(memory_format=layout)
+        if form == LAST:  # the weights', which a convolution's result follows
+            trainer.network.to(memory_format=torch.channels_last)
+        x = torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(1))
+        self.x = x.clamp(-1, 1) if what == "training" else x
 
     def __call__(self) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
