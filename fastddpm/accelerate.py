@@ -15,6 +15,7 @@ from fastddpm.accelerated.layers import Alike, Convolution, Layers, is_convoluti
 from fastddpm.accelerated.state import StandIn, altered, take_out
 from fastddpm.accelerated.whole import WholeNetwork, difference
 from fastddpm.host import callers_level
+from fastddpm.integrations import lucidrains
 from fastddpm.networks import check_is_network
 from fastddpm.options import shown
 from fastddpm.unet import UNet
@@ -31,7 +32,9 @@ def accelerate(model: Any) -> Any:
     tried against ours on random weights, is computed by our U-Net's blocks on its own parameters,
     and `fastddpm.sample` runs it by the engines of a UNet (in float32 unless told otherwise). Of
     any other network the 3x3 convolutions are ours where those are the faster ones by shape, with
-    the GroupNorm and SiLU before them. All else is left as it is, and so are all calls that were
+    the GroupNorm and SiLU before them. A GaussianDiffusion of denoising_diffusion_pytorch, the
+    model itself or within it, gets fused steps and a fused loss, too: see
+    `fastddpm.integrations.lucidrains`. All else is left as it is, and so are all calls that were
     not measured: on a GPU, in another dtype than float32.
 
     Parameters, buffers, state_dict, hooks of the model, its class and its signature stay; results
@@ -43,7 +46,11 @@ def accelerate(model: Any) -> Any:
     if not isinstance(model, nn.Module):
         if not isinstance(model, type):
             check_is_network(model)
-        raise TypeError(f"accelerate takes a torch.nn.Module; got {shown(model)}")
+        parts = [
+            f".{n}" for n in ("model", "ema") if isinstance(getattr(model, n, None), nn.Module)
+        ]
+        has = f", such as its {' and its '.join(parts)}" if parts else ""
+        raise TypeError(f"accelerate takes a torch.nn.Module{has}; got {shown(model)}")
     undo(model)
     done = Accelerated(model)
     if any(p.is_meta for p in model.parameters()):
@@ -51,9 +58,10 @@ def accelerate(model: Any) -> Any:
     else:
         _whole_networks(done)
         _layers(done)
+        _processes(done)
     model.__dict__["_fastddpm"] = done
     for name in _NAMES:
-        if not hasattr(model, name):
+        if not hasattr(model, name) or lucidrains.report(model):  # whose class has both
             model.__dict__[name] = getattr(done, name)
     if not done.replaced:
         what = "; ".join(f"{name or 'the model'} {why}" for name, why in done.left.items())
@@ -70,6 +78,7 @@ def undo(model: nn.Module) -> nn.Module:
     for module in model.modules():
         have = module.__dict__
         take_out(module)
+        lucidrains.undo(module)
         for name in _NAMES:
             if isinstance(getattr(have.get(name), "__self__", None), Accelerated):
                 del have[name]
@@ -129,6 +138,23 @@ def _whole_networks(done: Accelerated) -> None:
             done.left[prefix] = why
         else:
             done.put(prefix, found, f"{found.known.said}'s network, by the blocks of fastddpm.UNet")
+
+
+def _processes(done: Accelerated) -> None:
+    """Fuse the steps of lucidrains' processes, around networks that are done."""
+    for name, module in list(done.model.named_modules()):
+        if not lucidrains.is_process(module):
+            continue
+        try:
+            lucidrains.accelerate(module)
+        except ValueError as error:
+            done.left[name] = str(error)
+            continue
+        found = lucidrains.report(module)
+        steps = [step for step, what in found.items() if what == "replaced"]
+        done.replaced[name] = f"{', '.join(steps)} of denoising_diffusion_pytorch, fused"
+        at = f"{name}." if name else ""
+        done.left |= {at + step: why for step, why in found.items() if step not in steps}
 
 
 def _recognised(module: nn.Module, project: str) -> tuple[WholeNetwork | None, str]:

@@ -4,7 +4,6 @@ equal outputs and gradients; what was changed since, or only looks alike, stays 
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 import warnings
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peers import W86, OpenAI, Tqch, randomised
+from port_plain import Port
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from toy import SCHEDULE, generator, images, tiny_unet
@@ -45,61 +45,6 @@ class Diffusers(nn.Module):
             down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"), **options,
         )  # fmt: skip
-
-
-class Port(nn.Module):
-    """The PyTorch port of the paper's code: our names with q, k and v apart, and its forward."""
-
-    def __init__(self):
-        super().__init__()
-        for name, part in tiny_unet(in_channels=3, channels=32, num_groups=32).named_children():
-            self.add_module(name, part)
-        for module in list(self.modules()):
-            if hasattr(module, "qkv"):
-                c = module.qkv.in_features
-                del module.qkv
-                module.q, module.k, module.v, module.proj_out = (nn.Conv2d(c, c, 1) for _ in "qkvo")
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        half = 16
-        rates = torch.exp(torch.arange(half) * -(math.log(10000) / (half - 1)))
-        angles = t.float()[:, None] * rates
-        first, second = self.temb.dense
-        temb = second(F.silu(first(torch.cat((angles.sin(), angles.cos()), dim=1))))
-
-        def block(part, h):
-            e = part.temb_proj(F.silu(temb))[:, :, None, None]
-            c = part.conv1(F.silu(self.norm(part.norm1, h))) + e
-            c = part.conv2(part.dropout(F.silu(self.norm(part.norm2, c))))
-            return c + (part.nin_shortcut(h) if hasattr(part, "nin_shortcut") else h)
-
-        def attention(part, h):
-            y = self.norm(part.norm, h)
-            q, k, v = (layer(y).flatten(2) for layer in (part.q, part.k, part.v))
-            weights = torch.softmax(q.mT @ k / math.sqrt(q.shape[1]), dim=-1)
-            return h + part.proj_out((v @ weights.mT).view_as(h))
-
-        h = self.conv_in(x)
-        skips = [h]
-        for level in self.down:
-            for j, part in enumerate(level.block):
-                h = block(part, h)
-                h = attention(level.attn[j], h) if len(level.attn) else h
-                skips.append(h)
-            if level.downsample is not None:
-                h = level.downsample.conv(F.pad(h, (0, 1, 0, 1)))
-                skips.append(h)
-        h = block(self.mid.block_2, attention(self.mid.attn_1, block(self.mid.block_1, h)))
-        for level in reversed(self.up):
-            for j, part in enumerate(level.block):
-                h = block(part, torch.cat((h, skips.pop()), dim=1))
-                h = attention(level.attn[j], h) if len(level.attn) else h
-            if level.upsample is not None:
-                h = level.upsample.conv(F.interpolate(h, scale_factor=2))
-        return self.conv_out(F.silu(self.norm(self.norm_out, h)))
-
-    def norm(self, layer, x: Tensor) -> Tensor:
-        return F.group_norm(x, layer.num_groups, layer.weight, layer.bias, layer.eps)
 
 
 NETWORKS = {

@@ -9,12 +9,14 @@ import copy
 import importlib.util
 import pickle
 import random
+import types
 
 import lucidrains_plain
 import pytest
 import torch
 from toy import generator
 
+import fastddpm
 from fastddpm.integrations import lucidrains
 from fastddpm.integrations.lucidrains_steps import OBJECTIVES
 
@@ -179,6 +181,58 @@ def test_the_probe_leaves_random_numbers_and_the_network_alone():
     lucidrains.accelerate(one)
     assert torch.equal(torch.get_rng_state(), state)
     assert random.getstate() == own
+
+
+class Averaged(torch.nn.Module):
+    """A process and its average, as a trainer holds them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.online_model, self.ema_model = model, copy.deepcopy(model)
+
+
+def test_accelerate_hands_a_process_on():
+    plain = process()
+    ours = copy.deepcopy(plain)
+    ours.model.second = torch.nn.Sequential(torch.nn.Conv2d(8, 64, 3, 1, 1),
+                                            torch.nn.Conv2d(64, 64, 3, 1, 1),
+                                            torch.nn.Conv2d(64, 1, 1))  # fmt: skip
+    plain.model = copy.deepcopy(ours.model)
+    assert fastddpm.accelerate(ours) is ours
+    replaced = ours.report().replaced
+    assert replaced[""].startswith("q_sample, p_sample, ddim_sample, p_losses of denoising_diff")
+    assert replaced.keys() == {"", "model.second.1"}
+    x, t = torch.randn(SHAPE, generator=generator()), torch.tensor([0, 7, 19])
+    for other in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert other.report().model is other
+        for name, arguments in (("sample", (2,)), ("p_losses", (x, t))):
+            mine, theirs = (seeded(getattr(one, name), *arguments) for one in (other, plain))
+            assert mine[1] == theirs[1]
+            assert_near(mine[0].detach(), theirs[0].detach())
+    lucidrains.accelerate(ours)
+    assert fastddpm.accelerate(ours).report().replaced == replaced
+    assert ours.undo() is ours
+    assert type(ours) is lucidrains_plain.GaussianDiffusion
+    assert vars(ours).keys() == vars(plain).keys()
+    assert "forward" not in vars(ours.model.second[1])
+
+
+def test_accelerate_finds_processes_within():
+    both = fastddpm.accelerate(Averaged(process()))
+    assert both.report().replaced.keys() == {"online_model", "ema_model"}
+    assert lucidrains.report(both.ema_model) == dict.fromkeys(STEPS, "replaced")
+    both.undo()
+    assert type(both.ema_model) is lucidrains_plain.GaussianDiffusion
+    trainer = types.SimpleNamespace(model=process(), ema=both)
+    with pytest.raises(TypeError, match=r"such as its \.model and its \.ema; got"):
+        fastddpm.accelerate(trainer)
+
+
+def test_accelerate_says_which_steps_it_left():
+    model = Network()
+    loud = fastddpm.accelerate(Louder(model, timesteps=24))
+    assert "p_sample" not in loud.report().replaced[""]
+    assert "numbers are not those" in loud.report().left["p_sample"]
 
 
 class Louder(lucidrains_plain.GaussianDiffusion):

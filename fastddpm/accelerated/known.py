@@ -197,4 +197,4 @@ def image_size(model: nn.Module, project: str) -> Any:
     """What the network itself says of the size of its images, or None."""
     if project == "diffusers":
         return model.config.sample_size  # type: ignore[union-attr]
-    return getattr(model, "image_size", None)
+    return getattr(model, "image_size", None) or getattr(model, "resolution", None)
