@@ -4,7 +4,7 @@ here.
 
 __version__ = "0.1.0"
 
-from fastddpm import ops, reference
+from fastddpm import codec, ops, reference
 from fastddpm.accelerate import accelerate
 from fastddpm.diffusion import Diffusion
 from fastddpm.doctor import doctor
@@ -23,6 +23,7 @@ __all__ = [
     "UNet",
     "accelerate",
     "bits_per_dim",
+    "codec",
     "doctor",
     "evaluate",
     "interpolate",

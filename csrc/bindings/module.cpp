@@ -79,6 +79,8 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("threads"), py::arg("seconds") = 0.3, py::arg("precision") = "fp32",
       "FLOP/s of multiply-adds from registers, the best of several repeats.");
+  py::module_ codec = m.def_submodule("codec");
+  def_codec(codec);
 #if defined(FASTDDPM_CUDA)
   py::module_ on_cuda = m.def_submodule("cuda");
   def_cuda(on_cuda);
@@ -94,4 +96,6 @@ PYBIND11_MODULE(_C, m) {
   refuse_the_rest(m, false);
   refuse_the_rest(on_cpu, false);
   refuse_the_rest(on_cpu.attr("Plan"), true);
+  refuse_the_rest(codec, false);
+  refuse_the_rest(codec.attr("Coder"), true);
 }

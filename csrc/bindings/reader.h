@@ -523,6 +523,7 @@ PosteriorStep posterior_step_of(bool cuda, py::handle xt, py::handle model_outpu
                                 py::handle table, const std::string& prediction, bool clip,
                                 bool learned_range);
 
+void def_codec(py::module_& m);
 void def_cpu_ops(py::module_& m);
 void def_convolution(py::module_& m);
 void def_plan(py::module_& m);

@@ -18,6 +18,7 @@ from tabulate import tabulate
 
 import fastddpm
 from fastddpm import batching, console, figures, ranks, shards
+from fastddpm.cli import codec as cli_codec
 from fastddpm.cli import convert as cli_convert
 from fastddpm.cli import evaluate as cli_evaluate
 from fastddpm.cli import figures as cli_figures
@@ -277,6 +278,14 @@ def _parser() -> argparse.ArgumentParser:
 
     cli_convert.add_options(command(
         "convert", cli_convert.run, "Write a model or another trainer's checkpoint as a folder.",
+    ))  # fmt: skip
+    cli_codec.add_compress(command(
+        "compress", cli_codec.compress, "Images as a small file, to the pixel, by a model's bound.",
+        cli_codec.machine(), smaller="give a smaller --batch-size",
+    ))  # fmt: skip
+    cli_codec.add_decompress(command(
+        "decompress", cli_codec.decompress, "The images of such a file, as a folder of .png.",
+        cli_codec.machine(),
     ))  # fmt: skip
     command("doctor", _doctor, "Say what was built, what can run here, and why not the faster one.")
     return parser

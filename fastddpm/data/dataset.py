@@ -21,7 +21,10 @@ class Dataset(ABC):
 
     shape:   (C, H, W)
     skipped: (name, reason) of every image that was found and can't be used
+    transparent: how many are put onto white
     """
+
+    transparent = 0
 
     def __init__(
         self,

@@ -105,6 +105,7 @@ def open_images(
             source.path, source.kind, images, skipped=skipped, others=source.others
         )
     dataset._fingerprint = fingerprint.hexdigest()
+    dataset.transparent = transparent
     return dataset
 
 

@@ -134,6 +134,13 @@ class CpuPlan(Eager):
             raise self._not_finite(plan, xt, time, i)
         return x, out
 
+    def described(self, xt: torch.Tensor) -> tuple[str, list[tuple], torch.Tensor]:
+        """What the bits of an output depend on beside weights and x_t: the instruction set of the
+        kernels, each layer with its algorithm, and what the blocks take of the time at each step.
+        Of a model without classes."""
+        plan = self._plan(xt, torch.zeros(len(xt), dtype=torch.int64, device=xt.device))
+        return plan.isa, plan.layers(), self._time
+
     def _rows(self, i: int | torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         """What the blocks take of the time at chain index i, (K,), or with classes y or of several
         steps (N, K)."""
