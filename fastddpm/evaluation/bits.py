@@ -111,9 +111,10 @@ def bits_per_dim(
         parts = batches.draw(
             lambda part: likelihood.of(x0[part - first_index], part, strata, passes), index, passes
         )
-    fields = ("total", "prior", "terms", "mse", "error")
-    values = [[getattr(part, name) for part in parts] for name in fields]
-    return BitsPerDim(*(None if x[0] is None else torch.cat(x) for x in values))
+    fields = ("total", "prior", "terms", "mse")
+    whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in fields}
+    errors = [part.error for part in parts if part.error is not None]
+    return BitsPerDim(**whole, error=torch.cat(errors) if errors else None)
 
 
 class Likelihood:
