@@ -213,7 +213,7 @@ def pruned(folder: Path) -> list:
     return content(folder)["figures"]
 
 
-@pytest.mark.parametrize("survived", [0, 1, 3, 5, 8, 11])
+@pytest.mark.parametrize("survived", [0, 2, 5, 9])
 def test_whichever_write_is_the_last_it_goes_on(data, tmp_path, monkeypatch, survived):
     options = {"train": tmp_path / "train.npz", **SHORT, "steps": 3, "n": 3}
     evaluate(tiny_unet(), data, out=tmp_path / "a", **options)
