@@ -255,6 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     done = []
     for row in rows:
         done.append(measure(row, dataset, test, options))
+        done.sort(key=lambda said: list(ROWS).index(said["row"]))
         if options.json:
             report = {
                 "environment": environment(),

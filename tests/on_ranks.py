@@ -4,6 +4,7 @@ folder that is given."""
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import fastddpm
 from fastddpm import Diffusion, ranks
 from fastddpm.data.arrays import ArrayDataset
 from fastddpm.data.dataset import Dataset
+from fastddpm.evaluation.bound import bound
 from fastddpm.training import Trainer, fit
 
 
@@ -30,6 +32,12 @@ def given(device: torch.device, **options) -> torch.Tensor:
     x0 = images(5, 2, 3, 5)
     told = {"init": x0, "start": 7, "model_kwargs": {"y": torch.arange(5)}}
     return draw(5, numbered, device=device, batch_size=2, **told, **options).cpu()
+
+
+def measured(device: torch.device | str = "cpu", n: int = 40, **options) -> str:
+    """The bound of n images, as JSON."""
+    model = tiny_unet().to(device)
+    return json.dumps(bound(model, images(n, 1, 8, 8), progress=False, **options).to_json())
 
 
 def numbered(x, t, y):
@@ -85,6 +93,15 @@ def sample(out: Path, device: torch.device) -> None:
                 except Exception as error:
                     seen[name] = f"{type(error).__name__}: {error}"
                     raise
+        seen["bound"] = measured(own, folder=out / "bits")
+        seen["bound again"] = measured(own, folder=out / "bits")
+        seen["bound of some terms"] = measured(own, terms=6)
+        with contextlib.suppress(ranks.RankError):
+            try:
+                measured(own, n=40 - rank)
+            except ranks.RankError as error:
+                seen["bound of others"] = str(error)
+                raise
         seen["still there"] = drawn(3)
     seen["closed"] = not dist.is_initialized()
     torch.save(seen, out / f"{rank}.pt")

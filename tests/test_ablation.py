@@ -71,7 +71,7 @@ def test_a_run_prints_its_rows_and_goes_on(ablation, tmp_path, capsys, monkeypat
     assert ablation.main([*words, "--rows=eps-simple-fixed,eps-vlb-learned"]) == 0
     printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["rows"]
-    assert [row["row"] for row in rows] == ["eps-simple-fixed", "eps-vlb-learned"]
+    assert [row["row"] for row in rows] == ["eps-vlb-learned", "eps-simple-fixed"]
     for row in rows:
         assert (row["images"], row["samples"], row["test images"]) == (3, 4, 20)
         assert np.isfinite([row["bits/dim"], row["standard error"], row["FD-EffLite0"]]).all()

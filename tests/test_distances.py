@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from test_extractors import fidelity, needed, toy  # noqa: F401
+from extracting import means, needed, torch_fidelity, toy
 from toy import images
 
 from fastddpm.data import open_dataset
@@ -108,9 +108,10 @@ def test_precision_and_recall_of_known_sets():
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_torch_fidelity_has_the_same_figures_of_the_same_features(fidelity, dtype):  # noqa: F811
+def test_torch_fidelity_has_the_same_figures_of_the_same_features(dtype):
     """To rounding in float64. From float32 features it computes means, kernels and distances in
     float32."""
+    torch_fidelity()
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
@@ -148,8 +149,9 @@ def test_torch_fidelity_has_the_same_figures_of_the_same_features(fidelity, dtyp
     "name",
     ["toy", pytest.param(extractors.EFFICIENTNET, marks=pytest.mark.slow)],  # 1280 eigenvalues
 )
-def test_torch_fidelity_has_the_same_figures_of_the_same_images(fidelity, name):  # noqa: F811
+def test_torch_fidelity_has_the_same_figures_of_the_same_images(name):
     """With an extractor of ours registered there: a whole run of it, from images to figures."""
+    fidelity = torch_fidelity()
     given = toy(classifier=lambda f: f[:, :5])
     if name != "toy":
         needed(*extractors.EFFICIENTNET_PACKAGES)
@@ -315,10 +317,6 @@ def test_features_that_are_not_finite_name_their_image():
 
     with pytest.raises(FloatingPointError, match="features of image 77 by toy are not finite"):
         features(x, toy(network), progress=False)
-
-
-def means(x):
-    return torch.nn.functional.adaptive_avg_pool2d(x.float() / 255, 2).flatten(1)
 
 
 class Counting:

@@ -10,29 +10,17 @@ import sys
 
 import pytest
 import torch
+from extracting import means, needed, torch_fidelity, toy
 from toy import images
 
 from fastddpm.evaluation import extractors
-from fastddpm.evaluation.extractors import EFFICIENTNET, INCEPTION, Extractor, extractor
-
-
-def means(x):
-    return torch.nn.functional.adaptive_avg_pool2d(x.float() / 255, 2).flatten(1)
-
-
-def toy(network=means, *, name="toy", suffix="-toy", width=12, classifier=None) -> Extractor:
-    return Extractor(name, suffix, width, "0" * 16, network, classifier)
+from fastddpm.evaluation.extractors import EFFICIENTNET, INCEPTION, extractor
 
 
 @pytest.fixture
 def known(monkeypatch):
     """What is registered in a test is forgotten after it."""
     monkeypatch.setattr(extractors, "_known", dict(extractors._known))
-
-
-def needed(*packages: str) -> None:
-    if why := extractors._missing("test", *packages):
-        pytest.skip(why)
 
 
 def test_features_are_of_an_image_alone():
@@ -178,16 +166,6 @@ def test_efficientnet_is_the_packages_network(capsys, monkeypatch):
 # ---- Inception -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def fidelity():
-    """torch-fidelity, where it can be imported."""
-    needed("torch_fidelity")
-    try:
-        return extractors._torch_fidelity()
-    except ImportError as error:
-        pytest.skip(str(error))
-
-
 def random_weights(fidelity, folder):
     """A file as torch-fidelity's own: the keys, shapes and types, with random values."""
     kind, empty = fidelity.FeatureExtractorInceptionV3, io.BytesIO()
@@ -202,7 +180,8 @@ def random_weights(fidelity, folder):
 
 
 @pytest.mark.slow  # 95 MB are written and read a few times, and a large network runs
-def test_inception_is_torch_fidelitys(fidelity, tmp_path, monkeypatch):
+def test_inception_is_torch_fidelitys(tmp_path, monkeypatch):
+    fidelity = torch_fidelity()
     from torch_fidelity.utils import create_feature_extractor
 
     from fastddpm.evaluation import distances
@@ -272,7 +251,9 @@ def test_inception_is_torch_fidelitys(fidelity, tmp_path, monkeypatch):
         extractor(INCEPTION, weights=path)
 
 
-def test_weights_are_never_unpickled_as_objects(fidelity, tmp_path):
+def test_weights_are_never_unpickled_as_objects(tmp_path):
+    torch_fidelity()
+
     class Evil:
         def __reduce__(self):
             return open, (str(tmp_path / "ran"), "w")

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from extracting import toy
 from PIL import Image
 from script import script
-from test_extractors import toy
 from toy import images, tiny_unet
 
 

@@ -4,6 +4,7 @@ failed."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from on_ranks import draw, given
+from on_ranks import draw, given, measured
 
 import fastddpm
 from fastddpm import ranks
@@ -105,6 +106,19 @@ def test_ranks_that_are_given_other_things_are_told(seen):
             assert rank[name].startswith(f"RankError: all ranks must draw the same set; {fact} ")
     assert seen[1]["on_step"] == "ZeroDivisionError: enough was seen"
     assert seen[0]["on_step"] == "RankError: rank 1 failed: ZeroDivisionError: enough was seen"
+
+
+def test_ranks_share_a_bound_and_its_folder(seen, kind):
+    """The same numbers as one process finds, to the bit where the engine's are."""
+    for rank in seen:
+        assert rank["bound of others"].endswith("images differs: 40, 39")
+        assert rank["bound again"] == rank["bound"] == seen[0]["bound"]
+        for name, options in {"bound": {}, "bound of some terms": {"terms": 6}}.items():
+            if kind == "cpu":
+                assert rank[name] == measured(**options)
+            else:
+                total = json.loads(rank[name])["total"]
+                assert total == pytest.approx(json.loads(measured(**options))["total"], abs=1e-4)
 
 
 def test_a_rank_can_draw_alone(seen, drawn):

@@ -98,6 +98,9 @@ def test_a_short_chain_has_as_many_rows_as_steps():
 
 
 def test_numbers_of_another_chain_are_refused():
+    some = made([1.0, 2, 3], [0.1, 0.2, 0.3], sampled=2)
+    with pytest.raises(ValueError, match="of 2 of 3 terms there is no distortion at every step"):
+        rate_distortion(some)
     with pytest.raises(ValueError, match=r"\(T,\) = \(4,\); got \(3,\), \(3,\)"):
         rate_distortion(made([1.0, 2, 3], [0.1, 0.2, 0.3], T=4))
 

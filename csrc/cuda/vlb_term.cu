@@ -19,7 +19,7 @@ __device__ void write_sums(const VlbTerm& op, int64_t n, int64_t chunk, int64_t 
   }
 }
 
-__global__ void __launch_bounds__(THREADS) vlb_term_parts(const VlbTerm op, int64_t chunks) {
+__global__ void __launch_bounds__(THREADS, 1) vlb_term_parts(const VlbTerm op, int64_t chunks) {
   const int64_t elements = numel(op.shape);
   for (int64_t job = blockIdx.x; job < op.shape.n * chunks; job += gridDim.x) {
     int64_t chunk;

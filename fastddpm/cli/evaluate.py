@@ -13,12 +13,13 @@ from fastddpm.cli.arguments import path, timeout
 from fastddpm.doctor import what_runs
 from fastddpm.evaluation.plots import PLOTS
 from fastddpm.evaluation.results import FILE
+from fastddpm.evaluation.task import SHOWN
 from fastddpm.figures import check_output
 from fastddpm.unet import UNet
 
 OPTIONS = (
-    "train", "out", "n", "images", "reference", "steps", "terms", "seed", "extractor", "weights",
-    "sampler", "eta", "resize", "batch_size", "precision", "engine",
+    "train", "out", "n", "images", "reference", "steps", "terms", "curve", "seed", "extractor",
+    "weights", "sampler", "eta", "resize", "batch_size", "precision", "engine",
 )  # fmt: skip
 
 
@@ -59,6 +60,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="images to compare samples with, likewise (default: all)")  # fmt: skip
     add("--terms", type=int, metavar="K",
         help="terms of each image's bound, drawn, for an estimate (default: all)")  # fmt: skip
+    add("--curve", type=int, default=SHOWN, metavar="N",
+        help="test images that get all terms with --terms, for rate and distortion at every step "
+        f"(default: {SHOWN})")  # fmt: skip
     add("--steps", type=int, help="a shorter chain of evenly strided steps (default: all)")
     add("--extractor", default="auto", metavar="NAME",
         help="inception (FID), efficientnet-lite0 (FD-EffLite0), none: no samples, or auto: the "

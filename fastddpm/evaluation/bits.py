@@ -106,14 +106,15 @@ def bits_per_dim(
     batches = likelihood.batches(batch_size)
     x0 = x0.to(likelihood.device)
     with Passes(progress) as passes:
-        strata = likelihood.strata(lambda part: x0[torch.from_numpy(part).to(x0.device)], batches)
+        strata = likelihood.strata(lambda part: x0[torch.from_numpy(part).to(x0.device)], passes)
         passes.expect(len(x0) * likelihood.passes)
         parts = batches.draw(
             lambda part: likelihood.of(x0[part - first_index], part, strata, passes), index, passes
         )
-    fields = ("total", "prior", "terms", "mse", "error")
-    values = [[getattr(part, name) for part in parts] for name in fields]
-    return BitsPerDim(*(None if x[0] is None else torch.cat(x) for x in values))
+    fields = ("total", "prior", "terms", "mse")
+    whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in fields}
+    errors = [part.error for part in parts if part.error is not None]
+    return BitsPerDim(**whole, error=torch.cat(errors) if errors else None)
 
 
 class Likelihood:
@@ -181,27 +182,28 @@ class Likelihood:
         most = batch_size_for(self.engine.model, self.shape, self.engine.precision, self.device)
         return Batches(most if self.device.type == "cuda" else min(LARGEST_BATCH, most))
 
-    def strata(
-        self, images: Callable[[np.ndarray], torch.Tensor], batches: Batches
-    ) -> Strata | None:
+    def strata(self, images: Callable[[np.ndarray], torch.Tensor], passes: Passes) -> Strata | None:
         """Which terms the images get, by a pilot of some of them; None: all.
 
         images: the images of these places in the set, uint8
         """
         if self.K is None:
             return None
-        return Strata.of(self.pilot(images, batches), self.K)
+        return Strata.of(self.pilot(images, passes), self.K)
 
-    def pilot(self, images: Callable[[np.ndarray], torch.Tensor], batches: Batches) -> np.ndarray:
+    def pilot(self, images: Callable[[np.ndarray], torch.Tensor], passes: Passes) -> np.ndarray:
         """The weight of each step, (T,)."""
         places, grid = pilot_images(self.n), pilot_terms(self.process.T)
+        passes.expect(len(places) * len(grid))
 
         def terms(part: torch.Tensor) -> torch.Tensor:
             x0 = images(part.numpy()).to(self.device)
-            return self._run(x0, part + self.first_index, grid.tolist(), lambda: None)[0]
+            one = lambda: passes.update(1)  # noqa: E731
+            return self._run(x0, part + self.first_index, grid.tolist(), one)[0]
 
         # One by one: their places do not follow one another, as what model_kwargs cut does.
         seen = [terms(torch.from_numpy(places[k : k + 1])) for k in range(len(places))]
+        passes.end()
         return weights(grid, torch.cat(seen).cpu().numpy(), self.process.T)
 
     def of(
@@ -265,7 +267,8 @@ class Passes:
         self._bar.close()
 
     def expect(self, passes: int) -> None:
-        self._bar.total = passes
+        """So many more."""
+        self._bar.total = (self._bar.total or 0) + passes
         self._bar.refresh()
 
     def update(self, images: int) -> None:

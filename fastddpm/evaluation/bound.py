@@ -92,7 +92,8 @@ class Bound:
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is no bound of a data set: {error!r}") from None
-        if (n, T) != (len(whole.total), len(whole.terms)) or len(whole.mse) != T:
+        shapes = [whole.total.shape, whole.terms.shape, whole.mse.shape]
+        if shapes != [(n,), (T,), (T,)]:
             raise ValueError(f"this is no bound of {n} images and {T} steps: its lists differ")
         return whole
 
@@ -125,7 +126,8 @@ def bound(
 
     Where torch.distributed is initialised the ranks share the images, all must make the call, and
     each gets the whole; they share the folder. The numbers are the same for any batch size and
-    number of ranks, and wherever a run was cut.
+    number of ranks, and wherever a run was cut: to the bit on the engine "cpu_plan", on others to
+    the rounding of their network.
 
     Raises ValueError for images of another shape than the model's, for what else does not fit, and
     for a folder of another model, data set, chain or seed, naming what differs: nothing is written
@@ -159,7 +161,7 @@ def bound(
         found = {}
         with ranks.together(), Passes(progress and rank == 0) as passes:
             if gaps:
-                strata = store.strata(likelihood, data, batches)
+                strata = store.strata(likelihood, data, passes)
             passes.expect(sum(stop - start for start, stop in mine) * likelihood.passes)
             for start, stop in mine:
                 found[start, stop] = _find(likelihood, data, start, stop, strata, batches, passes)
@@ -359,17 +361,17 @@ class _Store:
         except ValueError:
             return None  # damaged
 
-    def strata(self, likelihood: Likelihood, data: Images, batches: Batches) -> Strata | None:
+    def strata(self, likelihood: Likelihood, data: Images, passes: Passes) -> Strata | None:
         """Which terms the images get: by the folder's pilot, or a new one, by rank 0's."""
         if likelihood.K is None:
             return None
         weights = None
         with ranks.together():
             if ranks.place()[0] == 0:
-                weights = self._weights(likelihood, data, batches)
+                weights = self._weights(likelihood, data, passes)
         return Strata.of(np.array(ranks.from_first(weights)), likelihood.K)
 
-    def _weights(self, likelihood: Likelihood, data: Images, batches: Batches) -> list[float]:
+    def _weights(self, likelihood: Likelihood, data: Images, passes: Passes) -> list[float]:
         T = likelihood.process.T
         if self.folder is not None and (kept := self._pilot()) is not None:
             weights = kept.get("weights")
@@ -379,7 +381,7 @@ class _Store:
         def images(places: np.ndarray) -> torch.Tensor:
             return torch.cat([data[k : k + 1] for k in places.tolist()])
 
-        weights = likelihood.pilot(images, batches).tolist()
+        weights = likelihood.pilot(images, passes).tolist()
         if self.folder is not None:
             write_json(self.folder / PILOT, {"about": self._about, "weights": weights})
         return weights

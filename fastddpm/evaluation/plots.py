@@ -22,6 +22,7 @@ def rate_distortion_plots(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     for name in PLOTS:
         y, x = name.removesuffix(".png").split("-")
@@ -33,6 +34,8 @@ def rate_distortion_plots(
         axes.set(xlabel=_AXES[x], ylabel=_AXES[y], title=title)
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
+        if x == "time":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if len(curves) > 1:
             axes.legend()

@@ -30,12 +30,12 @@ class RateDistortion:
     image itself costs where x_0 is sent after x_1 (the paper's "distortion" half of its bits).
 
     decoder: L_0, bits/dim; lossless, all of the bound, is rate[-1] + decoder
-    sampled: terms of each image that the rates were estimated from, None: all T"""
+    n:       images that these are means of"""
 
     rate: np.ndarray
     distortion: np.ndarray
     decoder: float
-    sampled: int | None = None
+    n: int
 
     @property
     def T(self) -> int:
@@ -67,6 +67,7 @@ class RateDistortion:
         """The curves, and Table 4's rows as the paper prints them."""
         names = ("reverse process time", "rate", "distortion")
         return {
+            "n": self.n,
             "units": {"rate": "bits/dim", "distortion": "RMSE on the scale [0, 255]"},
             "table": [dict(zip(names, row, strict=True)) for row in self.rows()],
             "rate": self.rate.tolist(),
@@ -78,11 +79,18 @@ class RateDistortion:
 
 def rate_distortion(bound: Bound) -> RateDistortion:
     """Table 4 and Figure 5 of a data set's bound: means over its images; the distortion is the root
-    of the mean squared error of all their pixels."""
+    of the mean squared error of all their pixels.
+
+    ValueError for a bound of some terms: an image's error at a step that it was not asked for is
+    not known."""
+    if bound.sampled is not None:
+        raise ValueError(
+            f"of {bound.sampled} of {bound.T} terms there is no distortion at every step: give all"
+        )
     terms, mse = (np.asarray(values, np.float64) for values in (bound.terms, bound.mse))
     if terms.shape != (bound.T,) or mse.shape != (bound.T,):
         got = f"{terms.shape}, {mse.shape}"
         raise ValueError(f"terms and mse must be (T,) = ({bound.T},); got {got}")
     received = np.concatenate(([float(bound.prior)], terms[:0:-1]))  # L_T, L_{T-1} .. L_1
     distortion = LEVELS * np.sqrt(mse[::-1])
-    return RateDistortion(np.cumsum(received), distortion, float(terms[0]), bound.sampled)
+    return RateDistortion(np.cumsum(received), distortion, float(terms[0]), bound.n)

@@ -16,7 +16,7 @@ from fastddpm.evaluation.plots import rate_distortion_plots
 from fastddpm.evaluation.rate_distortion import RateDistortion, rate_distortion
 from fastddpm.evaluation.results import Results
 from fastddpm.evaluation.tables import evaluation_table, flat_figures
-from fastddpm.evaluation.task import AUTO, BITS, DISTANCES, Task
+from fastddpm.evaluation.task import AUTO, BITS, CURVE, DISTANCES, SHOWN, Task
 from fastddpm.figures import check_output
 from fastddpm.host import own_state
 from fastddpm.schedule import Sampler
@@ -30,7 +30,7 @@ class Evaluation:
 
     bits_per_dim:    a Bound each of the "test" images and, where there are some, the "train" ones
     distances:       figures by the images that samples were compared with; {} without an extractor
-    rate_distortion: of the test images
+    rate_distortion: of the test images, with terms=K of `curve` of them
     results:         all of it as it stands in evaluation.json, part by part
     """
 
@@ -42,7 +42,7 @@ class Evaluation:
     @classmethod
     def of(cls, results: Results) -> Evaluation:
         """Of the parts that are done, the bound of the test images among them."""
-        done: dict[str, dict[str, list[Any]]] = {BITS: {}, DISTANCES: {}}
+        done: dict[str, dict[str, list[Any]]] = {BITS: {}, CURVE: {}, DISTANCES: {}}
         for name in results.parts:
             kind, side = name.split()[:2]
             if (content := results.content(name)) is not None:
@@ -52,7 +52,9 @@ class Evaluation:
             side: [Figure(**figure) for part in parts for figure in part]
             for side, parts in done[DISTANCES].items()
         }
-        return cls(bounds, distances, rate_distortion(bounds["test"]), results)
+        whole = [Bound.from_json(part) for part in done[CURVE].get("test", ())]
+        curve = rate_distortion((whole or [bounds["test"]])[0])
+        return cls(bounds, distances, curve, results)
 
     def table(self) -> str:
         """Table 1's columns for this model and Table 4, as text."""
@@ -78,7 +80,9 @@ class Evaluation:
         summary = {"figures": self.figures(), "rate_distortion": curve}
         if self.results.is_written(summary) or self.results.folder is None:
             return
-        curves = {side: rate_distortion(bound) for side, bound in self.bits_per_dim.items()}
+        curves = {"test": self.rate_distortion}
+        if (train := self.bits_per_dim.get("train")) is not None and train.sampled is None:
+            curves["train"] = rate_distortion(train)
         rate_distortion_plots(self.results.folder, curves)
         self.results.write(summary)
 
@@ -96,6 +100,7 @@ def evaluate(
     steps: int | str | Sequence[int] | None = None,
     spacing: Spacing = "strided",
     terms: int | None = None,
+    curve: int = SHOWN,
     seed: int = 0,
     extractor: str = AUTO,
     weights: str | os.PathLike | None = None,
@@ -121,6 +126,7 @@ def evaluate(
     reference: so many images to compare samples with, likewise
     steps, spacing: of a shorter chain, see Schedule.respace; None: all T
     terms:     K of the T terms of each image, drawn, for an estimate; None: all
+    curve:     with `terms`, so many test images get all, for rate and distortion at every step
     extractor: the network whose features are compared, one of `evaluation.extractors`; "auto": the
                first that can be used, Inception before others; "none": no samples are drawn
     weights:   of the extractor, a file
@@ -140,9 +146,10 @@ def evaluate(
     with ranks.together():
         task = Task(
             model, data, train, out, n=n, images=images, reference=reference, steps=steps,
-            spacing=spacing, terms=terms, seed=seed, extractor=extractor, weights=weights,
-            sampler=sampler, eta=eta, clip=clip, resize=resize, batch_size=batch_size,
-            cache=cache, precision=precision, engine=engine, progress=progress,
+            spacing=spacing, terms=terms, curve=curve, seed=seed, extractor=extractor,
+            weights=weights, sampler=sampler, eta=eta, clip=clip, resize=resize,
+            batch_size=batch_size, cache=cache, precision=precision, engine=engine,
+            progress=progress,
         )  # fmt: skip
     ranks.agree("must evaluate the same", about=task.results.about, parts=task.facts)
     results = task.results

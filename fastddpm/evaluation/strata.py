@@ -92,7 +92,7 @@ class Strata:
             word, _ = ops.choices(index, seed=seed, step=LAST_STEP - k, levels=WORDS)
             u = (k + (word.double() + 0.5) / WORDS) / self.draws
             steps.append(others[torch.searchsorted(edges, u, right=True)])
-        return torch.stack(steps, dim=1)
+        return torch.stack(steps, dim=1) if steps else index.new_empty((len(index), 0))
 
     def estimate(
         self, certain: torch.Tensor, drawn: torch.Tensor, steps: torch.Tensor

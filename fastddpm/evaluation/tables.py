@@ -32,7 +32,7 @@ def evaluation_table(
         rows.append([name] + [_value(found[side]) for side in sides] + [_of_distances(found)])
     parts = [tabulate(rows, headers=["", *sides, "of"], disable_numparse=True)]
     if curve is not None:
-        parts.append(curve.table())
+        parts.append(f"{curve.table()}\nmeans of {curve.n:,} test images")
     return "\n\n".join(parts)
 
 
@@ -74,6 +74,8 @@ def flat_figures(
         if part["content"] is None:
             continue
         said = {"images of": side, **results.about, **part["facts"], "ran": part["ran"]}
+        if kind == "curve":
+            continue
         if kind == "bits_per_dim":
             bound = bounds[side]
             values = {

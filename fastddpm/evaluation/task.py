@@ -29,7 +29,9 @@ from fastddpm.unet import UNet
 from fastddpm.wrapped import unwrap
 
 SIDES = ("test", "train")
-BITS, DISTANCES = "bits_per_dim", "distances"  # parts: "bits_per_dim test", "distances test FID"
+# Kinds of parts, which are named "bits_per_dim test", "distances test FID".
+BITS, CURVE, DISTANCES = "bits_per_dim", "curve", "distances"
+SHOWN = 64  # images of a curve
 SAMPLES, FEATURES = "samples", "features"  # folders in that of the results
 AUTO, NONE = "auto", "none"  # as an extractor
 ONE = "needs at least 2 images: of one there is no standard error and no distance"
@@ -68,6 +70,7 @@ class Task:
         self._drawn, self._generated = False, np.empty(0)
         self.images: dict[str, Images] = {}
         self.reference: dict[str, Images] = {}
+        self.shown: dict[str, Images] = {}  # of CURVE
         for side, given in zip(SIDES, (data, train), strict=True):
             if given is not None:
                 self._take(side, given)
@@ -98,7 +101,8 @@ class Task:
             )
         if len(everything) < 2:
             raise ValueError(f"{everything.source} has {len(everything)}: an evaluation {ONE}")
-        for kept, option in ((self.images, "images"), (self.reference, "reference")):
+        kinds = ((self.images, "images"), (self.reference, "reference"), (self.shown, "curve"))
+        for kept, option in kinds:
             taken = Images(data, o[option], name=name)
             kept[side] = everything if len(taken) == len(everything) else taken
 
@@ -114,6 +118,13 @@ class Task:
         digests = [part["data"] for part in facts.values()]
         if len(set(digests)) < len(digests):
             raise ValueError("train has the same images as data: give images that differ")
+        if o["terms"] is not None:
+            taken = self.shown["test"]
+            facts[f"{CURVE} test"] = {
+                "data": taken.fingerprint(o["progress"]),
+                "images": len(taken),
+                "precision": self.bound[1],
+            }
         if self.extractor is None:
             return facts
         for side, taken in self.reference.items():
@@ -130,21 +141,22 @@ class Task:
     def compute(self, name: str) -> None:
         """Compute a part and keep it. A collective."""
         kind, side = name.split()[:2]
-        content: Any = self._bits(side) if kind == BITS else self._distances(side)
-        ran = self.bound if kind == BITS else self.sampled
+        content: Any = self._distances(side) if kind == DISTANCES else self._bound(kind, side)
+        ran = self.sampled if kind == DISTANCES else self.bound
         with ranks.together():
             if ranks.place()[0] == 0:
                 device = str(arguments.device_of(self.model, None))
                 said = {"engine": ran[0].name, "device": device, **versions()}
                 self.results.keep(name, said, content)
 
-    def _bits(self, side: str) -> dict[str, Any]:
+    def _bound(self, kind: str, side: str) -> dict[str, Any]:
         o = self.options
+        images, terms = (self.images, o["terms"]) if kind == BITS else (self.shown, None)
         found = bound(
-            self.model, self.images[side], seed=o["seed"], batch_size=o["batch_size"],
-            steps=o["steps"], spacing=o["spacing"], terms=o["terms"], clip=o["clip"],
+            self.model, images[side], seed=o["seed"], batch_size=o["batch_size"],
+            steps=o["steps"], spacing=o["spacing"], terms=terms, clip=o["clip"],
             precision=self.bound[1], engine=o["engine"],
-            folder=None if self.folder is None else self.folder / BITS / side,
+            folder=None if self.folder is None else self.folder / kind / side,
             progress=o["progress"],
         )  # fmt: skip
         return found.to_json()
@@ -183,10 +195,10 @@ def _check(o: dict[str, Any], T: int) -> None:
     """ValueError for an option out of range; numbers become Python's."""
     o["n"] = check_integer("n", o["n"], 2)
     o["seed"] = arguments.seed(o["seed"])
-    for name in ("terms", "images", "reference", "batch_size"):
+    for name in ("terms", "images", "reference", "curve", "batch_size"):
         if o[name] is not None:
             o[name] = check_count(name, o[name], T if name == "terms" else None)
-    for name in ("images", "reference"):
+    for name in ("images", "reference", "curve"):
         if o[name] == 1:
             raise ValueError(f"{name} is 1: an evaluation {ONE}")
     check_choice("sampler", o["sampler"], get_args(Sampler))
