@@ -77,18 +77,17 @@ def test_bytes(device, layout, dtype):
 @pytest.mark.parametrize("x0_dtype", [torch.uint8, torch.float32, torch.float16])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_eps_that_is_not_kept_is_the_same(device, x0_dtype, dtype, layout):
-    for shape in ((3, 3, 6, 5), (2, 1, 8, 8), (1, 3, 40, 32)):
+    for k, shape in enumerate(((3, 3, 6, 5), (1, 3, 40, 32))):
         x0 = in_layout(images(shape, x0_dtype).to(device), layout)
         t, tab, n = timesteps(len(x0)).to(device), table(device=device), len(x0)
         stream = {"seed": 2**64 - 3, "sample_index": torch.arange(9, 9 + n).to(device), "step": 77}
         flip = torch.arange(n).to(device) % 2 == 0
-        for options in ({}, {"flip": flip}):
-            options = {**stream, "dtype": dtype, **options}
-            kept, _ = ops.noise(x0, t, tab, **options)
-            xt, eps = ops.noise(x0, t, tab, keep_eps=False, **options)
-            assert eps is None
-            assert torch.equal(xt, kept)
-            assert xt.stride() == kept.stride()
+        options = {**stream, "dtype": dtype, **({"flip": flip} if k else {})}
+        kept, _ = ops.noise(x0, t, tab, **options)
+        xt, eps = ops.noise(x0, t, tab, keep_eps=False, **options)
+        assert eps is None
+        assert torch.equal(xt, kept)
+        assert xt.stride() == kept.stride()
 
 
 def test_an_eps_that_is_not_kept_has_the_same_gradient(device):
