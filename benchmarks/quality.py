@@ -126,4 +126,7 @@ def shape_of(model: fastddpm.UNet) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"quality.py: {error}")

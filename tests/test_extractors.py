@@ -259,7 +259,7 @@ def test_weights_are_never_unpickled_as_objects(tmp_path):
             return open, (str(tmp_path / "ran"), "w")
 
     path = tmp_path / "evil.pth"
-    path.write_bytes(pickle.dumps({"fc.weight": Evil()}))
+    path.write_bytes(pickle.dumps({"fc.weight": Evil()}, protocol=2))
     with pytest.raises(ValueError, match=r"evil.pth can't be read as a state dict"):
         extractor(INCEPTION, weights=path)
     torch.save({"fc.weight": torch.zeros(3)}, path)

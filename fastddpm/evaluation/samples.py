@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from fastddpm import arguments, shards
-from fastddpm.chain import Chain
-from fastddpm.diffusion import Model
+from fastddpm.batching import Batches
+from fastddpm.chain import Chain, Steps, bar, finite
 from fastddpm.figures import to_uint8
 from fastddpm.given import refuse
 from fastddpm.host import own_state
-from fastddpm.sampling import sample
 from fastddpm.wrapped import unwrap
 
 PIECE = 1 << 28  # bytes of float32 samples that are held at a time where no folder takes them
@@ -50,29 +49,28 @@ class _Stored(Samples):
 
 class _Drawn(Samples):
     def __init__(
-        self, n: int, shape: tuple[int, int, int], model: Model, first: int, options: dict[str, Any]
+        self, n: int, chain: Chain, first: int, seed: int, batches: Batches, progress: bool
     ):
-        super().__init__(n, shape)
-        self._model, self._first, self._options = model, first, options
+        super().__init__(n, chain.shape)
+        self._chain, self._first, self._seed = chain, first, seed
+        self._batches, self._progress = batches, progress
+        self._given = chain.given(n, first)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        piece = max(1, PIECE // (4 * math.prod(self.shape)))
-        for start in range(0, len(self), piece):
-            count, options = min(piece, len(self) - start), dict(self._options)
-            if (named := options.get("model_kwargs")) is not None:
-                options["model_kwargs"] = _rows(named, start, count, len(self))
-            drawn = sample(self._model, count, first_index=self._first + start, **options)
-            yield to_uint8(drawn).cpu()
+        n, piece = len(self), max(1, PIECE // (4 * math.prod(self.shape)))
+        with bar(n, self._chain.T, self._progress) as steps:
+            for start in range(0, n, piece):
+                stop = min(start + piece, n)
+                yield self._piece(start, stop, steps)
 
-
-def _rows(named: dict[str, Any], start: int, count: int, n: int) -> dict[str, Any]:
-    """What the samples start .. start + count - 1 of n are given, see Given."""
-
-    def cut(value: Any) -> Any:
-        each = isinstance(value, torch.Tensor) and value.shape[:1] == (n,)
-        return value[start : start + count] if each else value
-
-    return {name: cut(value) for name, value in named.items()}
+    @own_state()
+    def _piece(self, start: int, stop: int, steps: Steps) -> torch.Tensor:
+        index = torch.arange(self._first + start, self._first + stop, device="cpu")
+        later = len(self) - stop
+        drawn = self._chain.draw(
+            self._seed, index, self._batches, steps, later=later, given=self._given
+        )
+        return to_uint8(finite(torch.cat(drawn))).cpu()
 
 
 @own_state()
@@ -94,9 +92,9 @@ def samples(
     options: those of `sample` but hooks, beginnings and generators, as `sample_to_folder` has it;
              shard_size too where there is a folder
 
-    Several ranks of torch.distributed share the drawing; all must make the call, and go through
-    what it returns. Raises ValueError for a folder of another model, chain or seed, and for
-    anything that does not fit, before anything is drawn.
+    Several ranks of torch.distributed share the drawing where there is a folder, and all must make
+    the call; without one each draws all. Raises ValueError for a folder of another model, chain or
+    seed, and for anything that does not fit, before anything is drawn.
     """
     n, first_index = arguments.indices(n, first_index)
     seed = arguments.seed(seed)
@@ -105,11 +103,7 @@ def samples(
         shards.sample_to_folder(model, folder, n, **options)
         shape = arguments.image_shape(unwrap(model), options.get("shape"))
         return _Stored(n, shape, Path(folder), first_index)
-    refuse("samples", options, tuple(name for name in shards.NOT_SAID if name != "distributed"))
-    chain = {k: v for k, v in options.items() if k not in ("batch_size", "distributed")}
-    checked = Chain(model, **chain)
-    checked.given(n, first_index)
-    checked.batches(options.get("batch_size"))
-    return _Drawn(
-        n, checked.shape, model, first_index, {**options, "seed": seed, "progress": progress}
-    )
+    refuse("samples", options, shards.NOT_SAID)
+    batch_size = options.pop("batch_size", None)
+    chain = Chain(model, **options)
+    return _Drawn(n, chain, first_index, seed, chain.batches(batch_size), progress)
