@@ -43,7 +43,7 @@ def run(a: argparse.Namespace) -> None:
     ]
     there = {x.name for x in made.shown}
     for name, why in made.left_out.items():
-        if name not in there:
+        if a.only is None and name not in there:
             rows.append((FIGURES[name].title, FIGURES[name].numbers, "-", why))
     console.say(tabulate(rows, headers=("figure", "of the paper", "file", "time")))
     facts = {

@@ -28,8 +28,8 @@ a { color: inherit; }
 figure { margin: 0; }
 figure img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 figcaption { margin: .75rem 0 0; max-width: 46rem; }
-code { font: .85rem/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
-pre { margin: .5rem 0 0; white-space: pre-wrap; color: var(--soft); }
+code { font: .85rem/1.4 ui-monospace, monospace; }
+pre { margin: .5rem 0 0; overflow-x: auto; color: var(--soft); }
 """
 
 
