@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import itertools
 import json
 import statistics
 import sys
@@ -59,14 +61,11 @@ class Job:
 
 
 class Steps:
-    """A trainer that steps: what turns.race times."""
+    """A trainer that steps, from the weights that it was made with: what turns.race times."""
 
-    def __init__(self, trainer: Trainer, form: str, what: str, precision: str, batch: int):
+    def __init__(self, trainer: Trainer, what: str, precision: str, batch: int):
         self.trainer, self.what, self.bf16 = trainer, what, precision == "bf16"
-        if form == OURS:
-            trainer.put_in()
-        if form == LAST:  # the weights', which a convolution's result follows
-            trainer.network.to(memory_format=torch.channels_last)
+        trainer.reset()
         x = torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(1))
         self.x = x.clamp(-1, 1) if what == "training" else x
 
@@ -157,30 +156,36 @@ def contest(
     return row, missing
 
 
+def forms(name: str, width: int) -> dict[str, Trainer]:
+    """The trainer in its three forms, of the same weights."""
+    theirs = TRAINERS[name].build(width)
+    made = {THEIRS: theirs, LAST: copy.deepcopy(theirs), OURS: copy.deepcopy(theirs)}
+    made[LAST].network.to(memory_format=torch.channels_last)  # which all results then follow
+    made[OURS].put_in()
+    return made
+
+
 def trainer_rows(name: str, options: argparse.Namespace) -> tuple[list[Row], list[str]]:
     entry = TRAINERS[name]
     if reason := entry.missing():
         return [], [f"{name}: {reason}"]
     rows, missing = [], []
-    for precision in options.precisions:
-        for what, batches in (("sampling", options.sampling), ("training", options.training)):
-            for batch in batches:
-                who = f"{name}, {what}"
-                jobs = [
-                    Job(f"{who}, {form}", precision, batch, form) for form in (THEIRS, LAST, OURS)
-                ]
+    made = forms(name, options.width)
+    batches = {"sampling": options.sampling, "training": options.training}
+    for precision, what in itertools.product(options.precisions, batches):
+        for batch in batches[what]:
+            jobs = [Job(f"{name}, {what}, {form}", precision, batch, form) for form in made]
 
-                def start(job: Job, patience: float, what: str = what) -> Steps:
-                    trainer = entry.build(options.width)
-                    return Steps(trainer, job.form, what, job.precision, job.batch)
+            def start(job: Job, patience: float, what: str = what) -> Steps:
+                return Steps(made[job.form], what, job.precision, job.batch)
 
-                row: Row = {
-                    "name": name, "line": entry.build.line, "network": entry.network(),
-                    "what": what, "precision": precision, "batch": batch,
-                }  # fmt: skip
-                row, absent = contest(jobs, start, options, row)
-                rows.append(row)
-                missing += absent
+            row: Row = {
+                "name": name, "line": entry.build.line, "network": entry.network(), "what": what,
+                "precision": precision, "batch": batch,
+            }  # fmt: skip
+            row, absent = contest(jobs, start, options, row)
+            rows.append(row)
+            missing += absent
     return rows, missing
 
 

@@ -45,7 +45,13 @@ class Trainer:
     def __init__(self, width: int):
         self.network = self.make(width)
         peers.randomised(self.network)
+        self.first = {k: v.clone() for k, v in self.network.state_dict().items()}
         self.optimiser: torch.optim.Optimizer | None = None
+
+    def reset(self) -> None:
+        """As it was made, but for its form."""
+        self.network.load_state_dict(self.first)
+        self.optimiser = None
 
     def make(self, width: int) -> nn.Module:
         raise NotImplementedError

@@ -29,10 +29,11 @@ DIFFUSION = Diffusion(SCHEDULE)
 
 @pytest.fixture(autouse=True)
 def small_steps_too(monkeypatch):
-    """Steps of training by our blocks, however few pixels they have, as no result may depend on a
-    rule."""
+    """Steps of training by our blocks, however few pixels they have, and small convolutions, as no
+    result may depend on a rule."""
     monkeypatch.setattr(rules, "WHOLE_PIXELS", 1)
     monkeypatch.setattr(rules, "WHOLE_PIXELS_AUTOCAST", 1)
+    monkeypatch.setattr(rules, "PRODUCTS", 1)
 
 
 class Diffusers(nn.Module):

@@ -413,3 +413,43 @@ def test_unknown_contestants(throughput, capsys):
     with pytest.raises(SystemExit):
         throughput.main(["--only=jax"])
     assert "--only must name some of: fastddpm" in capsys.readouterr().err
+
+
+# ---- drop_in -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drop_in():
+    with script("drop_in") as module:
+        yield module
+
+
+SMALL = ("--width=32", "--repeats=1", "--least=0.001", "--only=w86")
+
+
+def test_drop_in(drop_in, tmp_path, capsys):
+    file = tmp_path / "x.json"
+    asked = ("--sampling=1", "--training=2", "--scheduler=", f"--json={file}")
+    assert drop_in.main([*SMALL, *asked]) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [row["what"] for row in rows] == ["sampling", "training"]
+    for row in rows:
+        assert row["line"] == "fastddpm.accelerate(model)"
+        assert row["seconds"].keys() == {"theirs", "theirs, channels_last", "with our line"}
+        assert 0 < row["error"] <= 1e-4
+        assert f"{row['x best of theirs']:.2f}" in printed
+    assert drop_in.main(["--only=none", *asked[2:], "--add"]) == 0
+    assert json.loads(file.read_text(encoding="utf-8"))["rows"] == rows
+
+
+def test_drop_in_times_nothing_that_computes_something_else(drop_in, monkeypatch, capsys):
+    def wrong(model):
+        model.register_forward_hook(lambda module, given, output: 1.01 * output)
+        return model
+
+    monkeypatch.setattr(fastddpm, "accelerate", wrong)
+    assert drop_in.main([*SMALL, "--sampling=1", "--training=", "--scheduler="]) == 1
+    said = capsys.readouterr()
+    assert "with our line fp32, batch 1 is off by" in said.err
+    assert "x theirs" not in said.out

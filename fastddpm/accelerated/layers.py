@@ -19,12 +19,14 @@ class Convolution(StandIn):
     """A 3x3 convolution of stride 1."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or self.steps_aside():
+            return self.own(*args, **kwargs)
         conv: Any = self.module
-        if len(args) == 1 and not kwargs and not self.steps_aside() and is_convolution(conv):
-            weight, bias = conv.weight, conv.bias
-            if rules.faster(args[0], weight, bias):
-                return ops.convolution(args[0], weight, bias)
-        return self.own(*args, **kwargs)
+        weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
+        large = rules.large(args[0], weight) and is_convolution(conv)
+        if not large or not rules.faster(args[0], weight, bias):
+            return self.own(*args, **kwargs)
+        return ops.convolution(args[0], weight, bias)
 
 
 class Alike(StandIn):
@@ -40,11 +42,12 @@ class Alike(StandIn):
         return {**self.__dict__, "_forward": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or self.steps_aside() or not self._is_one():
+        if len(args) != 1 or kwargs or self.steps_aside():
             return self.own(*args, **kwargs)
         have = self.module._parameters
-        weight, bias = have["weight"], have.get("bias")
-        if weight is None or not rules.faster(args[0], weight, bias):
+        weight, bias = have.get("weight"), have.get("bias")
+        large = rules.large(args[0], weight) and self._is_one()
+        if weight is None or not large or not rules.faster(args[0], weight, bias):
             return self.own(*args, **kwargs)
         return ops.convolution(args[0], weight, bias)
 
@@ -76,6 +79,7 @@ def run(layers: Sequence[Any], x: Any) -> Any:
         conv = layers[i + length - 1]
         if (
             length
+            and rules.large(x, conv.weight)
             and not any(map(_at_work, layers[i : i + length]))
             and rules.faster(x, conv.weight, conv.bias, norm.weight, norm.bias)
         ):

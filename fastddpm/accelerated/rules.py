@@ -22,6 +22,8 @@ from fastddpm.ops import dispatch
 WHOLE_PIXELS, WHOLE_PIXELS_AUTOCAST = 2048, 16384
 NARROWEST = 32  # channels, in and out: below, a convolution of ours is the slower one
 PIXELS = 512  # of all images, for gradients: below, the weight's gradient is the slower one
+# Multiply-adds of a convolution's call: below, what the call itself takes is more than is won.
+PRODUCTS = 6_000_000
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -44,10 +46,18 @@ def whole(x: Tensor) -> bool:
     return not torch.is_grad_enabled() or x.numel() // x.shape[1] >= least
 
 
+def large(x: Any, weight: Any) -> bool:
+    """Whether a convolution of x has so many products that one of ours may be faster: what can be
+    said of it first, at the least cost."""
+    if type(x) not in _PLAIN or type(weight) not in _PLAIN or x.dim() != 4 or weight.dim() != 4:
+        return False
+    return x.numel() * weight.numel() >= PRODUCTS * max(1, x.shape[1])
+
+
 def faster(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
     """Whether a 3x3 convolution of stride 1 of x, with a norm of its own or without, is faster as
     ours. others: the bias and the norm's parameters."""
-    if type(x) not in _PLAIN or x.dim() != 4 or x.numel() == 0:
+    if not large(x, weight):
         return False
     for tensor in (x, weight, *others):
         if tensor is not None and not (
@@ -65,6 +75,4 @@ def faster(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
     gradient = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, weight, *others)
     )
-    if gradient:
-        return pixels >= PIXELS
-    return narrowest >= 2 * NARROWEST or pixels >= 8 * PIXELS
+    return not gradient or pixels >= PIXELS

@@ -22,12 +22,14 @@ from fastddpm.integrations.diffusers_chain import VARIANCE_TYPES, Chain
 from fastddpm.integrations.diffusers_config import CLASSES, check_process
 from fastddpm.integrations.diffusers_output import StepOutput, StepTuple, later
 from fastddpm.integrations.images import as_images
+from fastddpm.ops import dispatch
 from fastddpm.options import check_flag, check_integer, shown
 from fastddpm.schedule import MAX_STEPS, check_choice, check_count, check_number
 
 # Where a pipeline that was saved looks for how a class is loaded: by a base's name, beside it.
 __all__ = ["DDPMScheduler", "SchedulerMixin"]
 
+FEW = 1 << 18  # numbers of a batch, up to which torch's three passes stay in the cache
 MAX_BOUND = 1e30  # of x0: what is divided by it is float32
 
 
@@ -194,6 +196,9 @@ class DDPMScheduler(scheduling_ddpm.DDPMScheduler):
         self, first: torch.Tensor, second: torch.Tensor, timesteps: Any, *, velocity: bool
     ) -> torch.Tensor:
         """The forward table's mixture of the two, broadcast against each other and t."""
+        few = self._mixed_few(first, second, timesteps, velocity)
+        if few is not None:
+            return few
         t = torch.as_tensor(timesteps, device=first.device).flatten()
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise TypeError(f"timesteps must be integers; got {t.dtype}")
@@ -214,6 +219,32 @@ class DDPMScheduler(scheduling_ddpm.DDPMScheduler):
         t = t.to(torch.int64).expand(shape[0])
         table = self._forward(velocity, first.device, checks.table_dtype(dtype))
         return ops.noise(first, t, table, eps=second, dtype=dtype)[0].reshape(shape)
+
+    def _mixed_few(
+        self, x: torch.Tensor, y: torch.Tensor, t: Any, velocity: bool
+    ) -> torch.Tensor | None:
+        """`_mixed` of few float32 pixels on a CPU, by torch's ops, which cost less than the call of
+        one pass; None for all else, what is wrong among it."""
+        given = (x, y, t)
+        if torch.compiler.is_compiling() or any(type(each) is not torch.Tensor for each in given):
+            return None
+        if dispatch.forced() not in ("auto", "cpu"):
+            return None
+        if (x.dtype, y.dtype, t.dtype) != (torch.float32, torch.float32, torch.int64):
+            return None
+        if not (x.is_cpu and y.is_cpu and t.is_cpu and 0 < x.numel() <= FEW):
+            return None
+        if x.dim() == 0 or x.shape != y.shape or t.shape != x.shape[:1]:
+            return None
+        self._follow()
+        if self._kept["unknown"] is not None:
+            return None
+        try:
+            rows = self._forward(velocity, x.device, torch.float32).index_select(0, t)
+        except IndexError:  # of a t that is none
+            return None
+        shape = (-1, *[1] * (x.dim() - 1))
+        return torch.addcmul(rows[:, 0].view(shape) * x, rows[:, 1].view(shape), y)
 
     # ---- p --------------------------------------------------------------------------------------
 
