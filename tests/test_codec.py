@@ -49,7 +49,7 @@ def test_every_process_is_coded(prediction, variance):
     process = Diffusion(SCHEDULE, prediction, variance, "hybrid" if learned else "simple")
     model = tiny_unet(diffusion=process, out_channels=2 if learned else 1)
     for steps in (None, 4):
-        round_trip(model, smooth(9), steps=steps)
+        round_trip(model, images(5, 1, 8, 8), steps=steps)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_every_process_is_coded(prediction, variance):
 def test_every_schedule_is_coded(schedule):
     for variance in ("fixed_large", "fixed_small"):
         model = tiny_unet(diffusion=Diffusion(schedule, variance=variance))
-        round_trip(model, smooth(7))
+        round_trip(model, images(5, 1, 8, 8))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 40])
@@ -85,7 +85,7 @@ def test_other_sizes_colours_and_layouts_are_coded():
 
 
 def test_steps_by_name_and_by_number_are_coded():
-    x = smooth(6)
+    x = images(6, 1, 8, 8)
     for steps in (1, 5, "ddim4", [0, 3, 4, 11]):
         round_trip(MODEL, x, steps=steps)
     round_trip(MODEL, x, steps=5, spacing="trailing")
@@ -286,6 +286,10 @@ def test_other_models_are_refused():
             compress(model, smooth(3), **QUIET)
     broken = tiny_unet()
     torch.nn.init.constant_(broken.conv_out.bias, math.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        compress(broken, smooth(9), **QUIET)
+    broken = tiny_unet()
+    broken.conv_in.weight.data *= 1e38
     with pytest.raises(FloatingPointError, match="not a number"):
         compress(broken, smooth(9), **QUIET)
 

@@ -22,7 +22,7 @@ struct Gaussians {  // a normal distribution each, on the grid of 2^exponent
   const float* log_variance;  // (count,), or null: `common`
   double common;
   int exponent;
-  bool outside;  // values beyond 9 sigma are coded, by an escape; else there are none
+  bool outside;  // values far from the mean are coded, by an escape; else there are none
   bool backwards;
 };
 

@@ -18,11 +18,11 @@ constexpr int Z_BITS = 26;      // of an argument of Phi after the point
 constexpr int TABLE_BITS = 10;  // of those, of the table
 constexpr int POINT_BITS = 16;  // of a place on the grid after the point
 constexpr int WEIGHT_BITS = 32;
-constexpr int SIGMAS = 9;                              // of a window on either side
-constexpr int TABLE_END = (SIGMAS + 1) << TABLE_BITS;  // Phi is 0 or 1 beyond
-constexpr int64_t LARGEST = int64_t(1) << 24;          // index on a grid: exact in float32
-constexpr int64_t LEAST_WEIGHT = int64_t(1) << 14;     // sigma is at most 2^18 delta,
-constexpr int64_t LARGEST_WEIGHT = int64_t(1) << 42;   // at least delta / 2^10
+constexpr int SIGMAS = 10;  // where Phi ends: it is 0 or 1 beyond
+constexpr int TABLE_END = SIGMAS << TABLE_BITS;
+constexpr int64_t LARGEST = int64_t(1) << 24;         // index on a grid: exact in float32
+constexpr int64_t LEAST_WEIGHT = int64_t(1) << 14;    // sigma is at most 2^18 delta,
+constexpr int64_t LARGEST_WEIGHT = int64_t(1) << 42;  // at least delta / 2^10
 constexpr int GUESS_BITS = 12;
 
 struct Tables {
@@ -58,7 +58,7 @@ struct Window {
     const int64_t place = (first + j) * (1 << POINT_BITS) - (1 << (POINT_BITS - 1)) - mean;
     // 2^27 places at most, times 2^42
     const __int128 z = __int128(place) * weight >> (POINT_BITS + WEIGHT_BITS - Z_BITS);
-    constexpr int64_t end = int64_t(SIGMAS + 1) << Z_BITS;
+    constexpr int64_t end = int64_t(SIGMAS) << Z_BITS;
     const int64_t bounded = z < -end ? -end : z > end ? end : int64_t(z);
     return uint32_t((top - uint64_t(bins)) * phi(bounded) >> 32) + uint32_t(j);
   }
@@ -76,8 +76,9 @@ struct Window {
 // sigma^2 is not finite. Of IEEE operations alone, which round alike everywhere.
 int64_t weight_of(double log_variance, int exponent, double unit = 1.0);
 
-// The bins within 9 sigma of the mean on a grid of delta = 2^exponent; `outside`: a mass is left
-// for other ones. False if one of the bins would lie beyond what float32 holds exactly.
+// The bins within 7.5 sigma of the mean on a grid of delta = 2^exponent, and a mass that is left
+// for other ones; or, not `outside`, within 6 and none. False if one of the bins would lie beyond
+// what float32 holds exactly.
 bool window_of(float mean, int64_t weight, int exponent, bool outside, Window& window);
 
 // The 256 levels of a pixel around a mean in [-1, 1]   (DDPM Eq. 13): the ends take what lies
