@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from fastddpm.accelerated import layers, likeness, rules
 from fastddpm.accelerated.calls import Calls, Chain, fused, untraceable
@@ -75,7 +75,7 @@ def _unready(model: nn.Module) -> str | None:
     """Why nothing of a model can be looked at, or None."""
     if isinstance(model, torch.jit.ScriptModule):
         return "is compiled by torch.jit: give the network that it was made of"
-    if any(isinstance(p, UninitializedTensorMixin) for p in model.parameters()):
+    if any(is_lazy(p) for p in model.parameters()):
         return "has lazy layers, which get their parameters in the first call: call it before"
     if any(p.is_meta for p in model.parameters()):
         return "has parameters on the meta device, whose values are to come"

@@ -100,7 +100,7 @@ class WholeNetwork(state.StandIn):
             unet = self._empty()
             if not self._bind(unet, modules):
                 return None
-        unet.image_size = image_size(self.module, self.known.project)
+        unet.image_size = cast(Any, image_size(self.module, self.known.project))
         unet.__dict__["stands_in"] = True
         return unet
 
