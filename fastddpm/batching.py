@@ -180,7 +180,7 @@ class Batches:
         images: list[Drawn] = []
         while len(index):
             left = -(-len(index) // self.size)  # batches
-            part = index[: -(-len(index) // left) if self._even else self.size]
+            part = index[: self._next(len(index))]
             progress.begin(left - (-later // self.size))
             why = None
             try:
@@ -195,6 +195,18 @@ class Batches:
             else:  # and not above, where the error still holds what the batch took
                 self._halve(len(part), why)
         return images
+
+    def sizes(self, n: int) -> set[int]:
+        """Of the batches in which n images are drawn, while memory lasts."""
+        found = set()
+        while n:
+            found.add(part := self._next(n))
+            n -= part
+        return found
+
+    def _next(self, n: int) -> int:
+        """Images of the next batch, where n are left."""
+        return -(-n // -(-n // self.size)) if self._even else min(self.size, n)
 
     def _halve(self, failed: int, why: str) -> None:
         self.size = -(-failed // 2)

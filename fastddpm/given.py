@@ -3,7 +3,7 @@ whose noise it takes. Checked before any work begins, and handed out batch by ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from fastddpm.torch_noise import Draw, TorchNoise
 # Options of `sample` that not every way of sampling takes.
 BATCHES = ("batch_size", "distributed")
 BEGINNING = ("x_T", "init", "start", "generator", "on_step")
+CONTAINERS = (dict, list, tuple)
 HOOKS = ("denoised_fn", "cond_fn", "self_condition")
 
 
@@ -62,8 +63,8 @@ class Given:
     x_T:          (n, C, H, W) float, where the chain begins: at x_T, or at x_t with `start`
     init:         (n, C, H, W) uint8 or float in [-1, 1], noised to x_t, t = `start`
     start:        steps of the chain that are left at its beginning, 1 .. T; None: all T
-    model_kwargs: tensors whose first dimension is n are cut with the batches and moved to the
-                  device; all else is passed as it is
+    model_kwargs: tensors whose first dimension is n, in dicts, lists and tuples too, are cut with
+                  the batches and moved to the device; all else is passed as it is
     generator:    see TorchNoise
 
     ValueError names what does not fit."""
@@ -98,11 +99,11 @@ class Given:
         self.x_T = None if x_T is None else _latents(x_T, (n, *shape))
         self.init = None if init is None else _images(init, (n, *shape))
         self._kwargs = dict(model_kwargs or {})
-        for name, value in self._kwargs.items():
+        for name, value in _leaves("model_kwargs", self._kwargs):
             if isinstance(value, np.ndarray) and value.shape[:1] == (n,):
                 raise ValueError(
-                    f"model_kwargs[{name!r}] is an array of {n}, one for each image, which must be "
-                    "a tensor to be cut with the batches: pass torch.from_numpy of it"
+                    f"{name} is an array of {n}, one for each image, which must be a tensor to be "
+                    "cut with the batches: pass torch.from_numpy of it"
                 )
         self.noise = None if generator is None else TorchNoise(generator, n, shape, device)
 
@@ -115,24 +116,41 @@ class Given:
         return None if self.noise is None else self.noise.stream(rows)
 
     def kwargs(self, rows: slice) -> dict[str, Any]:
-        return {name: self._cut(name, value, rows) for name, value in self._kwargs.items()}
+        self.check_batches({rows.stop - rows.start})
+        return {name: self._cut(value, rows) for name, value in self._kwargs.items()}
 
-    def _cut(self, name: str, value: Any, rows: slice) -> Any:
-        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+    def check_batches(self, sizes: set[int]) -> None:
+        """ValueError for a tensor that is as long as a batch of these sizes, and not as the set."""
+        for name, value in _leaves("model_kwargs", self._kwargs):
+            if not isinstance(value, torch.Tensor) or value.dim() == 0:
+                continue
+            if len(value) != self.n and len(value) > 1 and len(value) in sizes:
+                raise ValueError(
+                    f"{name} has the length {len(value)} of a batch, and not of all {self.n} "
+                    "images: give one for each, or shared ones with a first dimension of 1"
+                )
+
+    def _cut(self, value: Any, rows: slice) -> Any:
+        """What of a value is of these images; the value itself, if none of it is cut."""
+        if isinstance(value, torch.Tensor):
+            per_image = value.dim() > 0 and len(value) == self.n
+            return value[rows].to(self._device) if per_image else value
+        if not isinstance(value, CONTAINERS):
             return value
-        if len(value) == self.n:
-            return value[rows].to(self._device)
-        here = rows.stop - rows.start
-        if len(value) == here > 1:
-            raise ValueError(
-                f"model_kwargs[{name!r}] has the length {here} of a batch, and not of all {self.n} "
-                "images: give one for each, or shared ones with a first dimension of 1"
-            )
-        return value
+        parts = [self._cut(part, rows) for _, part in _parts("", value)]
+        if all(part is whole for part, (_, whole) in zip(parts, _parts("", value), strict=True)):
+            return value
+        if isinstance(value, dict):
+            return dict(zip(value, parts, strict=True))
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
     def begin(self, rows: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(x_T, init) of these images on the device, where they are given."""
-        x_T = None if self.x_T is None else self.x_T[rows].to(self._device, torch.float32)
+        """(x_T, init) of these images on the device, where they are given. x_T is a copy, for a
+        network may write into what it gets.
+        """
+        x_T = None
+        if self.x_T is not None:
+            x_T = self.x_T[rows].to(self._device, torch.float32, copy=True)
         init = None if self.init is None else self.init[rows].to(self._device)
         if init is not None and init.dtype != torch.uint8:
             init = init.float()
@@ -141,8 +159,9 @@ class Given:
     def facts(self) -> dict[str, Any]:
         """What ranks that draw one set must have in common."""
         kwargs = self._kwargs
-        tensors = {f"model_kwargs {k}": v for k, v in kwargs.items() if torch.is_tensor(v)}
-        plain = {k: v for k, v in kwargs.items() if isinstance(v, (bool, int, float, str))}
+        leaves = list(_leaves("model_kwargs", kwargs))
+        tensors = {k: v for k, v in leaves if torch.is_tensor(v)}
+        plain = {k: v for k, v in leaves if isinstance(v, (bool, int, float, str))}
         tensors |= {} if self.x_T is None else {"x_T": self.x_T}
         tensors |= {} if self.init is None else {"init": self.init}
         said = {name: digest.of_tensors({name: tensor}, {}) for name, tensor in tensors.items()}
@@ -154,6 +173,21 @@ class Given:
             "model_kwargs": [sorted(kwargs), plain, sorted(said.items())],
             "generator": None if state is None else digest.of_tensors({"": state}, {}),
         }
+
+
+def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What a dict, list or tuple holds, each with its own name."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    return ((f"{name}[{key!r}]", part) for key, part in pairs)
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Everything in it that is no dict, list or tuple."""
+    for inner, part in _parts(name, value):
+        if isinstance(part, CONTAINERS):
+            yield from _leaves(inner, part)
+        else:
+            yield inner, part
 
 
 def _latents(x: Any, shape: tuple[int, ...]) -> torch.Tensor:

@@ -96,6 +96,7 @@ def sample(
     first, last = ranks.share(n, rank, world)
     mine = torch.empty(0, *chain.shape, dtype=torch.float32, device=chain.device)
     with together():
+        given.check_batches(batches.sizes(last - first))
         with bar(n, given.start, progress and rank == 0, on_step=on_step) as steps_bar:
             index = torch.arange(first_index + first, first_index + last, device="cpu")
             parts = chain.draw(seed, index, batches, steps_bar, given=given)

@@ -185,10 +185,11 @@ class Schedule:
                 f"start / tau, end / tau and their difference must lie within -700 .. 700; got "
                 f"start {start}, end {end} and tau {tau}"
             )
-        # sigmoid(b) - sigmoid(a) = sinh((b - a)/2) / (2 cosh(a/2) cosh(b/2)): nothing cancels.
+        # sigmoid(b) - sigmoid(a) = sinh((b - a)/2) / (2 cosh(a/2) cosh(b/2)), and in 1 - abar_t /
+        # abar_{t-1} the sums of two such products share a term: nothing cancels.
         at = (start + (end - start) * np.arange(T + 1) / T) / tau
-        left = np.sinh((at[-1] - at) / 2) / np.cosh(at / 2)
-        betas = 1 - left[1:] / left[:-1]
+        fallen = np.cosh(at[-1] / 2) * np.sinh((end - start) / tau / T / 2)
+        betas = fallen / (np.sinh((at[-1] - at[:-1]) / 2) * np.cosh(at[1:] / 2))
         recipe = {**recipe, "start": start, "end": end, "tau": tau}
         return cls(np.minimum(betas, recipe["beta_max"]), recipe=recipe)
 

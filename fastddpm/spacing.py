@@ -64,16 +64,18 @@ def _of_words(T: int, words: str) -> np.ndarray:
     start = 0
     for i, count in enumerate(counts):
         length = size + (i < extra)
-        if not 1 <= count <= length:
+        if not 0 <= count <= length:
             raise ValueError(
                 f"steps {shown(words)}: section {i + 1} is of {length} of the {T} steps, so that "
-                f"its number must lie in 1 .. {length}; got {count}"
+                f"its number must lie in 0 .. {length}; got {count}"
             )
         stride, at = (length - 1) / max(count - 1, 1), 0.0
         for _ in range(count):  # summed as theirs is, whose halves it must round alike
             kept.append(start + round(at))
             at += stride
         start += length
+    if not kept:
+        raise ValueError(f"steps {shown(words)}: at least one section must have a step")
     return np.array(kept, dtype=np.int64)
 
 

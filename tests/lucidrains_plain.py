@@ -18,7 +18,7 @@ Predictions = namedtuple("Predictions", "pred_noise pred_x_start")
 
 
 def draw(x):
-    return torch.randn(x.shape, dtype=torch.float32).to(x.dtype)
+    return torch.randn_like(x, dtype=torch.float32).to(x.dtype)
 
 
 def rows(values, t, x):

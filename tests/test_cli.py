@@ -102,6 +102,8 @@ def test_sample_writes_a_grid(call, model, tmp_path):
         (["--seed=7"], {"seed": 7}),
         (["--first-index=3"], {"first_index": 3}),
         (["--steps=4"], {"steps": 4}),
+        (["--steps=2,2"], {"steps": "2,2"}),
+        (["--steps=4", "--spacing=trailing"], {"steps": 4, "spacing": "trailing"}),
         (["--sampler=ddim"], {"sampler": "ddim"}),
         (["--sampler=ddim", "--eta=0.5"], {"sampler": "ddim", "eta": 0.5}),
         (["--no-clip"], {"clip": False}),
@@ -164,6 +166,56 @@ def test_progressive(call, model, tmp_path):
         title="x0 predicted from x_t: DDPM, 12 steps, seed 0",
     )  # fmt: skip
     assert np.array_equal(picture(tmp_path / "samples.png"), np.asarray(expected))
+
+
+def test_samples_that_begin_at_images(call, model, tmp_path):
+    """One picture is for all samples; of a set each has its own."""
+    several = images(4, 1, 8, 8)
+    np.savez(tmp_path / "set.npz", images=several.numpy()[:, 0, ..., None])
+    figures.save_image(figures.to_pil(several[2]), tmp_path / "one.png")
+    for init, arguments, expected in (
+        ("one.png", ["--n=3"], several[2:3].expand(3, 1, 8, 8)),
+        ("set.npz", [], several),
+        ("set.npz", ["--n=2", "--steps=6"], several[:2]),
+    ):
+        said = ["--model", model, "--quiet", "--out=x.npz", f"--init={init}", "--start=3"]
+        report = call("sample", *said, *arguments)
+        options = {"steps": 6} if "--steps=6" in arguments else {}
+        with np.load(tmp_path / "x.npz") as file:
+            x = samples(model, len(expected), init=expected, start=3, **options)
+            assert np.array_equal(file["images"], x)
+        assert row(report, "images").endswith(f"of seed 0, from {init} with 3 steps left")
+    report = call(
+        "sample", "--model", model, "--quiet", "--n=1", "--progressive", "--frames=2",
+        "--init=one.png", "--start=4",
+    )  # fmt: skip
+    assert "at t = 3, 0, from one.png with 4 steps left" in row(report, "images")
+
+
+def test_what_samples_can_not_begin_at(refused, model, tmp_path):
+    np.savez(tmp_path / "small.npz", images=images(2, 7, 7, 1).numpy())
+    np.savez(tmp_path / "set.npz", images=images(2, 8, 8, 1).numpy())
+    figures.save_image(figures.to_pil(images(1, 8, 8)), tmp_path / "one.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for arguments, message in (
+        (["--init=one.png"], "--init needs --start"),
+        (["--start=3"], "--start needs --init"),
+        (["--init=nowhere.png", "--start=3"], "nowhere.png does not exist"),
+        (["--init=one.png", "--start=13"], "start must be an integer in 1 .. 12; got 13"),
+        (["--init=one.png", "--start=0"], "start must be an integer in 1 .. 12; got 0"),
+        (["--init=one.png", "--start=5", "--steps=4"], "start must be an integer in 1 .. 4; got 5"),
+        (["--init=one.png", "--start=3", "--n=0"], "n must be"),
+        (["--init=set.npz", "--start=3", "--n=3"], "has 2 images, too few for --n 3"),
+        (["--init=small.npz", "--start=3"], "has images 1x7x7; the model's are 1x8x8"),
+        (["--init=text.png", "--start=3"], "text.png can't be read as an image"),
+        (["--init=one.png", "--start=3", "--out=folder"], "--init is for an --out that is a .png"),
+        (["--init=one.png", "--start=3", "--shared-latent"], "--shared-latent begins at x_T"),
+        (["--steps=ddim", "--out=x.png"], "steps as a word must be 'ddimN'"),
+        (["--steps=9,9", "--out=x.png"], "section 1 is of 6 of the 12 steps"),
+        (["--steps=3,1", "--spacing=linspace"], "spacing='linspace' says how a number of steps"),
+    ):
+        assert message in refused("sample", f"--model={model}", *arguments)
+    assert not list(tmp_path.glob("samples*"))
 
 
 @pytest.mark.parametrize(("steps", "rows"), [(None, (12, 9, 6, 3)), (4, (4, 3, 2, 1))])

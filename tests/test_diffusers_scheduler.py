@@ -422,6 +422,29 @@ def test_generators():
         torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([generator(0)] * 3, "a list of 2, one for each sample; got a list of 3"),
+        ([], "got a list of 0"),
+        (3, "or a list of one for each sample; got int"),
+        ([generator(0), None], "for each sample; got NoneType"),
+    ],
+    ids=["long", "empty", "number", "none"],
+)
+def test_generators_that_are_none(given, message):
+    with pytest.raises(ValueError, match=message):
+        DDPMScheduler().step(E, 500, X, generator=given)
+
+
+def test_a_tuple_of_generators_is_a_list():
+    a, b = (
+        DDPMScheduler().step(E, 500, X, generator=kind(generator(k) for k in range(2)))[0]
+        for kind in (list, tuple)
+    )
+    assert torch.equal(a, b)
+
+
 def test_gradients_are_theirs():
     theirs, ours = pair(clip_sample_range=0.7, variance_type="learned_range")
     grads = []
@@ -500,6 +523,27 @@ def test_noise_at_a_t_that_is_not(t, kind, message):
         DDPMScheduler().add_noise(X, E, t)
 
 
+@pytest.mark.parametrize(
+    ("noise", "t"), [(E[:, :2], [1, 2]), (E[..., :3], [1, 2]), (E, [1, 2, 3])], ids=["C", "W", "t"]
+)
+def test_noise_that_does_not_fit_is_named(noise, t):
+    for mixture in (DDPMScheduler().add_noise, DDPMScheduler().get_velocity):
+        with pytest.raises(ValueError, match="samples and noise must be of one shape, with a time"):
+            mixture(X, noise, torch.tensor(t))
+
+
+@pytest.mark.parametrize("name", ["add_noise", "get_velocity"])
+def test_mixtures_compile_into_one_graph(name):
+    """Also with an abar that training scripts have written over."""
+    ours, t = DDPMScheduler(), torch.tensor([5, 900])
+    compiled = torch.compile(
+        lambda *given: getattr(ours, name)(*given), backend="eager", fullgraph=True
+    )
+    for _ in range(2):
+        torch.testing.assert_close(compiled(X, E, t), getattr(ours, name)(X, E, t))
+        ours.alphas_cumprod = ours.alphas_cumprod**2
+
+
 def test_noise_of_bytes_is_refused():
     with pytest.raises(TypeError, match=r"samples must be .* of a float dtype; got torch.uint8"):
         DDPMScheduler().add_noise(X.byte(), E, torch.tensor([1]))
@@ -526,6 +570,8 @@ def test_noise_beyond_the_betas_is_refused():
         ),
         (-1, E, X, ValueError, "timestep must be one of the chain's"),
         (0.5, E, X, ValueError, "timestep must be one integer; got 0.5"),
+        (True, E, X, ValueError, "timestep must be one integer; got True"),
+        (torch.tensor(True), E, X, ValueError, "timestep must be one integer"),
         (torch.tensor([1, 2]), E, X, ValueError, "timestep must be one integer"),
         (1, E[:, :2], X, ValueError, r"model_output must have the shape of sample"),
         (
@@ -789,6 +835,19 @@ def test_what_files_leave_open():
     ours = DDPMScheduler.from_config(config)
     found = ours.step(E, 5, X, generator=generator(1)).prev_sample
     assert torch.equal(found, DDPMScheduler().step(E, 5, X, generator=generator(1)).prev_sample)
+
+
+def test_what_a_scheduler_that_was_made_does_not_tell():
+    """Its config names no class. These have betas that are no option."""
+    for made in (diffusers.IPNDMScheduler(), diffusers.UnCLIPScheduler()):
+        with pytest.raises(ValueError, match="have a beta_start: a DDPMScheduler can't be made"):
+            DDPMScheduler.from_config(made.config)
+    assert DDPMScheduler.from_config({"num_train_timesteps": 7}).config.num_train_timesteps == 7
+
+
+def test_an_option_that_there_is_not_is_named():
+    with pytest.warns(UserWarning, match="clip_sampel is no option of DDPMScheduler"):
+        DDPMScheduler.from_config(Theirs().config, clip_sampel=False)
 
 
 def test_a_default_of_another_class_is_named():

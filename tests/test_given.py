@@ -3,6 +3,7 @@ on. Batches and ranks cut it; nothing of it is silently dropped."""
 
 from __future__ import annotations
 
+import collections
 import itertools
 
 import numpy as np
@@ -172,6 +173,46 @@ def test_all_else_is_passed_as_it_is():
         assert given["i"] is shared
         assert given["seed"] is scalar
         assert given["model"] is text
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_arguments_within_others_are_cut_too(batch_size):
+    y, scale = torch.tensor([3, 0, 4, 1, 2]), torch.full((5,), 0.5)
+    expected = draw(5, labelled, model_kwargs={"y": y, "scale": 0.5})
+    named = collections.namedtuple("named", "y rest")
+    seen = []
+
+    def model(x, t, given):
+        labels = given["y"] if isinstance(given, dict) else given[0]
+        seen.append(given)
+        return labelled(x, t, labels[0] if isinstance(labels, list) else labels, 0.5)
+
+    for given in ({"y": y, "s": scale, "a": 1}, [y, "a"], (y,), named(y, 2), {"y": [y, {"s": y}]}):
+        got = draw(5, model, model_kwargs={"given": given}, batch_size=batch_size)
+        assert torch.equal(got, expected)
+        assert type(seen[-1]) is type(given)
+    with pytest.raises(ValueError, match=r"model_kwargs\['given'\]\['y'\]\[0\] is an array of 5"):
+        draw(5, model, model_kwargs={"given": {"y": [y.numpy()]}})
+
+
+def test_a_length_that_is_some_batchs_is_named_before_the_first():
+    def model(x, t, w):
+        raise AssertionError("the model ran")
+
+    with pytest.raises(ValueError, match=r"model_kwargs\['w'\] has the length 3 of a batch"):
+        draw(7, model, model_kwargs={"w": torch.ones(3)}, batch_size=4)
+
+
+def test_a_network_that_writes_into_its_input_leaves_the_callers_alone():
+    def model(x, t):
+        return wave(x.mul_(0.9), t)
+
+    x_T = NOISE.clone()
+    got = draw(model=model, x_T=x_T)
+    assert torch.equal(x_T, NOISE)
+    assert torch.equal(got, draw(model=model, x_T=x_T, batch_size=2))
+    rows = draw(None, model=model, x_T=x_T[:1].expand(5, *SHAPE), shape=None)
+    assert torch.equal(rows[0], got[0])
 
 
 def test_every_way_of_sampling_tells_the_network():
@@ -408,6 +449,11 @@ def test_what_ranks_have_in_common_tells_sets_apart():
         facts(model_kwargs={"z": torch.arange(5)}), facts(model_kwargs={"y": 3}),
         facts(model_kwargs={"y": 4}), facts(generator=generator(1)), facts(generator=generator(2)),
         facts(generator=[generator(k) for k in range(5)]),
+    ]  # fmt: skip
+    every += [
+        facts(model_kwargs={"y": {"a": torch.arange(5)}}),
+        facts(model_kwargs={"y": {"a": torch.ones(5)}}), facts(model_kwargs={"y": [1, 2]}),
+        facts(model_kwargs={"y": [1, 3]}),
     ]  # fmt: skip
     assert len({str(one) for one in every}) == len(every)
     assert all(one.keys() == every[0].keys() for one in every)

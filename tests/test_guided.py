@@ -190,6 +190,13 @@ def test_the_first_prediction_that_is_seen_is_zero_and_starts_anew_with_each_bat
     assert torch.equal(apart, draw(model, self_condition=True))
 
 
+def test_a_prediction_that_is_written_to_is_not_what_the_network_sees():
+    """An x0 that is the network's output as it is, unclipped."""
+    options = {"diffusion": Diffusion(SCHEDULE, "x0"), "clip": False, "self_condition": True}
+    expected = draw(seeing, **options)
+    assert torch.equal(draw(seeing, on_step=lambda i, x, x0: x0().zero_(), **options), expected)
+
+
 def test_hooks_work_in_a_unets_plan_and_with_its_frames():
     """The plan's network, eager's step."""
     model = tiny_unet()

@@ -134,6 +134,23 @@ def test_a_thousand_steps(objective, schedule):
     assert_near(images, expected)
 
 
+@pytest.mark.parametrize("sampling_timesteps", [None, 6])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_noise_is_drawn_in_the_memory_order_that_its_sums_have(objective, sampling_timesteps):
+    """A network's output that lies otherwise decides in which order x_{t-1} is filled."""
+    options = {
+        "objective": objective,
+        "sampling_timesteps": sampling_timesteps,
+        "ddim_sampling_eta": 1.0,
+    }
+    plain = process(**options)
+    forward = plain.model.forward
+    plain.model.forward = lambda *given: forward(*given).mT.contiguous().mT
+    expected, _ = seeded(plain.sample, 2)
+    images, _ = seeded(lucidrains.accelerate(plain).sample, 2)
+    assert_near(images, expected, 1e-3)
+
+
 def test_an_immiscible_process_pairs_noise_as_its_own():
     ours, plain = lucidrains.accelerate(process(immiscible=True)), process(immiscible=True)
     x, t = torch.randn(SHAPE, generator=generator()), torch.tensor([3, 5, 9])

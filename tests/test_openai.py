@@ -211,6 +211,30 @@ def test_a_thousand_steps_of_ddim():
         assert_near(ours.ddim_sample_loop(model, shape, eta=0.5), expected)
 
 
+@pytest.mark.parametrize("hooks", ["", "denoised_fn", "cond_fn"])
+@pytest.mark.parametrize("shape", [(3, 2, 4, 4), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("chain", ["ddpm", "ddim"])
+@pytest.mark.parametrize("mean", MEANS)
+def test_noise_is_drawn_in_the_memory_order_that_their_sums_have(mean, chain, shape, hooks):
+    """A network whose output lies in another order, as one in channels_last, decides in which
+    order torch.randn_like fills x_{t-1}.
+    """
+
+    def model(x, t):
+        wave = torch.sin(2 * x + 0.1 * t.reshape(-1, *[1] * (x.dim() - 1)))
+        return wave.movedim(1, -1).contiguous().movedim(-1, 1)
+
+    options = {"denoised_fn": lambda x: 0.9 * x} if hooks == "denoised_fn" else {}
+    options |= {"cond_fn": lambda x, t: torch.cos(x)} if hooks == "cond_fn" else {}
+    options |= {"eta": 1.0} if chain == "ddim" else {}
+    ours, plain = pair(mean, "FIXED_LARGE")
+    torch.manual_seed(2)
+    expected = plain.chain(plain.step if chain == "ddpm" else plain.ddim, model, shape, **options)
+    torch.manual_seed(2)
+    loop = ours.p_sample_loop if chain == "ddpm" else ours.ddim_sample_loop
+    assert_near(loop(model, shape, **options), expected)
+
+
 def assert_near(ours, plain):
     assert (ours.double() - plain).abs().max() < 1e-4 * plain.abs().max()
 

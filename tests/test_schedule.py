@@ -75,6 +75,19 @@ def test_sigmoid_is_its_formula(start, end, tau):
     assert sigmoid.betas[-1] == 0.999
 
 
+@pytest.mark.parametrize(("start", "end", "tau"), [("-3", "3", "0.1"), ("-3.2", "2", "0.1")])
+def test_the_least_betas_of_a_steep_sigmoid_are_exact(start, end, tau):
+    """In float64, 1 - abar_t / abar_{t-1} has two digits of a beta of 1e-14."""
+    with mpmath.workdps(50):
+        a, b, width = map(mpmath.mpf, (start, end, tau))
+        s = [1 / (1 + mpmath.exp(-(a + (b - a) * i / 50) / width)) for i in range(51)]
+        betas = [(s[i + 1] - s[i]) / (s[-1] - s[i]) for i in range(50)]
+    assert betas[0] < 1e-12
+    expected = np.minimum(np.array(list(map(float, betas))), 0.999)
+    sigmoid = Schedule.sigmoid(50, float(start), float(end), float(tau))
+    close(sigmoid.betas, expected, rtol=1e-12)
+
+
 def test_sigmoid_betas_are_diffusers():
     betas = torch.sigmoid(torch.linspace(-6, 6, 50, dtype=torch.float64)) * (0.1 - 1e-3) + 1e-3
     close(Schedule.sigmoid_betas(50, 1e-3, 0.1).betas, betas.numpy(), rtol=1e-12)
@@ -449,7 +462,7 @@ def test_any_json_is_a_schedule_or_a_value_error():
         (lambda: Schedule.sigmoid(tau="1"), "tau must be above 0; got '1'"),
         (lambda: Schedule.sigmoid(tau=1e-3), "start / tau, end / tau .* must lie within -700"),
         (lambda: Schedule.sigmoid(50, -800, 800), "start / tau, end / tau .* must lie within"),
-        (lambda: Schedule.sigmoid(50, -90, 90), "every beta must lie inside"),
+        (lambda: Schedule.sigmoid(50, -90, 90), r"betas\[0\] = .* is too small: 1 - beta is 1"),
         (lambda: Schedule.linear().table("large"), "variance must be one of 'fixed_large'"),
         (lambda: Schedule.linear().table(sampler="x"), "sampler must be one of 'ddpm', 'ddim'"),
         (lambda: Schedule.linear().table(sampler="ddim", eta=-1), "eta must be at least 0; got -1"),

@@ -83,6 +83,12 @@ def test_a_list_is_its_steps(steps):
     assert short.trained is SCHEDULE
 
 
+def test_a_section_may_have_no_steps():
+    """improved-diffusion's space_timesteps leaves such a section out."""
+    assert Schedule.linear(12).respace("0,2").timesteps.tolist() == [6, 11]
+    assert Schedule.linear(12).respace("1,0,2").timesteps.tolist() == [0, 8, 11]
+
+
 def test_all_steps_by_any_name_are_the_schedule_itself():
     for steps, spacing in ((12, "leading"), (12, "trailing"), (12, "linspace")):
         assert SCHEDULE.respace(steps, spacing=spacing) is SCHEDULE
@@ -115,9 +121,9 @@ def test_a_list_of_a_shorter_chain_is_of_its_own_steps():
         ("-5", {}, "steps as a word must be"),
         ("ddim5", {}, "no integer stride through 12 steps gives those of 'ddim5'"),
         ("ddim3,4", {}, "no integer stride"),
-        ("13", {}, "section 1 is of 12 of the 12 steps.* must lie in 1 .. 12; got 13"),
+        ("13", {}, "section 1 is of 12 of the 12 steps.* must lie in 0 .. 12; got 13"),
         ("6,7", {}, "section 2 is of 6 of the 12 steps"),
-        ("0,6", {}, "section 1 is of 6 .* got 0"),
+        ("0,0", {}, "'0,0': at least one section must have a step"),
         (",".join("1" * 13), {}, "section 13 is of 0"),
         (5, {"spacing": "karras"}, "spacing must be one of 'strided', 'leading', 'trailing', 'lin"),
         ([0, 5], {"spacing": "leading"}, "spacing='leading' says how a number of steps is spread"),

@@ -79,6 +79,14 @@ def integers(text: str) -> list[int]:
         ) from None
 
 
+def visited(text: str) -> int | str:
+    """A number of steps, or a word for some, which the schedule reads."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 def alone(what: str) -> None:
     """ValueError where several ranks were launched of what is one process."""
     if (world := os.environ.get("WORLD_SIZE") or "1") != "1":

@@ -18,18 +18,20 @@ from tabulate import tabulate
 
 import fastddpm
 from fastddpm import batching, console, figures, ranks, shards
+from fastddpm.cli import beginning
 from fastddpm.cli import codec as cli_codec
 from fastddpm.cli import convert as cli_convert
 from fastddpm.cli import evaluate as cli_evaluate
 from fastddpm.cli import figures as cli_figures
 from fastddpm.cli import train as cli_train
-from fastddpm.cli.arguments import alone, integers, machine, path, timeout
+from fastddpm.cli.arguments import alone, integers, machine, path, timeout, visited
 from fastddpm.doctor import doctor, what_runs
 from fastddpm.engine import EngineName
 from fastddpm.host import check_threads
 from fastddpm.ops.dispatch import BackendError
 from fastddpm.precision import Precision
 from fastddpm.sampling import draw_shared_latent
+from fastddpm.spacing import Spacing
 from fastddpm.unet import UNet
 
 MISTAKES = (
@@ -88,11 +90,14 @@ def _sample_on(a: argparse.Namespace) -> None:
     to_folder = not figure and (out.is_dir() or out.suffix == "")
     if a.shard_size is not None and not to_folder:
         raise ValueError(f"--shard-size is for an --out that is a folder; got {a.out!r}")
+    beginning.check_options(a, to_folder=to_folder)
     model = UNet.from_pretrained(a.model).to(a.device)
     figures.check_output(out, channels=model.in_channels)
     options = _sampler_options(a)
-    n = a.n if a.n is not None else (8 if figure else 64)
-    samples = f"samples {a.first_index} .. {a.first_index + n - 1} of seed {a.seed}"
+    steps = model.diffusion.respace(a.steps, spacing=a.spacing).T
+    begins, n, of_init = beginning.read(a, model, 8 if figure else 64)
+    options |= begins
+    samples = f"samples {a.first_index} .. {a.first_index + n - 1} of seed {a.seed}{of_init}"
     started = time.perf_counter()
     labels: dict[str, Any] = {}
     if a.progressive:
@@ -101,17 +106,16 @@ def _sample_on(a: argparse.Namespace) -> None:
         )
         images = x0.transpose(0, 1).flatten(0, 1)
         labels = {"columns": [str(t + 1) for t in times], "corner": "t"}
-        what = f"one image a row, its x0 predictions at t = {', '.join(labels['columns'])}"
+        what = f"one image a row, its x0 predictions at t = {', '.join(labels['columns'])}{of_init}"
     elif a.shared_latent:
-        T = model.diffusion.T if a.steps is None else a.steps
-        rows = [max(1, round(T * share)) for share in (1, 0.75, 0.5, 0.25)]
+        rows = [max(1, round(steps * share)) for share in (1, 0.75, 0.5, 0.25)]
         drawn, latents = draw_shared_latent(
             model, n, t=rows, seed=a.seed, first_index=a.first_index, **options
         )
         images = torch.cat((latents[:, None], drawn), dim=1).flatten(0, 1)
         labels = {"rows": [str(t) for t in rows], "corner": "t", "apart": (1,)}
         labels["columns"] = ["x_t", "samples", *[""] * (n - 1)]
-        what = f"a row shares x_t, shown first, at t = {', '.join(map(str, rows))} of {T} steps"
+        what = f"a row shares x_t, shown first, at t = {', '.join(map(str, rows))} of {steps} steps"
     elif to_folder:
         missed = fastddpm.sample_to_folder(
             model, out, n, seed=a.seed, first_index=a.first_index, shard_size=a.shard_size,
@@ -127,7 +131,6 @@ def _sample_on(a: argparse.Namespace) -> None:
     seconds = time.perf_counter() - started
     if ranks.place()[0] != 0:
         return
-    steps = model.diffusion.T if options.get("steps") is None else options["steps"]
     if figure:
         first = "x0 predicted from x_t" if a.progressive else "Samples of p(x0 | x_t)"
         title = f"{first}: {a.sampler.upper()}, {steps:,} steps, seed {a.seed}"
@@ -190,7 +193,7 @@ def _sampler_options(a: argparse.Namespace) -> dict:
     options = {name: getattr(a, name) for name in ("sampler", "eta", "precision", "engine")}
     options |= {"progress": not a.quiet, "clip": not a.no_clip}
     if hasattr(a, "steps"):
-        options["steps"] = a.steps
+        options |= {"steps": a.steps, "spacing": a.spacing}
     return options
 
 
@@ -221,7 +224,19 @@ def _parser() -> argparse.ArgumentParser:
         help="images to draw (default: 64; 8 rows or columns of the figures)",
     )
     add("--first-index", type=int, default=0, help="continue a set: the first sample's number")
-    add("--steps", type=int, help="a shorter chain of evenly strided steps (default: all)")
+    add(
+        "--steps",
+        type=visited,
+        help="a shorter chain: how many steps, or OpenAI's words for them, ddim50 or 10,15,20 for "
+        "so many of each equal section (default: all)",
+    )
+    add(
+        "--spacing",
+        default="strided",
+        choices=get_args(Spacing),
+        help="which steps a number of --steps takes (default: strided, with the first and last)",
+    )
+    beginning.add_options(add)
     add("--batch-size", type=int, help="images at a time (default: what memory holds)")
     add(
         "--shard-size",

@@ -92,7 +92,7 @@ class Guide:
                 diffusion.predict_x0, xt, output, t, clip=bool(options["clip"])
             )
             if hooks.self_condition:
-                self._last = predict()
+                self._last = predict().clone()  # what is shown may be written to
             x = diffusion.p_step(xt, output, t, **noise, **options)
         else:
             x0, seen = self._predictions(diffusion, xt, output, t, i, options)

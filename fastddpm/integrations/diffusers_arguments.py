@@ -47,11 +47,52 @@ def custom_timesteps(timesteps: Any, T: int) -> list[int]:
 def step_number(timestep: Any) -> int:
     """An integer, Python's, NumPy's or a tensor's one element."""
     try:
-        if isinstance(timestep, torch.Tensor):
-            return operator.index(timestep.item())  # type: ignore[arg-type]
-        return operator.index(timestep)
+        t = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
+        if not isinstance(t, (bool, np.bool_)):
+            return operator.index(t)  # type: ignore[arg-type]
     except (TypeError, RuntimeError):
-        raise ValueError(f"timestep must be one integer; got {shown(timestep)}") from None
+        pass
+    raise ValueError(f"timestep must be one integer; got {shown(timestep)}")
+
+
+def several_steps(timesteps: Any, device: torch.device) -> torch.Tensor:
+    """Integers for samples on this device, (N,) int64."""
+    t = torch.as_tensor(timesteps, device=device)
+    if t.dtype != torch.int64:
+        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+            raise TypeError(f"timesteps must be integers; got {t.dtype}")
+        t = t.to(torch.int64)
+    return t if t.dim() == 1 else t.flatten()
+
+
+def generators(given: Any, n: int) -> Any:
+    """None, a torch.Generator, or a list of one for each of n samples, as randn_tensor takes it."""
+    each = list(given) if isinstance(given, (list, tuple)) else [given] * (given is not None)
+    for one in each:
+        if not isinstance(one, torch.Generator):
+            raise ValueError(
+                "generator must be a torch.Generator or a list of one for each sample; got "
+                f"{type(one).__name__}"
+            )
+    if not isinstance(given, (list, tuple)):
+        return given
+    if len(each) not in (1, n):
+        raise ValueError(
+            f"generator must be one torch.Generator or a list of {n}, one for each sample; got a "
+            f"list of {len(each)}"
+        )
+    return each
+
+
+def common_shape(first: torch.Tensor, second: torch.Tensor, t: torch.Tensor) -> torch.Size:
+    """That of samples and noise, broadcast against each other and the timesteps of the first."""
+    try:
+        return torch.broadcast_shapes(first.shape, second.shape, (len(t), *[1] * (first.dim() - 1)))
+    except RuntimeError:
+        raise ValueError(
+            "samples and noise must be of one shape, with a timestep for each sample or one for "
+            f"all; got {tuple(first.shape)}, {tuple(second.shape)} and {len(t)} timesteps"
+        ) from None
 
 
 def split_output(

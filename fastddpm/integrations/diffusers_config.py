@@ -41,9 +41,22 @@ def check_process(cls: type, config: dict[str, Any], given: dict[str, Any]) -> N
     not known; `given` takes the place of what the config says.
 
     A scheduler's own defaults are not taken over, in diffusers neither: UserWarning where one is of
-    the process and not the default here.
+    the process and not the default here, or of one in `given` that is no option.
     """
     kind = config.get("_class_name")
+    # A scheduler that was made and not read tells no name, but all its options. (Betas that are
+    # none follow a sine in IPNDMScheduler, and a cosine in UnCLIPScheduler.)
+    if kind is None and "_use_default_values" in config and "beta_start" not in config:
+        options = ", ".join(sorted(name for name in config if name[:1] != "_"))
+        raise ValueError(
+            f"a scheduler whose options are {options} is no DDPM, DDIM or the like, which have a "
+            f"beta_start: a {cls.__name__} can't be made of it"
+        )
+    if unknown := [name for name in given if name not in _known(cls)]:
+        warnings.warn(
+            f"{unknown[0]} is no option of {cls.__name__}, and is left out",
+            stacklevel=callers_level(),
+        )
     if kind is not None and kind not in (allowed := (cls.__name__, *CLASSES)):
         raise ValueError(
             f"a {cls.__name__} can be made of the config of {', '.join(sorted(set(allowed)))}; got "
@@ -61,7 +74,8 @@ def check_process(cls: type, config: dict[str, Any], given: dict[str, Any]) -> N
         if (value := config.get(name)) != (ours := defaults[name].default):
             warnings.warn(
                 f"{name} is {ours!r}, {cls.__name__}'s default, not {value!r}, which is that of "
-                f"{kind}: it was not given there, so it is not taken over. Pass {name}=...",
+                f"{kind or 'the other scheduler'}: it was not given there, so it is not taken "
+                f"over. Pass {name}=...",
                 stacklevel=callers_level(),
             )
 

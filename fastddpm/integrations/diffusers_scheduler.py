@@ -22,14 +22,12 @@ from fastddpm.integrations.diffusers_chain import VARIANCE_TYPES, Chain
 from fastddpm.integrations.diffusers_config import CLASSES, check_process
 from fastddpm.integrations.diffusers_output import StepOutput, StepTuple, later
 from fastddpm.integrations.images import as_images
-from fastddpm.ops import dispatch
 from fastddpm.options import check_flag, check_integer, shown
 from fastddpm.schedule import MAX_STEPS, check_choice, check_count, check_number
 
 # Where a pipeline that was saved looks for how a class is loaded: by a base's name, beside it.
 __all__ = ["DDPMScheduler", "SchedulerMixin"]
 
-FEW = 1 << 18  # numbers of a batch, up to which torch's three passes stay in the cache
 MAX_BOUND = 1e30  # of x0: what is divided by it is float32
 
 
@@ -102,7 +100,7 @@ class DDPMScheduler(scheduling_ddpm.DDPMScheduler):
         self.init_noise_sigma = 1.0
         self.custom_timesteps = False
         self.num_inference_steps: int | None = None  # type: ignore[assignment]
-        self._kept: dict[str, Any] = {}  # what was computed of all these, by name
+        self._kept: dict[Any, Any] = {}  # what was computed of all these, by name
         self._bound()
 
     # ---- config ---------------------------------------------------------------------------------
@@ -196,55 +194,20 @@ class DDPMScheduler(scheduling_ddpm.DDPMScheduler):
         self, first: torch.Tensor, second: torch.Tensor, timesteps: Any, *, velocity: bool
     ) -> torch.Tensor:
         """The forward table's mixture of the two, broadcast against each other and t."""
-        few = self._mixed_few(first, second, timesteps, velocity)
-        if few is not None:
-            return few
-        t = torch.as_tensor(timesteps, device=first.device).flatten()
-        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-            raise TypeError(f"timesteps must be integers; got {t.dtype}")
+        t = checks.several_steps(timesteps, first.device)
         for name, x in (("samples", first), ("noise", second)):
             if not x.is_floating_point() or x.dim() == 0:
                 raise TypeError(f"{name} must be (N, ...) of a float dtype; got {x.dtype}")
-        self._follow()
-        bad = self._kept["unknown"]
-        if bad is not None and bad.to(t.device)[t.clamp(0, len(bad) - 1)].any():
-            raise ValueError("timesteps must be such that 0 <= abar_t <= 1; some are beyond")
-        shape = torch.broadcast_shapes(
-            first.shape, second.shape, (len(t), *[1] * (first.dim() - 1))
-        )
+        shape = first.shape
+        if second.shape != shape or len(t) != shape[0]:
+            shape = checks.common_shape(first, second, t)
+            first, second, t = first.expand(shape), second.expand(shape), t.expand(shape[0])
         dtype = torch.promote_types(first.dtype, second.dtype)
-        first, second = (as_images(x.expand(shape)) for x in (first, second))
         if dtype == torch.float64:
             first, second = first.double(), second.double()
-        t = t.to(torch.int64).expand(shape[0])
-        table = self._forward(velocity, first.device, checks.table_dtype(dtype))
-        return ops.noise(first, t, table, eps=second, dtype=dtype)[0].reshape(shape)
-
-    def _mixed_few(
-        self, x: torch.Tensor, y: torch.Tensor, t: Any, velocity: bool
-    ) -> torch.Tensor | None:
-        """`_mixed` of few float32 pixels on a CPU, by torch's ops, which cost less than the call of
-        one pass; None for all else, what is wrong among it."""
-        given = (x, y, t)
-        if torch.compiler.is_compiling() or any(type(each) is not torch.Tensor for each in given):
-            return None
-        if dispatch.forced() not in ("auto", "cpu"):
-            return None
-        if (x.dtype, y.dtype, t.dtype) != (torch.float32, torch.float32, torch.int64):
-            return None
-        if not (x.is_cpu and y.is_cpu and t.is_cpu and 0 < x.numel() <= FEW):
-            return None
-        if x.dim() == 0 or x.shape != y.shape or t.shape != x.shape[:1]:
-            return None
-        self._follow()
-        if self._kept["unknown"] is not None:
-            return None
-        try:
-            rows = self._forward(velocity, x.device, torch.float32).index_select(0, t)
-        except IndexError:  # of a t that is none
-            return None
-        shape = (-1, *[1] * (x.dim() - 1))
-        return torch.addcmul(rows[:, 0].view(shape) * x, rows[:, 1].view(shape), y)
+        table = self._forward(velocity, t, checks.table_dtype(dtype))
+        x = ops.noise(as_images(first), t, table, eps=as_images(second), dtype=dtype)[0]
+        return x if x.dim() == len(shape) else x.reshape(shape)
 
     # ---- p --------------------------------------------------------------------------------------
 
@@ -271,6 +234,7 @@ class DDPMScheduler(scheduling_ddpm.DDPMScheduler):
         t = checks.step_number(timestep)
         i = chain.index(t)
         xt, output, spread = checks.split_output(model_output, sample, chain.variance)
+        generator = checks.generators(generator, len(xt))
         z, log_variance = xt.detach(), None  # no z passes at t = 0: the table's sigma is 0 there
         if t > 0:
             log_variance = chain.log_variance(i, spread)
@@ -378,15 +342,28 @@ class DDPMScheduler(scheduling_ddpm.DDPMScheduler):
         if seen is not None and seen[0] is ab and seen[1] == checks.writes(ab):
             return
         with torch.inference_mode(False):
-            given = ab.detach().to("cpu", self._ab.dtype, copy=True)
-            if given.shape == self._ab.shape:
-                given = torch.where(given.float() == self._ab.float(), self._ab, given)
-            self._ab = given
+            self._ab = self._followed(ab)
             unknown = torch.cumsum((self._ab < 0) | (self._ab > 1), 0) > 0  # from the first one on
         self._kept = {"ab": (ab, checks.writes(ab)), "unknown": unknown if unknown.any() else None}
 
-    def _forward(self, velocity: bool, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        key = f"{velocity} {device} {dtype}"
+    def _followed(self, ab: torch.Tensor) -> torch.Tensor:
+        """abar as _ab has it, with what differs in an `ab` of float32 from it."""
+        given = ab.detach().to("cpu", self._ab.dtype, copy=True)
+        if given.shape != self._ab.shape:
+            return given
+        return torch.where(given.float() == self._ab.float(), self._ab, given)
+
+    def _forward(self, velocity: bool, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The forward table on the device of t, whose steps' betas have to be some."""
+        device = t.device
+        if torch.compiler.is_compiling():  # a graph keeps nothing: it makes the table each time
+            ab = self._followed(self.alphas_cumprod)
+            return numbers.forward_table(ab, velocity=velocity).to(device, dtype)
+        self._follow()
+        bad = self._kept["unknown"]
+        if bad is not None and bad.to(device)[t.clamp(0, len(bad) - 1)].any():
+            raise ValueError("timesteps must be such that 0 <= abar_t <= 1; some are beyond")
+        key = (velocity, device, dtype)
         if key not in self._kept:
             with torch.inference_mode(False):
                 table = numbers.forward_table(self._ab, velocity=velocity)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastddpm import ops
-from fastddpm.integrations.images import as_images, compute_dtype
+from fastddpm.integrations.images import as_images, compute_dtype, laid_out_as
 from fastddpm.progress import tqdm
 from fastddpm.schedule import K
 
@@ -138,10 +138,12 @@ def _ddim_table(self: Any, chain: Tensor) -> Tensor:
 
 def _step(self: Any, x: Tensor, output: Tensor, t: Tensor, table: Tensor, noise: Tensor) -> Tensor:
     dtype = compute_dtype(x, output)
-    return ops.posterior_step(
+    image = ops.posterior_step(
         x.to(dtype), output.to(dtype), t, table, z=noise.to(dtype), clip=True,
         prediction=OBJECTIVES[self.objective],  # type: ignore[arg-type]
     )  # fmt: skip
+    # Their sum begins with x0, which is the output itself or begins with x_t.
+    return laid_out_as(image, output if self.objective == "pred_x0" else x)
 
 
 def _x0(self: Any, x: Tensor, output: Tensor, t: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 from fastddpm.integrations.openai_sampling import Sampling
 from fastddpm.integrations.openai_training import Training
 from fastddpm.integrations.openai_types import LossType, ModelMeanType, ModelVarType
-from fastddpm.options import check_count, shown
+from fastddpm.options import check_count, check_integer, shown
 from fastddpm.schedule import Schedule, check_choice
 from fastddpm.spacing import chosen_steps
 
@@ -82,7 +82,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     """
     T = check_count("num_timesteps", num_timesteps)
     if not isinstance(section_counts, str):
-        counts = [check_count("a section's count", n) for n in _steps(section_counts)]
+        counts = [check_integer("a section's count", n, 0) for n in _steps(section_counts)]
         section_counts = ",".join(map(str, counts))
     return set(chosen_steps(T, section_counts, "strided").tolist())
 

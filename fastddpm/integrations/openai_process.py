@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastddpm import ops
 from fastddpm.diffusion import LEARNED
-from fastddpm.integrations.images import as_images, compute_dtype
+from fastddpm.integrations.images import as_images, compute_dtype, laid_out_as
 from fastddpm.integrations.openai_types import (
     PREDICTIONS,
     VARIANCES,
@@ -164,6 +164,7 @@ class Process:
         gradient = self._gradient(cond_fn, x, t, model_kwargs)
         t = self._t(t, x)
         x0 = self._mixture("score", p_mean_var["pred_xstart"], gradient, t, ("x0", "cond_fn"))
+        x0 = laid_out_as(x0, x)  # theirs is made of x and eps, in this order
         mean, _, _ = self.q_posterior_mean_variance(x0, x, t)
         return {**p_mean_var, "pred_xstart": x0, "mean": mean}
 
@@ -309,7 +310,7 @@ class Process:
 
         table = self._kept(f"{x.device} {dtype} {name}", make)
         mixed, _ = ops.noise(as_images(x), t, table, eps=as_images(y), dtype=dtype)
-        return mixed.reshape(x.shape)
+        return laid_out_as(mixed.reshape(x.shape), x)
 
     def _step_table(self, x: Tensor, sampler: Sampler = "ddpm", eta: float = 0.0) -> Tensor:
         """ops.posterior_step's for x's dtype."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastddpm import arguments, ops
-from fastddpm.integrations.images import as_images, compute_dtype
+from fastddpm.integrations.images import as_images, compute_dtype, laid_out_as
 from fastddpm.integrations.openai_process import Process
 from fastddpm.options import check_count, shown
 from fastddpm.progress import tqdm
@@ -275,13 +275,16 @@ class Sampling(Process):
         word: Tensor | None = None,
     ) -> Tensor:
         """ops.posterior_step, of float32 or float64 images of any number of dimensions."""
-        dtype, shape = compute_dtype(x, output), x.shape
-        x, output, noise = (as_images(tensor.to(dtype)) for tensor in (x, output, noise))
-        return ops.posterior_step(
-            x, output, t, table, z=noise, clip=bool(clip), prediction=prediction,
+        dtype = compute_dtype(x, output)
+        images, said, z = (as_images(tensor.to(dtype)) for tensor in (x, output, noise))
+        sample = ops.posterior_step(
+            images, said, t, table, z=z, clip=bool(clip), prediction=prediction,
             log_variance=None if word is None else as_images(word.to(dtype)),
             learned_range=word is not None and self._variance == "learned_range",
-        ).reshape(shape)  # fmt: skip
+        ).reshape(x.shape)  # fmt: skip
+        # Their mean begins with what the model says of x0 or x_{t-1}, or with x_t for eps; noise is
+        # drawn like what comes of it.
+        return laid_out_as(sample, x if prediction == "eps" else output)
 
 
 def _last(chain: Iterator[dict[str, Tensor]]) -> Tensor:
