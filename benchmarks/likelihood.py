@@ -9,8 +9,8 @@ calc_bpd_loop as guided-diffusion publishes it, in our words: for each t, noise,
 Gaussians' means and variances, their KL, the decoder's likelihood by their tanh approximation of
 the normal's distribution, and the errors of x0 and of eps. First both are shown to find the same
 on the same noise, at steps over the whole chain; but for L_0, whose approximation is theirs, and
-which is compared with the exact distribution in its place. Then they take turns, each drawing its
-own noise as it does.
+which is compared with the exact distribution in its place; their formulas in float64. Then they
+take turns, each drawing its own noise as it does.
 """
 
 from __future__ import annotations
@@ -56,9 +56,11 @@ def tanh_cdf(x: Tensor) -> Tensor:
 class Loop:
     """calc_bpd_loop of a model that predicts eps with one of their two fixed variances."""
 
-    def __init__(self, diffusion: Diffusion, network: Callable, cdf: Cdf = tanh_cdf):
+    def __init__(
+        self, diffusion: Diffusion, network: Callable, cdf: Cdf = tanh_cdf, dtype=torch.float32
+    ):
         schedule = diffusion.schedule
-        self.network, self.cdf, self.T = network, cdf, diffusion.T
+        self.network, self.cdf, self.dtype = network, cdf, dtype
         betas, ab, before = schedule.betas, schedule.alphas_cumprod, schedule.alphas_cumprod_prev
         posterior = schedule.posterior_log_variance
         self.values = {
@@ -73,7 +75,7 @@ class Loop:
         }
 
     def extract(self, name: str, t: Tensor, x: Tensor) -> Tensor:
-        values = torch.from_numpy(self.values[name]).to(t.device)[t].float()
+        values = torch.from_numpy(self.values[name]).to(t.device)[t].to(self.dtype)
         return values[:, None, None, None].expand(x.shape)
 
     def step(self, x0: Tensor, t: int, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +85,7 @@ class Loop:
         with torch.no_grad():
             true_mean = self.mean(x0, xt, steps)
             true_log_variance = self.extract("posterior", steps, x0)
-            eps = self.network(xt, steps)
+            eps = self.network(xt.float(), steps).to(self.dtype)
             log_variance = self.extract("log_variance", steps, x0)
             predicted = self.extract("recip", steps, x0) * xt
             predicted = (predicted - self.extract("recip_m1", steps, x0) * eps).clamp(-1, 1)
@@ -146,11 +148,11 @@ class Ours:
 
 def parity(ours: Ours, loop: Loop, images: Tensor, steps: list[int]) -> float:
     """The largest error of a term or an mse, in units of what is allowed."""
-    x0 = images.float() / 127.5 - 1
+    x0 = images.double() / 127.5 - 1
     got = ours.terms(images, steps)
     worst = 0.0
     for k, t in enumerate(steps):
-        eps = ops.randn(x0.shape, seed=0, step=t)
+        eps = ops.randn(x0.shape, seed=0, step=t).double()
         for mine, theirs in zip(got, loop.step(x0, t, eps), strict=True):
             scale = ALLOWED * theirs.abs().clamp(min=1.0)
             worst = max(worst, ((mine[:, k] - theirs).abs() / scale).max().item())
@@ -216,7 +218,9 @@ def main(arguments: list[str] | None = None) -> int:
         for name in options.peers:
             network = PEERS[name](job)
             loop = Loop(process, network)
-            error = parity(exact, Loop(process, network, torch.special.ndtr), images, checked)
+            error = parity(
+                exact, Loop(process, network, torch.special.ndtr, torch.float64), images, checked
+            )
             row = {"who": f"their loop, {name}", "error": error * ALLOWED}
             if error > 1:
                 print(f"{row['who']} is off by {error * ALLOWED:.2g}; not timed", file=sys.stderr)
