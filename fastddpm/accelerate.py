@@ -6,7 +6,9 @@ from __future__ import annotations
 import warnings
 from typing import Any, cast
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fastddpm.accelerated import layers, likeness, rules
 from fastddpm.accelerated.calls import Calls, Chain, fused, untraceable
@@ -51,17 +53,21 @@ def accelerate(model: Any) -> Any:
         ]
         has = f", such as its {' and its '.join(parts)}" if parts else ""
         raise TypeError(f"accelerate takes a torch.nn.Module{has}; got {shown(model)}")
-    undo(model)
+    with torch.inference_mode(False):  # what is kept takes part in steps of training
+        return _accelerated(undo(model))
+
+
+def _accelerated(model: nn.Module) -> nn.Module:
     done = Accelerated(model)
-    if any(p.is_meta for p in model.parameters()):
-        done.left["the model"] = "has parameters on the meta device, whose values are to come"
+    if why := _unready(model):
+        done.left["the model"] = why
     else:
         _whole_networks(done)
         _layers(done)
         _processes(done)
     model.__dict__["_fastddpm"] = done
     for name in _NAMES:
-        if not hasattr(model, name) or lucidrains.report(model):  # whose class has both
+        if not _has(model, name) or lucidrains.report(model):  # whose class has both
             model.__dict__[name] = getattr(done, name)
     if not done.replaced:
         what = "; ".join(f"{name or 'the model'} {why}" for name, why in done.left.items())
@@ -71,6 +77,23 @@ def accelerate(model: Any) -> Any:
             stacklevel=callers_level(),
         )
     return model
+
+
+def _unready(model: nn.Module) -> str | None:
+    """Why nothing of a model can be looked at, or None."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return "is compiled by torch.jit: give the network that it was made of"
+    if any(is_lazy(p) for p in model.parameters()):
+        return "has lazy layers, which get their parameters in the first call: call it before"
+    if any(p.is_meta for p in model.parameters()):
+        return "has parameters on the meta device, whose values are to come"
+    return None
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    """Whether the model has an attribute of that name, none of which is asked for."""
+    held = (vars(model), model._parameters, model._buffers, model._modules)
+    return any(name in vars(kind) for kind in type(model).__mro__) or any(name in x for x in held)
 
 
 def undo(model: nn.Module) -> nn.Module:
@@ -167,9 +190,10 @@ def _recognised(module: nn.Module, project: str) -> tuple[WholeNetwork | None, s
     why = ""
     try:
         for way in known(module, project):
-            why = difference(module, way) or ""
-            if not why:
-                return WholeNetwork(module, way), ""
+            differs, only = difference(module, way)
+            if differs is None:
+                return WholeNetwork(module, way, only), ""
+            why = differs
     except Exception as error:  # whatever names that mislead lead to
         why = str(error) if isinstance(error, ValueError) else repr(error)
     return None, f"is not replaced as a whole: {why}"
@@ -186,6 +210,7 @@ def _layers(done: Accelerated) -> None:
         name: module
         for name, module in done.model.named_modules()
         if not any(not at or name == at or name.startswith(at + ".") for at in whole)
+        and not isinstance(module, torch.jit.ScriptModule)
     }
     for name in whole:
         if isinstance(done.model.get_submodule(name), UNet):

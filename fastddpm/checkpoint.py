@@ -32,6 +32,11 @@ _BINARY = getattr(os, "O_BINARY", 0)  # Windows
 FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
+# Of what may stand beside weights, counters above all.
+_OTHERS = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
+    "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
 LONGEST_HEADER, LONGEST_JSON = 2**24, 2**25  # bytes: some 100,000 tensors, a million betas
 MOST_TENSORS = 20_000
 LARGEST_SIDE = 2**31  # of a tensor of weights
@@ -100,6 +105,17 @@ def check_free(path: str | os.PathLike) -> None:
         raise FileExistsError(
             f"{path} is there already, and nothing is written over it: give another name"
         )
+
+
+def check_place(folder: str | os.PathLike) -> None:
+    """NotADirectoryError or PermissionError where no folder of that name can be made."""
+    above = Path(os.path.abspath(folder)).parent
+    while not os.path.lexists(above):
+        above = above.parent
+    if not above.is_dir():
+        raise NotADirectoryError(f"{folder} can't be made: {above} is no folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} can't be made: {above} is not writable")
 
 
 def locked_temporary(path: Path) -> tuple[int, Path]:
@@ -307,7 +323,22 @@ def read_weights(
     Raises ValueError naming the file and what is wrong with it, tensors of another type than
     float64, float32, float16 and bfloat16 among that."""
     if Path(path).suffix == ".safetensors":
-        return pick(_shapes(path) if shapes_only else read_tensors(path)[0])
+        content: Any = _shapes(path) if shapes_only else read_tensors(path)[0]
+    else:
+        content = _unpickled(path, allow_pickle, shapes_only)
+    weights = pick(content)
+    if not weights:
+        raise ValueError(f"{path} holds no state dict of tensors")
+    for name, tensor in weights.items():
+        if tensor.layout != torch.strided or tensor.dtype not in FLOATS.values():
+            raise _other_type(path, name, f"{tensor.dtype}, {tensor.layout}")
+        if tensor.is_meta and not shapes_only:
+            raise ValueError(f"{path}: {name} has no values: it was saved from the meta device")
+        _check_shape(path, name, tensor.shape)
+    return weights
+
+
+def _unpickled(path: str | os.PathLike, allow_pickle: bool, shapes_only: bool) -> Any:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no such file: {path}")
     if not allow_pickle:
@@ -321,27 +352,22 @@ def read_weights(
         if not shapes_only and zipfile.is_zipfile(path):
             _check_zip(path)
         device = "meta" if shapes_only else "cpu"
-        content = torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # the unpickler raises nearly anything on damaged files
         raise ValueError(f"{path} can't be read as a state dict: {_why(error)}") from None
-    weights = pick(content)
-    if not weights:
-        raise ValueError(f"{path} holds no state dict of tensors")
-    for name, tensor in weights.items():
-        if tensor.layout != torch.strided or tensor.dtype not in FLOATS.values():
-            raise _other_type(path, name, f"{tensor.dtype}, {tensor.layout}")
-        _check_shape(path, name, tensor.shape)
-    return weights
 
 
 def _why(error: Exception) -> str:
     """In one line, what kept torch from unpickling a file."""
-    if refused := re.search(r"GLOBAL ([\w.]+) was not an allowed", str(error)):
+    said = str(error)
+    if refused := re.search(r"GLOBAL ([\w.]+) (?:was not an allowed|whose module)", said):
         return (
             f"it holds a {refused[1]} beside tensors and plain containers, and no other objects "
             "are made from a file; save the state dicts alone"
         )
-    return str(error).strip().split("\n")[0]
+    if unpickler := re.search(r"WeightsUnpickler error:\s*(.+)", said):
+        return f"it is no file of torch.save, or is damaged: {unpickler[1]}"
+    return said.strip().split("\n")[0]
 
 
 def _shapes(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -353,12 +379,13 @@ def _shapes(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         dtype, shape = (each.get("dtype"), each.get("shape")) if isinstance(each, dict) else (0, 0)
         if not isinstance(shape, list) or not all(type(side) is int for side in shape):
             raise ValueError(f"{path} is not a whole safetensors file: {name} has no shape")
-        if not isinstance(dtype, str) or dtype not in FLOATS:
+        known = {**FLOATS, **_OTHERS}
+        if not isinstance(dtype, str) or dtype not in known:
             raise _other_type(path, name, f"{dtype}")
         _check_shape(path, name, shape)
         if math.prod(shape) > os.path.getsize(path):  # and maybe more than an int64 counts
             raise ValueError(f"{path} is not a whole safetensors file: {name} is not in it")
-        shapes[name] = torch.empty(shape, dtype=FLOATS[dtype], device="meta")
+        shapes[name] = torch.empty(shape, dtype=known[dtype], device="meta")
     return shapes
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fastddpm.checkpoint import atomic_folder, check_free, named, write_json
+from fastddpm.checkpoint import atomic_folder, check_free, check_place, named, write_json
 from fastddpm.integrations.diffusers import to_diffusers
 from fastddpm.integrations.files import Origin, check_finite
 from fastddpm.integrations.schedulers import INDEX
@@ -32,6 +32,7 @@ def convert(
     check_choice("to", to, get_args(Format))
     folder = named(folder)
     check_free(folder)
+    check_place(folder)
     model, origin = read_model(source, **options)
     check_finite(model, source)
     with atomic_folder(folder) as temporary:

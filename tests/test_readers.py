@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import warnings
 from collections import OrderedDict
@@ -435,3 +436,84 @@ def test_a_checkpoint_that_names_itself_or_others_often_is_looked_into_once():
         find(content, "x.pt")
     with pytest.raises(ValueError, match="holds 65 state dicts; 64 are the most"):
         find({f"model_{i}": Q for i in range(65)}, "x.pt")
+
+
+# ---- more names, counters and types --------------------------------------------------------------
+
+
+def role_of(tmp_path, content, suffix="pt", **options) -> str:
+    """Which of two sets was read, R or E."""
+    path = tmp_path / f"x.{suffix}"
+    save_file(content, path) if suffix == "safetensors" else torch.save(content, path)
+    model = read(path, **options)
+    return "raw" if torch.equal(model.conv_in.bias, R["in_conv.bias"]) else "ema"
+
+
+R, E = randomised(Tqch(), 1).state_dict(), randomised(Tqch(), 2).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("raw", "ema"),
+    [
+        ("model", "EMA"), ("net", "modelEMA"), ("model", "emaModel"), ("Model", "Ema"),
+        ("model", "ema-model"), ("model", "model_avg"), ("state_dict", "swa_state_dict"),
+    ],
+)  # fmt: skip
+def test_an_average_by_any_of_its_names_is_read(tmp_path, raw, ema):
+    assert role_of(tmp_path, {raw: R, ema: E}) == "ema"
+    assert role_of(tmp_path, {raw: R, ema: E}, weights="raw") == "raw"
+
+
+def test_what_is_said_of_an_average_is_none(tmp_path):
+    for about in ({"ema_config": {"decay": 0.9}}, {"avg_losses": [1.0, 2.0]}, {"ema": {}}):
+        assert role_of(tmp_path, {"model": R, **about}) == "raw"
+
+
+def test_an_average_under_names_without_dots_is_not_passed_over(tmp_path):
+    """As latent-diffusion's LitEma keeps it within the model's own state dict."""
+    average = {f"model_ema.{name.replace('.', '')}": tensor for name, tensor in E.items()}
+    state = {f"model.{name}": tensor for name, tensor in R.items()}
+    content = {"state_dict": {**state, **average, "model_ema.decay": torch.tensor(0.9)}}
+    with pytest.raises(ValueError, match=r"its EMA, model_ema\..* pass weights='raw'"):
+        role_of(tmp_path, content)
+    assert role_of(tmp_path, content, weights="raw") == "raw"
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_counters_beside_weights_are_no_weights(tmp_path, suffix):
+    """torch's AveragedModel has one, ema_pytorch's EMA two."""
+    averaged = {"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in E.items()}}
+    assert role_of(tmp_path, averaged, suffix) == "ema"
+    both = {f"{name}.{k}": v for name, w in (("online_model", R), ("ema_model", E))
+            for k, v in w.items()}  # fmt: skip
+    both |= {"initted": torch.tensor(True), "step": torch.tensor(7)}
+    assert role_of(tmp_path, both, suffix) == "ema"
+    assert role_of(tmp_path, both, suffix, weights="raw") == "raw"
+
+
+def test_a_table_of_sinusoids_in_bfloat16_is_one(tmp_path):
+    theirs = randomised(W86()).bfloat16()
+    torch.save(theirs.state_dict(), tmp_path / "x.pt")
+    model = read(tmp_path / "x.pt")
+    theirs.float().time_embedding.timembedding[0] = W86().time_embedding.timembedding[0]
+    assert_equal_outputs(model, theirs)
+
+
+def test_files_that_are_no_weights_are_named_in_a_line(tmp_path):
+    class Shell:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in R.items()}
+    for content, message in (
+        ({"model": R, "x": Shell()}, "it holds a posix.system beside tensors"),
+        (meta, "has no values: it was saved from the meta device"),
+    ):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=message) as caught:
+            read(tmp_path / "x.pt")
+        assert "\n" not in str(caught.value)
+    (tmp_path / "x.pt").write_bytes(b"\2" + bytes(7) + b"{}")  # a safetensors file
+    with pytest.raises(ValueError, match=r"no file of torch\.save, or is damaged: Unsupp"):
+        read(tmp_path / "x.pt")
+    assert not (tmp_path / "ran").exists()

@@ -193,8 +193,13 @@ def sinusoids(model: nn.Module, project: str) -> Callable[[Tensor], Tensor] | No
     return None
 
 
-def image_size(model: nn.Module, project: str) -> Any:
-    """What the network itself says of the size of its images, or None."""
+def image_size(model: nn.Module, project: str) -> tuple[int, int] | None:
+    """(H, W) of the images that the network itself says it is for, or None."""
     if project == "diffusers":
-        return model.config.sample_size  # type: ignore[union-attr]
-    return getattr(model, "image_size", None) or getattr(model, "resolution", None)
+        size: Any = model.config.sample_size  # type: ignore[union-attr]
+    else:
+        size = getattr(model, "image_size", None) or getattr(model, "resolution", None)
+    pair = (size, size) if type(size) is int else size
+    if not isinstance(pair, (tuple, list)) or [type(side) for side in pair] != [int, int]:
+        return None
+    return pair[0], pair[1]

@@ -12,7 +12,11 @@ from torch import nn
 from fastddpm import ops
 from fastddpm.accelerated import rules
 from fastddpm.accelerated.likeness import is_norm, is_silu, unlike_convolution
-from fastddpm.accelerated.state import StandIn, altered, settings
+from fastddpm.accelerated.state import StandIn, altered, code, same_code, settings
+
+# As they are when nobody has replaced them for all convolutions.
+_FORWARD = nn.Conv2d.forward, nn.Conv2d._conv_forward
+_IDLE = {kind: kind.forward for kind in (nn.Dropout, nn.Identity)}
 
 
 class Convolution(StandIn):
@@ -36,10 +40,10 @@ class Alike(StandIn):
     def __init__(self, module: nn.Module):
         super().__init__(module)
         self.was: Any = settings(module)
-        self._forward: Any = type(module).forward
+        self._code: Any = code([module])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_forward": None}
+        return {**self.__dict__, "_code": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or self.steps_aside():
@@ -54,12 +58,12 @@ class Alike(StandIn):
     def _is_one(self) -> bool:
         """Whether the layer is what it was when it was tried."""
         layer: Any = self.module
-        if self._forward is None:
-            self._forward = type(layer).forward
+        if self._code is None:
+            self._code = code([layer])
             if unlike_convolution(layer) is not None:
                 self.was = None
-        same = type(layer).forward is self._forward and "weight" in layer._parameters
-        return same and settings(layer) == self.was
+        same = "weight" in layer._parameters and settings(layer) == self.was
+        return same and same_code(self._code, code([layer]))
 
 
 class Layers(StandIn):
@@ -106,7 +110,7 @@ def chain(layers: Sequence[Any]) -> int:
     if len(layers) < 3 or not (is_norm(layers[0]) and is_silu(layers[1])):
         return 0
     at = 2
-    while at < len(layers) and type(layers[at]) in (nn.Dropout, nn.Identity):
+    while at < len(layers) and _IDLE.get(type(layers[at])) is type(layers[at]).forward:
         at += 1
     there = at < len(layers) and is_convolution(layers[at])
     return at + 1 if there and layers[at].in_channels == layers[0].num_channels else 0
@@ -119,7 +123,8 @@ def chains(layers: Sequence[Any]) -> bool:
 
 def is_convolution(layer: Any) -> bool:
     """Whether it is a 3x3 convolution of stride 1, as ops.convolution is."""
-    return type(layer) is nn.Conv2d and not_ours(layer) is None
+    own = type(layer) is nn.Conv2d and (nn.Conv2d.forward, nn.Conv2d._conv_forward) == _FORWARD
+    return own and not_ours(layer) is None
 
 
 def not_ours(conv: Any) -> str | None:

@@ -4,7 +4,7 @@ seen to compute."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 Kind = Literal["norm", "silu"]
 _NAMES = frozenset(("silu", "swish", "nonlinearity"))  # of classes, in small letters
 
-# By class: what its forward computes, or why it is not what it looks like.
-_seen: dict[type, tuple[Kind | None, str | None]] = {
-    nn.GroupNorm: ("norm", None),
-    nn.SiLU: ("silu", None),
+# By class and forward: what that computes, or why it is not what it looks like.
+_seen: dict[tuple[type, Any], tuple[Kind | None, str | None]] = {
+    (nn.GroupNorm, nn.GroupNorm.forward): ("norm", None),
+    (nn.SiLU, nn.SiLU.forward): ("silu", None),
 }
 
 
@@ -62,26 +62,35 @@ def _convolution(layer: Any, x: Tensor) -> Tensor:
 
 
 def _look(layer: Any) -> tuple[Kind | None, str | None]:
-    kind = type(layer)
-    if kind not in _seen:
-        _seen[kind] = _tried(layer) if isinstance(layer, nn.Module) else (None, None)
-    return _seen[kind]
+    if not isinstance(layer, nn.Module):
+        return None, None
+    key = type(layer), type(layer).forward
+    if key not in _seen:
+        seen, of_all = _tried(layer)
+        if not of_all:
+            return seen
+        _seen[key] = seen
+    return _seen[key]
 
 
-def _tried(layer: nn.Module) -> tuple[Kind | None, str | None]:
-    """Of a class met for the first time. A norm is a subclass of GroupNorm that gives GroupNorm's
-    numbers, in eval mode and in training, for a mean far from 0 too; one that computes in float32
-    whatever it is given does."""
+def _tried(layer: nn.Module) -> tuple[tuple[Kind | None, str | None], bool]:
+    """Of a class met for the first time, and whether that is true of all of it. A norm is a
+    subclass of GroupNorm that gives GroupNorm's numbers, in eval mode and in training, for a mean
+    far from 0 too; one that computes in float32 whatever it is given does."""
     name = type(layer).__name__
-    if isinstance(layer, nn.GroupNorm):
-        why = _odd(layer) or _difference(layer, _group_norm, layer.num_channels, "GroupNorm")
-        return (None, why) if why else ("norm", None)
-    if name.lower() in _NAMES and not list(layer.parameters()):
-        why = _odd(layer) or _difference(layer, lambda _, x: F.silu(x), 8, "SiLU")
-        return (None, why) if why else ("silu", None)
+    norm = isinstance(layer, nn.GroupNorm)
+    if norm or (name.lower() in _NAMES and not list(layer.parameters())):
+        if why := _odd(layer):
+            return (None, why), False
+        if norm:
+            channels = cast(nn.GroupNorm, layer).num_channels
+            why = _difference(layer, _group_norm, channels, "GroupNorm")
+        else:
+            why = _difference(layer, lambda _, x: F.silu(x), 8, "SiLU")
+        return ((None, why) if why else ("norm" if norm else "silu", None)), True
     if "groupnorm" in name.lower():
-        return None, "only looks like a GroupNorm: its class is none of torch's"
-    return None, None
+        return (None, "only looks like a GroupNorm: its class is none of torch's"), True
+    return (None, None), True
 
 
 def _odd(layer: nn.Module) -> str | None:
@@ -112,12 +121,13 @@ def _difference(
         layer = copy.deepcopy(layer).to("cpu", torch.float32)
         layer.__dict__.pop("forward", None)  # what stands for it
         for p in layer.parameters():
-            p.copy_(torch.randn(p.shape, generator=random, dtype=torch.float32))
+            p.copy_(_randn(random, p.shape))
         for k, training in enumerate((False, True, False)):
             layer.train(training)
-            x = torch.randn(2, channels, 4, 2 + k, generator=random, dtype=torch.float32)
-            x = x * 10.0 ** (k - 1) + k
-            expected, found = formula(layer, x), layer(x)
+            x = _randn(random, (2, channels, 4, 2 + k)) * 10.0 ** (k - 1) + k
+            expected = formula(layer, x)
+            with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+                found = layer(x)
             same = type(found) is Tensor and found.dtype == x.dtype
             small = 1e-5 * float(expected.abs().max())
             if not same or found.shape != expected.shape:
@@ -127,3 +137,7 @@ def _difference(
     except Exception as error:  # what a forward of any kind raises
         return f"only looks like a {name}: its forward raises {type(error).__name__}"
     return None
+
+
+def _randn(random: torch.Generator, shape: Sequence[int]) -> Tensor:
+    return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu")

@@ -4,20 +4,26 @@ numbers that they compute by. Tensors are not asked: those are read anew in ever
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from types import CodeType, MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from fastddpm.unet.parts import OWN
 
 _PLAIN = frozenset((bool, int, float, str, type(None)))
-# Modes, which are read in every call; and what holds our own parts.
-_MODES = frozenset(("training", "use_checkpoint", "gradient_checkpointing", "forward", "undo",
-                    "report"))  # fmt: skip
+# Of a module's attributes: torch's own; modes, which are read in every call; how blocks are
+# computed again; and what holds our own parts.
+_ELSEWHERE = frozenset((
+    *nn.Module().__dict__, "use_checkpoint", "gradient_checkpointing", "forward", "undo", "report",
+    "_gradient_checkpointing_func", "_compiled_call_impl", "_fastddpm",
+    "_replicate_for_data_parallel",
+))  # fmt: skip
 _CHECKPOINTING = ("use_checkpoint", "gradient_checkpointing")
 
 
@@ -40,6 +46,19 @@ class StandIn:
     def own(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
         return type(self.module).forward(self.module, *args, **kwargs)
+
+    @property
+    def __code__(self) -> CodeType:
+        """Of the forward that a tracer is to follow: the module's own."""
+        code: CodeType = type(self.module).forward.__code__
+        return code
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        raise AttributeError(
+            "what fastddpm.accelerate put there can't be scripted: torch.jit.script takes a "
+            "network after .undo()"
+        )
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -103,19 +122,80 @@ def fingerprint(modules: Sequence[nn.Module]) -> Fingerprint | None:
 
 
 def settings(module: nn.Module) -> tuple[Any, ...]:
-    """The module's class and what it computes by beside tensors and modes."""
-    have: list[Any] = [type(module)]
+    """The module's class and what it computes by beside parameters' values and modes: its
+    attributes, private ones too, its buffers' values and the names of its parts."""
+    have: list[Any] = [type(module), *module._modules]
+    have += [name for name, p in module._parameters.items() if p is not None]
     for name, value in module.__dict__.items():
-        if name[0] == "_" or name in _MODES:
-            continue
-        kind = type(value)
-        plain = kind in _PLAIN or (kind is tuple and _all_plain(value))
-        have += (name, value if plain else kind)
+        if name not in _ELSEWHERE:
+            have += (name, value if type(value) in _PLAIN else _seen(value))
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            have += (name, _Values(buffer))
     return tuple(have)
 
 
-def _all_plain(values: tuple[Any, ...]) -> bool:
-    return all(type(each) in _PLAIN for each in values)
+def _seen(value: Any) -> Any:
+    """What shows whether a value is still the same: containers of plain ones may be changed in
+    place, others are known by themselves."""
+    kind = type(value)
+    if kind is tuple and _PLAIN.issuperset(map(type, value)):
+        return value
+    if kind in (list, tuple, set, frozenset, dict):
+        inside = value.items() if kind is dict else value
+        return (kind, *(each if type(each) in _PLAIN else _seen(each) for each in inside))
+    return _Values(value) if isinstance(value, Tensor) else _Itself(value)
+
+
+class _Itself:
+    """An object, equal to nothing but that very one."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Itself):
+            return False
+        a, b = self.value, other.value
+        return a is b or (type(a) is MethodType and bool(a == b))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _Values:
+    """A tensor's values as they are now."""
+
+    def __init__(self, tensor: Tensor):
+        with torch.inference_mode(False), torch.no_grad():
+            self.values = tensor.detach().clone()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Values):
+            return False
+        a, b = self.values, other.values
+        return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def code(modules: Iterable[nn.Module]) -> list[Any]:
+    """What the modules' classes hold now, methods and attributes: objects that are theirs until
+    somebody replaces them for all of a class."""
+    kinds = dict.fromkeys(kind for module in modules for kind in type(module).__mro__)
+    found: list[Any] = []
+    for kind in kinds:
+        if kind is nn.Module:  # what calls a module
+            found += (kind.__call__, kind._call_impl)
+        elif kind is not object:
+            found += [v for name, v in vars(kind).items() if name[:2] != "__" or name in _CALLED]
+    return found
+
+
+_CALLED = ("__call__", "__getattr__", "__getattribute__")
+
+
+def same_code(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def checkpointing(modules: Sequence[nn.Module]) -> bool:

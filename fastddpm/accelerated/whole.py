@@ -27,12 +27,15 @@ class WholeNetwork(state.StandIn):
     sizes or arguments), that something traces or transforms, and all calls of a network that was
     changed since, are the network's own."""
 
-    def __init__(self, model: nn.Module, known: Known):
+    def __init__(self, model: nn.Module, known: Known, only: Sequence[int] | None = None):
+        """only: the one size (H, W) of images that the network takes, or None"""
         super().__init__(model)
         self.known = known
         modules = list(model.modules())
         self.was = self._settings(modules)
-        self._forwards: list[Any] | None = _forwards(modules)
+        self.only = only
+        self.autocast: torch.dtype | None = None  # of results under autocast, when one was seen
+        self._code: Any = state.code(modules)
         self.numbers = {name: i for i, (name, _) in enumerate(model.named_modules())}
         self.places = {
             f"{prefix}.{name}" if prefix else name: (i, name)
@@ -43,12 +46,12 @@ class WholeNetwork(state.StandIn):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is found anew where it is loaded stays behind: the classes may be others there."""
-        return {**self.__dict__, "_unet": None, "_forwards": None}
+        return {**self.__dict__, "_unet": None, "_code": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WholeNetwork:
         made = memo[id(self)] = type(self).__new__(type(self))
         made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        made._forwards = self._forwards
+        made._code = self._code
         return made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,26 +63,32 @@ class WholeNetwork(state.StandIn):
         x, t, y, wrap = call
         modules = list(self.module.modules())
         small = x.dim() != 4 or x.numel() == 0 or not rules.whole(x)
-        if small or self.changed(modules):
+        if small or self._unlike(x) or self.changed(modules):
             return self.own(*args, **kwargs)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if autocast and self.autocast is None:  # the network's own result says of which dtype it is
+            result = self.own(*args, **kwargs)
+            self.autocast = getattr(_tensor(result), "dtype", None)
+            return result
         again = torch.is_grad_enabled() and state.checkpointing(modules)
         unet = self._own_unet(again)
         if not self._bind(unet, modules) or not _fits(unet, x, t, y):
             return self.own(*args, **kwargs)
         out = unet(x, t, y) if y is not None else unet(x, t)
-        if torch.is_autocast_enabled(x.device.type):  # which a last convolution of torch's is under
-            out = out.to(torch.get_autocast_dtype(x.device.type))
-        return wrap(out.contiguous())
+        return wrap((out.to(self.autocast) if autocast else out).contiguous())
+
+    def _unlike(self, x: Tensor) -> bool:
+        return self.only is not None and tuple(x.shape[2:]) != tuple(self.only)
 
     def _own_unet(self, again: bool) -> UNet:
         """One for the call: the thread's, or where a backward computes blocks again from what is
         in it, the call's."""
-        thread = threading.get_ident()
         if again:
             return self._empty().checkpoint_blocks()
-        if self._unet is None or self._unet[0] != thread:
-            self._unet = thread, self._empty()
-        return self._unet[1]
+        thread, kept = threading.get_ident(), self._unet  # read once: others may put theirs there
+        if kept is None or kept[0] != thread:
+            self._unet = kept = thread, self._empty()
+        return kept[1]
 
     def unet(self) -> UNet | None:
         """A UNet of the network's weights as they are now, on their device, for an engine; None
@@ -91,7 +100,7 @@ class WholeNetwork(state.StandIn):
             unet = self._empty()
             if not self._bind(unet, modules):
                 return None
-        unet.image_size = image_size(self.module, self.known.project)
+        unet.image_size = cast(Any, image_size(self.module, self.known.project))
         unet.__dict__["stands_in"] = True
         return unet
 
@@ -100,12 +109,12 @@ class WholeNetwork(state.StandIn):
         again."""
         if self.was is None or self._settings(modules) != self.was:
             return True
-        if self._forwards is None:
-            if difference(self.module, self.known) is not None:
+        if self._code is None:
+            if difference(self.module, self.known)[0] is not None:
                 self.was = None
                 return True
-            self._forwards = _forwards(modules)
-        return self._forwards != _forwards(modules)
+            self._code = state.code(modules)
+        return not state.same_code(self._code, state.code(modules))
 
     def _settings(self, modules: Sequence[nn.Module]) -> Any:
         found = state.fingerprint(modules)
@@ -180,10 +189,6 @@ class WholeNetwork(state.StandIn):
         return x, t, y, wrap
 
 
-def _forwards(modules: Sequence[nn.Module]) -> list[Any]:
-    return [type(module).forward for module in modules]
-
-
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -203,6 +208,11 @@ def _fits(unet: UNet, x: Tensor, t: Tensor, y: Tensor | None) -> bool:
     return True
 
 
+def _tensor(result: Any) -> Any:
+    """What the network computed, of its result."""
+    return result[0] if isinstance(result, tuple) else getattr(result, "sample", result)
+
+
 def _itself(x: Tensor) -> Tensor:
     return x
 
@@ -220,35 +230,38 @@ def _in_a_dataclass(x: Tensor) -> Any:
 # ---- the trial -----------------------------------------------------------------------------------
 
 
-def difference(model: nn.Module, known: Known) -> str | None:
+def difference(model: nn.Module, known: Known) -> tuple[str | None, Sequence[int] | None]:
     """What our U-Net computes otherwise than the network, or None: both on a copy of it with random
     weights (a new network's last layers are zeros), in eval mode and in training, a dropout as a
-    known function."""
+    known function. And the one size of images that the network takes, if it takes no other."""
     theirs = nn.Module.to(copy.deepcopy(model), "cpu", torch.float32)  # no override with a warning
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             if p.requires_grad or name in _used(known):
                 spread = 0.3 if p.dim() < 2 else p[0].numel() ** -0.5
-                noise = torch.randn(p.shape, generator=random, dtype=torch.float32)
+                noise = torch.randn(p.shape, generator=random, dtype=torch.float32, device="cpu")
                 p.copy_(noise * spread + 0.3 * (p.dim() < 2))
     for name in known.dropouts.values():
         theirs.get_submodule(name).__dict__["forward"] = _dropped
     ours = WholeNetwork(theirs, known)
     unet = ours._empty()
     halvings = 2 ** (len(known.options["channel_mult"]) - 1)
-    why = ""
-    for size in ((2 * halvings, 2 * halvings), tuple(unet.image_size)):
-        x = torch.randn(2, unet.in_channels, *size, generator=random, dtype=torch.float32)
+    why, only, own = "", None, image_size(theirs, known.project)
+    for size in ((2 * halvings, 2 * halvings), own or tuple(unet.image_size)):
+        x = torch.randn(
+            2, unet.in_channels, *size, generator=random, dtype=torch.float32, device="cpu"
+        )
         t = torch.tensor([3, _last(known, theirs)], device="cpu")
         classes = known.options.get("num_classes")
         y = None if classes is None else torch.tensor([0, classes - 1], device="cpu")
         try:
             why = _compared(ours, unet, x, t, y)
+            only = size if only is not None else None
             break
         except Exception as error:  # what a network of any kind says to a size that it can't take
-            why = f"its forward can't be tried: {type(error).__name__}: {error}"
-    return why or None
+            why, only = f"its forward can't be tried: {type(error).__name__}: {error}", size
+    return why or None, only
 
 
 def _used(known: Known) -> set[str]:

@@ -4,11 +4,14 @@ choice between the averaged (EMA) and the raw ones. Nothing of how a network's l
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
+
+import torch
 
 from fastddpm.checkpoint import is_state_dict
 from fastddpm.options import shown
@@ -17,9 +20,10 @@ from fastddpm.weights import Tensors, rename
 
 Weights = Literal["ema", "raw"]
 
-# Words in the names of a checkpoint's parts: ema_model, model_ema_state_dict, net_model, ...
-EMA = frozenset(("ema", "shadow", "averaged", "average"))
+# Words in the names of a checkpoint's parts: ema_model, modelEMA, model_avg, net_model, ...
+EMA = frozenset(("ema", "shadow", "averaged", "average", "avg", "swa", "polyak"))
 RAW = frozenset(("model", "net", "network", "unet"))
+COUNTER = "n_averaged"  # of torch's AveragedModel, beside its `module`
 DEEPEST = 4  # of parts within parts
 MOST_PARTS = 64
 
@@ -49,6 +53,7 @@ class Found:
     role: Weights | None  # None: the file does not say
     where: str  # its place in the file; "" for a file of nothing else
     beside: tuple[str, ...]  # the other keys of the same state dict
+    average: str | None = None  # one of them that is of an average under other names
     one_of: int = 1  # of how many it was chosen
 
     @property
@@ -89,6 +94,7 @@ def find(content: Any, source: str | os.PathLike, weights: Weights | None = None
         raise _unknown(states, source)
     ema = [each for each in found if each.role == "ema"]
     nameless += [where for where, role, _ in states if role == "ema" and not ema]
+    nameless += [each.average for each in found if each.average is not None]
     raw = [each for each in found if each.role != "ema"]
     if len(raw) > 1:  # an average that carries a copy of its model
         raw = [each for each in raw if "online_model" not in each.where] or raw[:1]
@@ -108,7 +114,7 @@ def find(content: Any, source: str | os.PathLike, weights: Weights | None = None
             f"{source} holds several networks, {_places(pool)}: save the one that is meant alone"
         )
     (one,) = pool
-    return Found(one.project, one.weights, one.role, one.where, one.beside, len(ema) + len(raw))
+    return replace(one, one_of=len(ema) + len(raw))
 
 
 def _parts(
@@ -133,13 +139,27 @@ def _parts(
     elif isinstance(content, dict) and depth < DEEPEST and id(content) not in seen:
         seen.add(id(content))
         for name, part in content.items():
-            place, words = f"{where}.{name}" if where else str(name), str(name).split("_")
+            place, words = f"{where}.{name}" if where else str(name), _words(str(name))
             if EMA.intersection(words):
                 parts = list(_parts(part, place, "ema", depth + 1, seen))
-                several = isinstance(part, (dict, list, tuple)) and len(part) > 0
-                yield from parts or ([(place, "ema", None)] if several else [])
+                yield from parts or ([(place, "ema", None)] if _has_tensors(part) else [])
             elif RAW.intersection(words) or name == "state_dict":
                 yield from _parts(part, place, role or "raw", depth + 1, seen)
+
+
+def _words(name: str) -> list[str]:
+    """The words of a name in small letters: of modelEMA_0 model, ema, 0."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+", name)]
+
+
+def _has_tensors(part: Any, depth: int = 0) -> bool:
+    """Whether it is a container with tensors in it, some levels deep."""
+    if isinstance(part, torch.Tensor):
+        return depth > 0
+    if not isinstance(part, (dict, list, tuple)) or depth > DEEPEST:
+        return False
+    inside = itertools.islice(part.values() if isinstance(part, dict) else part, MOST_PARTS)
+    return any(_has_tensors(each, depth + 1) for each in inside)
 
 
 def _networks(
@@ -158,16 +178,18 @@ def _networks(
     longest = sorted(marked, key=len, reverse=True)
     for name, tensor in state.items():
         prefix = next((each for each in longest if name.startswith(each)), None)
-        if prefix is None:
+        if prefix is None or name == COUNTER:
             beside.append(name)
         else:
             parts[prefix][name[len(prefix) :]] = tensor
+    averages = (name for name in beside if state[name].dim() and EMA.intersection(_words(name)))
+    average = next(averages, None)
     for prefix, projects in marked.items():
         place = ".".join(filter(None, (where, prefix.removesuffix("."))))
-        words = re.split(r"[._]", prefix)
+        words = _words(prefix)
         of: Weights | None = "ema" if "ema" in words else "raw" if "online" in words else role
         project = max(projects, key=projects.count)
-        yield Found(project, parts[prefix], of, place, tuple(beside))
+        yield Found(project, parts[prefix], of, place, tuple(beside), average)
 
 
 def _places(found: Iterable[Found]) -> str:
