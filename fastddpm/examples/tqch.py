@@ -28,7 +28,8 @@ def example(run: common.Run) -> None:
     trainer.train()
 
     with run.counted(model.eval()):
-        run.save(trainer.sample_fn(run.n))
+        drawn = trainer.sample_fn(run.n)
+    run.save(drawn)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ def example(run: common.Run) -> None:
 
     sampler = Sampler(net.eval(), 1e-4, 0.02, run.T, run.size, "epsilon", "fixedlarge")
     with torch.no_grad(), run.counted(net):
-        run.save(sampler(torch.randn(run.n, 3, run.size, run.size)))
+        drawn = sampler(torch.randn(run.n, 3, run.size, run.size))
+    run.save(drawn)
 
 
 if __name__ == "__main__":
