@@ -34,7 +34,8 @@ def compress(
 
     x:              (N, C, H, W) uint8. Bits back needs bits to begin with: the first few images are
                     coded plainly, as a PNG's are, and a single image is no smaller than that
-    steps, spacing: of a shorter chain, see Schedule.respace: faster, and longer. None: all T
+    steps, spacing: of a shorter chain, see Schedule.respace: faster, and the file is
+                    longer by what the shorter chain's bound is: much, evenly strided. None: all T
     batch_size:     images at a time, once enough bits are on the stack; None: what memory holds
     precision:      the network's arithmetic. "fp32", the CPU's native plan: decoded by the same
                     instruction set, which the file names
