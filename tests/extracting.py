@@ -18,14 +18,14 @@ def toy(network=means, *, name="toy", suffix="-toy", width=12, classifier=None) 
     return Extractor(name, suffix, width, "0" * 16, network, classifier)
 
 
-def needed(*packages: str) -> None:
-    if why := extractors._missing("test", *packages):
+def needed(*packages: str, extra: str = "test") -> None:
+    if why := extractors._missing(extra, *packages):
         pytest.skip(why)
 
 
 def torch_fidelity():
     """The package, where it can be imported."""
-    needed("torch_fidelity")
+    needed("torch_fidelity", extra="fid")  # not in "test": its torchvision is for one torch alone
     try:
         return extractors._torch_fidelity()
     except ImportError as error:

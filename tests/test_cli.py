@@ -189,7 +189,7 @@ def test_samples_that_begin_at_images(call, model, tmp_path):
         "sample", "--model", model, "--quiet", "--n=1", "--progressive", "--frames=2",
         "--init=one.png", "--start=4",
     )  # fmt: skip
-    assert "at t = 3, 0, from one.png with 4 steps left" in row(report, "images")
+    assert "at t = 4, 1, from one.png with 4 steps left" in row(report, "images")
 
 
 def test_what_samples_can_not_begin_at(refused, model, tmp_path):

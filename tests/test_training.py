@@ -750,6 +750,7 @@ def steps_done(out: Path) -> int:
     return checkpoint.json.loads(metadata["trainer"])["step_count"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
 def test_a_run_that_is_killed_twice_is_the_uninterrupted_run(tmp_path, monkeypatch):
     monkeypatch.setattr(run_log, "loss_plot", lambda *_: None)  # in the runs of this process

@@ -52,7 +52,7 @@ TOKENS = {  # whose tiles are tokens in NHWC, or their buffers
     "_dq_kernel", "_dkv_kernel",
 }  # fmt: skip
 DTYPES = "bfloat16", "float32", "float16"  # the first in every way that a kernel is compiled
-COMPILED = {80: DTYPES, 90: DTYPES, 100: DTYPES[:1]}  # by compute capability
+COMPILED = {80: DTYPES, 90: DTYPES[:1], 100: DTYPES[:1]}  # by compute capability
 ARCHITECTURES = 80, 86, 89, 90, 100, 120
 WITHOUT_SPILLS = "3.6", "3.8", "3.9"  # versions of triton that were tried
 # Bytes of local memory a thread with any other, and with these for rarer ways and architectures.
@@ -473,8 +473,9 @@ def test_one_program_serves_every_batch(tmp_path):
 @needs_triton
 @pytest.mark.slow
 def test_every_kernel_compiles_in_every_way(tmp_path):
-    """Each way to compile it, for each dtype and architecture."""
-    cases = [(capability, (dtype,)) for capability in ARCHITECTURES for dtype in DTYPES]
+    """Each way to compile it, for each architecture, and for each dtype on one of them."""
+    cases = [(capability, DTYPES[:1]) for capability in ARCHITECTURES]
+    cases += [(90, (dtype,)) for dtype in DTYPES[1:]]
     kernels = compiled_by_triton(tmp_path, cases)
     for capability, (dtype,) in cases:
         those = [k for k in kernels if (k["sm"], k["dtype"]) == (capability, dtype)]
