@@ -4,6 +4,7 @@ torch.compile gets. No clock and no table."""
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -281,6 +282,44 @@ def likelihood_case(shape, dtype, device) -> Case:
     )  # fmt: skip
 
 
+def term_case(shape, dtype, device) -> Case:
+    """Terms of the bound at t >= 1, beside the formula as others compute it: two Gaussians' means,
+    and their divergence in float32, which loses digits late in the chain and so is not checked."""
+    x0 = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    x0 = x0.contiguous(memory_format=torch.channels_last)
+    xt, out = (images(shape, dtype, device) for _ in range(2))
+    t = torch.randint(1, T, shape[:1], device=device)
+    schedule = Schedule.linear()
+    table = schedule.table(device=device)
+    ratio = torch.as_tensor(schedule.log_variance_ratio(), dtype=torch.float32, device=device)
+    log_true = torch.as_tensor(schedule.posterior_log_variance, device=device).float()
+
+    def plain():
+        _, _, inv_sqrt_ab, sqrt_inv_ab_m1, mean_x0, mean_xt, _, log_variance = (
+            per_image(column[t]) for column in table.unbind(1)
+        )
+        image = x0.float() / 127.5 - 1
+        predicted = (inv_sqrt_ab * xt - sqrt_inv_ab_m1 * out).clamp(-1, 1)
+        true, mean = (mean_x0 * x + mean_xt * xt for x in (image, predicted))
+        apart = log_variance - per_image(log_true[t])
+        kl = 0.5 * (apart - 1 + torch.exp(-apart) + (true - mean) ** 2 * torch.exp(-log_variance))
+        return kl.mean(dim=(1, 2, 3)) / math.log(2), (predicted - image).square().mean((1, 2, 3))
+
+    def truth():
+        doubles = (x.double() for x in (xt, out))
+        return reference.vlb_term(x0, *doubles, t, table.double(), ratio.double())
+
+    return Case(
+        "vlb_term", shape, dtype,
+        {
+            "fastddpm": lambda: ops.vlb_term(x0, xt, out, t, table, ratio),
+            "eager": plain,
+            "compile": plain,
+        },
+        truth, xt.numel() * (1 + 2 * dtype.itemsize), checked=("fastddpm",),
+    )  # fmt: skip
+
+
 def squared_case(shape, dtype, device, backward: bool) -> Case:
     prediction, target = images(shape, dtype, device), images(shape, dtype, device)
     grad = torch.full((), 1 / shape[0], device=device).expand(shape[0])  # of a mean over the batch
@@ -458,6 +497,7 @@ def cases(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
             yield functools.partial(sum_case, shape, dtype, device)
         for shape in pixels:
             yield functools.partial(likelihood_case, shape, dtype, device)
+            yield functools.partial(term_case, shape, dtype, device)
         for backward in (False, True):
             for shape in pixels:
                 yield functools.partial(squared_case, shape, dtype, device, backward)

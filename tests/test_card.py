@@ -16,8 +16,8 @@ import torch
 HERE = Path(__file__).parent
 FAKED = HERE / "faked_card"
 CHOOSE = (
-    "batching", "bits", "cli", "cuda_graph", "cuda_plan", "devices", "dispatch", "host", "ranks",
-    "runs", "sampling", "shards", "training", "training_step", "unet_walk",
+    "batching", "bits", "cli", "codec", "cuda_graph", "cuda_plan", "devices", "dispatch",
+    "evaluate", "gallery", "host", "ranks", "sampling", "training", "training_step",
 )  # fmt: skip
 
 
