@@ -254,6 +254,17 @@ def test_values_that_are_not_finite_are_the_networks(planned):
     assert torch.allclose(found[1], expected[1], atol=1e-4 * float(expected[1].abs().max()))
 
 
+@pytest.mark.parametrize("name", ["middleblocks.0.block1.2.weight", "head.bias"])
+def test_weights_that_are_not_finite_are_the_networks(planned, name):
+    model = network()
+    x, t = batch()
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = float("inf")
+        for _ in range(2):
+            assert torch.equal(model(x, t).isfinite(), own(model, x, t).isfinite())
+    assert not planned
+
+
 def test_its_memory_is_said_and_freed():
     model = network()
     x, t = batch()

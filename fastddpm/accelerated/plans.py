@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from fastddpm import _native
 from fastddpm.engine.cpu_plan import build_plan, unsupported
 from fastddpm.engine.time_table import time_offsets
 from fastddpm.unet import UNet
-from fastddpm.unet.walk_cpu import CpuWalk, linear
 
 # Calls of the same weights, once those have been seen to change, before they are packed: making a
 # plan takes as long as so many calls gain at batch 1.
@@ -23,38 +21,48 @@ CALLS = 8
 
 class UNetPlan:
     """A U-Net in float32 on the CPU for images of one size, steps given image by image: its weights
-    packed, and those of its embeddings as they are. Later changes of the U-Net are not seen."""
+    packed. Later changes of the U-Net are not seen; ValueError where a weight is not finite."""
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, unet: UNet, height: int, width: int):
-        self.plan = build_plan(unet, height, width, threads=torch.get_num_threads())
-        first, second = unet.temb.dense
-        self._embedding: Any = SimpleNamespace(dense=(_copy(first), _copy(second)))
-        layers: list[Any] = [block.temb_proj for block in time_offsets(unet)]
-        self._rows = SimpleNamespace(
-            weight=torch.cat([layer.weight for layer in layers]),
-            bias=torch.cat([layer.bias for layer in layers]),
-        )
+        self.threads = torch.get_num_threads()
+        self._plan = build_plan(unet, height, width, threads=self.threads)
+        self._time = self._time_plan(unet)
         self._labels = None if unet.label_emb is None else unet.label_emb.weight.detach().clone()
         self._outputs = unet.config["out_channels"]
-        own = (*self._embedding.dense, self._rows)
-        copies = [p for layer in own for p in (layer.weight, layer.bias)]
-        copies += [] if self._labels is None else [self._labels]
-        self.bytes = self.plan.weight_bytes + sum(p.numel() * p.element_size() for p in copies)
+        labels = 0 if self._labels is None else 4 * self._labels.numel()
+        self.bytes = self._plan.weight_bytes + self._time.weight_bytes + labels
+
+    def _time_plan(self, unet: UNet) -> Any:
+        """From sinusoids to what the blocks take of the time, in the order of `time_offsets`, each
+        step as an image of one pixel; a class's embedding is added before the last SiLU."""
+        native: Any = _native.C
+        first, second = cast("tuple[Any, Any]", unet.temb.dense)
+        blocks: list[Any] = [block.temb_proj for block in time_offsets(unet)]
+        weight, bias = (torch.cat([getattr(x, k) for x in blocks]) for k in ("weight", "bias"))
+        plan, silu = native.cpu.Plan(1, 1, first.in_features), (0, 0.0, [], [], True)
+
+        def layer(x: int, name: str, weight: Tensor, bias: Tensor, **options: Any) -> int:
+            given = weight.contiguous(), bias.tolist()
+            return int(plan.convolution(name, [x], *given, 1, threads=self.threads, **options))
+
+        h = layer(0, "temb.dense.0", first.weight, first.bias)
+        added = {} if unet.label_emb is None else {"time_offset": 0}
+        h = layer(h, "temb.dense.1", second.weight, second.bias, norm=silu, **added)
+        plan.finish(layer(h, "temb_proj", weight, bias, norm=silu))
+        self._width = len(weight)
+        return plan
 
     def __call__(self, x: Tensor, sinusoids: Tensor, y: Tensor | None) -> Tensor | None:
         """The output for x (N, C, H, W) at the steps of these sinusoids, of the classes y; None
         where it is not finite."""
+        threads, n = torch.get_num_threads(), len(x)
         label = None if self._labels is None else self._labels[y]
-        temb = CpuWalk.embedded(self._embedding, sinusoids, label)
-        rows = linear(self._rows, temb, silu=True)[0, :, :, 0].t().contiguous()
-        out = x.new_empty((len(x), self._outputs, *x.shape[2:]))
-        return out if self.plan.forward(x, rows, out, torch.get_num_threads()) else None
-
-
-def _copy(layer: Any) -> Any:
-    return SimpleNamespace(weight=layer.weight.detach().clone(), bias=layer.bias.detach().clone())
+        rows, out = x.new_empty((n, self._width)), x.new_empty((n, self._outputs, *x.shape[2:]))
+        pixel = (..., None, None)
+        self._time.forward(sinusoids[pixel], label, rows[pixel], threads)
+        return out if self._plan.forward(x, rows, out, threads) else None
 
 
 @dataclass(frozen=True)
@@ -122,5 +130,5 @@ def _plan_of(unet: UNet | None, size: tuple[int, int]) -> UNetPlan | None:
         return None
     try:
         return UNetPlan(unet, *size)
-    except MemoryError:
+    except (MemoryError, ValueError):  # of weights that are not finite
         return None
