@@ -232,7 +232,8 @@ def test_what_a_plan_does_not_compute_is_computed_otherwise(planned):
     assert leaf.grad.abs().max() > 0
 
 
-def test_frozen_networks_are_planned_where_gradients_are_on(planned):
+def test_frozen_networks_are_planned_where_gradients_are_on(planned, monkeypatch):
+    monkeypatch.setattr(rules, "WHOLE_PIXELS", 1)
     model = network().requires_grad_(False)
     x, t = batch()
     for _ in range(2):

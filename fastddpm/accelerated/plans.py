@@ -41,7 +41,8 @@ class UNetPlan:
         first, second = cast("tuple[Any, Any]", unet.temb.dense)
         blocks: list[Any] = [block.temb_proj for block in time_offsets(unet)]
         weight, bias = (torch.cat([getattr(x, k) for x in blocks]) for k in ("weight", "bias"))
-        plan, silu = native.cpu.Plan(1, 1, first.in_features), (0, 0.0, [], [], True)
+        plan = native.cpu.Plan(1, 1, first.in_features)
+        silu: Any = (0, 0.0, [], [], True)
 
         def layer(x: int, name: str, weight: Tensor, bias: Tensor, **options: Any) -> int:
             given = weight.contiguous(), bias.tolist()
