@@ -32,12 +32,16 @@ def accelerate(model: Any) -> Any:
     A network of diffusers' UNet2DModel family, the PyTorch port of DDPM, w86763777/pytorch-ddpm,
     tqch/ddpm-torch or OpenAI's UNetModel, found by its tensors' names anywhere in the model and
     tried against ours on random weights, is computed by our U-Net's blocks on its own parameters,
-    and `fastddpm.sample` runs it by the engines of a UNet (in float32 unless told otherwise). Of
-    any other network the 3x3 convolutions are ours where those are the faster ones by shape, with
-    the GroupNorm and SiLU before them. A GaussianDiffusion of denoising_diffusion_pytorch, the
-    model itself or within it, gets fused steps and a fused loss, too: see
-    `fastddpm.integrations.lucidrains`. All else is left as it is, and so are all calls that were
-    not measured: on a GPU, in another dtype than float32.
+    and `fastddpm.sample` runs it by the engines of a UNet (in float32 unless told otherwise). Its
+    calls that record no gradients are run by such an engine's plan, which holds packed copies of
+    the weights, about twice their memory, that are made anew where any value has changed: at once
+    for the first weights, later or after a step of training (which frees them) in the eighth call
+    of the same; `.undo()` frees them, and `.report()` says how much they take. Of any other network
+    the 3x3 convolutions are ours where those are the faster ones by shape, with the GroupNorm and
+    SiLU before them. A GaussianDiffusion of denoising_diffusion_pytorch, the model itself or within
+    it, gets fused steps and a fused loss, too: see `fastddpm.integrations.lucidrains`. All else is
+    left as it is, and so are all calls that were not measured: on a GPU, in another dtype than
+    float32.
 
     Parameters, buffers, state_dict, hooks of the model, its class and its signature stay; results
     are float32's to 1e-5 of the largest. A layer that is changed later, by a hook, say, or a call
@@ -107,7 +111,7 @@ def undo(model: nn.Module) -> nn.Module:
                 del have[name]
         done = have.pop("_fastddpm", None)
         for stands in () if done is None else done.stands:
-            stands.active = False
+            stands.retire()
     return model
 
 
@@ -134,6 +138,12 @@ class Accelerated:
         self.stands.append(stands)
         self.replaced[name] = what
 
+    @property
+    def plan_bytes(self) -> int:
+        """Memory of all copies of weights that are kept for calls without gradients, now."""
+        whole = [stands for stands in self.stands if isinstance(stands, WholeNetwork)]
+        return sum(each.plan.bytes for each in whole if each.plan is not None)
+
     def undo(self) -> nn.Module:
         return undo(self.model)
 
@@ -148,6 +158,7 @@ class Accelerated:
                 by_reason.setdefault(why, []).append(name or "the model")
             lines.append(f"{title}: {len(parts)}")
             lines += [f"  {', '.join(names)}: {why}" for why, names in by_reason.items()]
+        lines.append(f"plans: {self.plan_bytes / 2**20:.0f} MiB of weights' copies now")
         return "\n".join(lines)
 
 
@@ -160,7 +171,8 @@ def _whole_networks(done: Accelerated) -> None:
         if found is None:
             done.left[prefix] = why
         else:
-            done.put(prefix, found, f"{found.known.said}'s network, by the blocks of fastddpm.UNet")
+            what = f"{found.known.said}'s network, by the blocks of fastddpm.UNet"
+            done.put(prefix, found, f"{what}; without gradients by a plan, of packed copies")
 
 
 def _processes(done: Accelerated) -> None:

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../cpu/isa.h"
+#include "../cpu/layers/kernels.h"
 #include "reader.h"
 
 namespace fastddpm {
@@ -19,7 +20,7 @@ int64_t add_convolution(cpu::Plan& plan, const std::string& name,
                         const std::vector<float>& bias, int64_t kernel, int64_t time_offset,
                         const std::optional<NormValues>& norm, int64_t modulation_offset,
                         int64_t residual, int64_t stride, int64_t before, int64_t after,
-                        int64_t repeat, bool halve, const std::string& algorithm) {
+                        int64_t repeat, bool halve, const std::string& algorithm, int64_t threads) {
   if (kernel != 1 && kernel != 3) throw py::value_error(name + ": kernel must be 1 or 3");
   if (sources.empty() || int64_t(sources.size()) > SOURCES)
     throw py::value_error(name + ": a convolution reads one or two activations");
@@ -31,7 +32,7 @@ int64_t add_convolution(cpu::Plan& plan, const std::string& name,
   layer.c_out = int64_t(bias.size()), layer.time_offset = time_offset, layer.residual = residual;
   layer.stride = stride, layer.before = before, layer.after = after, layer.repeat = repeat;
   layer.modulation_offset = modulation_offset, layer.halve = halve;
-  layer.algorithm = algorithm;
+  layer.algorithm = algorithm, layer.threads = thread_count(threads);
   if (weight.is_none()) throw py::value_error("weight must be a tensor");
   layer.weight = read.floats(weight, "weight", layer.c_out, c_in * kernel * kernel);
   if (norm) {
@@ -75,18 +76,39 @@ struct PlanCall {  // the arguments of one run, checked
   }
 };
 
+// Of the values of dense float32 tensors, each in the order of its memory.
+py::bytes digest_of(const py::sequence& tensors, int64_t threads) {
+  std::vector<Bytes> spans;
+  spans.reserve(tensors.size());
+  Reader read(false);
+  for (const py::handle tensor : tensors) {
+    const Flat flat = read.flat(tensor, "each tensor");
+    if (flat.dtype != DType::f32) Reader::refuse("each tensor", "must be float32");
+    spans.push_back({flat.data, flat.size * 4});
+  }
+  uint32_t lanes[DIGEST];
+  const int team = thread_count(threads);
+  {
+    const py::gil_scoped_release release;
+    cpu::kernels_in_use().digest(spans.data(), int64_t(spans.size()), lanes, team);
+  }
+  return {reinterpret_cast<const char*>(lanes), sizeof lanes};
+}
+
 }  // namespace
 
 void def_plan(py::module_& m) {
   using cpu::Plan;
   using namespace py::literals;
+  m.def("digest", digest_of, "tensors"_a, "threads"_a,
+        "Bytes that are others where a value of these tensors is another one.");
   py::class_<Plan>(m, "Plan", "A network as a list of native calls; see csrc/cpu/plan/plan.h.")
       .def(py::init<int64_t, int64_t, int64_t, bool>(), "height"_a, "width"_a, "channels"_a,
            "bf16"_a = false)
       .def("convolution", add_convolution, "name"_a, "sources"_a, "weight"_a, "bias"_a, "kernel"_a,
            py::kw_only(), "time_offset"_a = -1, "norm"_a = py::none(), "modulation_offset"_a = -1,
            "residual"_a = -1, "stride"_a = 1, "before"_a = 0, "after"_a = 0, "repeat"_a = 1,
-           "halve"_a = false, "algorithm"_a = "auto")
+           "halve"_a = false, "algorithm"_a = "auto", "threads"_a = 1)
       .def("attention", &Plan::attention, "name"_a, "qkv"_a, "heads"_a)
       .def("resample", &Plan::resample, "name"_a, "source"_a, "doubles"_a)
       .def("channels", &Plan::channels, "activation"_a)

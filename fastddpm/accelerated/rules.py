@@ -35,15 +35,16 @@ def runs(device: torch.device, *, measured: bool = False) -> bool:
     return native and (not measured or str(isa).startswith(("avx512", "amx")))
 
 
-def whole(x: Tensor) -> bool:
-    """Whether a whole network of the family is faster by our blocks for this x, (N, C, H, W)."""
+def whole(x: Tensor, gradient: bool) -> bool:
+    """Whether a whole network of the family is faster by our blocks for this x, (N, C, H, W).
+    gradient: in a call that records one"""
     if not runs(x.device):
         return False
     autocast = torch.is_autocast_enabled("cpu")
     if autocast and torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return False
     least = WHOLE_PIXELS_AUTOCAST if autocast else WHOLE_PIXELS
-    return not torch.is_grad_enabled() or x.numel() // x.shape[1] >= least
+    return not gradient or x.numel() // x.shape[1] >= least
 
 
 def large(x: Any, weight: Any) -> bool:

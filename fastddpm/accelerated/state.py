@@ -38,6 +38,10 @@ class StandIn:
         self.module.__dict__["forward"] = self
         self.module.__dict__[_REPLICATE] = Replicas(self.module)
 
+    def retire(self) -> None:
+        """As it is no longer there: a call is the module's own, and no memory is kept."""
+        self.active = False
+
     def steps_aside(self) -> bool:
         """Whether a call is the module's own in any case: after `take_out`, where another wrapped
         what stands here, and where something traces or transforms what runs."""

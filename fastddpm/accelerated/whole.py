@@ -4,6 +4,7 @@ that finds out whether that is the same function."""
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from fastddpm.accelerated import rules, state
 from fastddpm.accelerated.known import Known, empty_unet, image_size, sinusoids
+from fastddpm.accelerated.plans import Plans, UNetPlan
 from fastddpm.unet import UNet
 
 LARGE = 30.0  # times, in the trial
@@ -22,6 +24,11 @@ TOLERANCE = 2e-4  # of the largest output, in the trial; another function errs b
 class WholeNetwork(state.StandIn):
     """What stands for a network's `forward`: a UNet with the network's tensors in its place, which
     are looked up in every call.
+
+    Calls that record no gradients, in float32 on the CPU and without dropout, are run by a plan
+    (plans.py), whose packed copies of the weights take about twice the parameters' memory; it is
+    made anew when those change, dropped by a step of training and by undo, and in no copy or
+    pickle.
 
     Calls that ours does not take (another device than the CPU, another dtype than float32, other
     sizes or arguments), that something traces or transforms, and all calls of a network that was
@@ -43,10 +50,22 @@ class WholeNetwork(state.StandIn):
             for name in part._parameters
         }
         self._unet: tuple[int, UNet] | None = None  # of the thread that made it
+        self._used = sorted(_used(known))
+        self._plans = Plans()
+
+    @property
+    def plan(self) -> UNetPlan | None:
+        """What ran the last call, if that was one without gradients and had one."""
+        return self._plans.plan
+
+    def retire(self) -> None:
+        super().retire()
+        self._plans = Plans(self._plans.steady)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is found anew where it is loaded stays behind: the classes may be others there."""
-        return {**self.__dict__, "_unet": None, "_code": None}
+        plans = Plans(self._plans.steady)
+        return {**self.__dict__, "_unet": None, "_code": None, "_plans": plans}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WholeNetwork:
         made = memo[id(self)] = type(self).__new__(type(self))
@@ -62,7 +81,15 @@ class WholeNetwork(state.StandIn):
             return self.own(*args, **kwargs)
         x, t, y, wrap = call
         modules = list(self.module.modules())
-        small = x.dim() != 4 or x.numel() == 0 or not rules.whole(x)
+        gradient = False
+        if torch.is_grad_enabled():
+            trains = any(
+                p.requires_grad for m in modules for p in m._parameters.values() if p is not None
+            )
+            gradient = trains or x.requires_grad or t.requires_grad
+            if trains:
+                self._plans.forget()
+        small = x.dim() != 4 or x.numel() == 0 or not rules.whole(x, gradient)
         if small or self._unlike(x) or self.changed(modules):
             return self.own(*args, **kwargs)
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -70,12 +97,33 @@ class WholeNetwork(state.StandIn):
             result = self.own(*args, **kwargs)
             self.autocast = getattr(_tensor(result), "dtype", None)
             return result
-        again = torch.is_grad_enabled() and state.checkpointing(modules)
+        if not gradient and not autocast and (out := self._planned(modules, x, t, y)) is not None:
+            return wrap(out)
+        again = gradient and state.checkpointing(modules)
         unet = self._own_unet(again)
-        if not self._bind(unet, modules) or not _fits(unet, x, t, y):
+        if not self._bind(unet, modules, gradient) or not _fits(unet, unet.conv_in.weight, x, t, y):
             return self.own(*args, **kwargs)
         out = unet(x, t, y) if y is not None else unet(x, t)
         return wrap((out.to(self.autocast) if autocast else out).contiguous())
+
+    def _planned(
+        self, modules: Sequence[nn.Module], x: Tensor, t: Tensor, y: Tensor | None
+    ) -> Tensor | None:
+        """The output of a call without gradients by a plan, or None where the walk takes it."""
+        unet = self._own_unet(False)
+        drops = any(modules[i].training and modules[i].p for _, i in unet.__dict__["dropouts"])
+        tensors = self._tensors(modules)
+        if drops or tensors is None or not _fits(unet, tensors[0], x, t, y):
+            return None
+        sinusoids = unet.sinusoids(t)
+        if sinusoids.requires_grad or sinusoids.dtype != torch.float32:
+            return None
+        bound = functools.partial(self._bound, unet, modules)
+        plan = self._plans.of(tensors, (x.shape[2], x.shape[3]), bound)
+        return None if plan is None else plan(x, sinusoids, y)
+
+    def _bound(self, unet: UNet, modules: Sequence[nn.Module]) -> UNet | None:
+        return unet if self._bind(unet, modules, False) else None
 
     def _unlike(self, x: Tensor) -> bool:
         return self.only is not None and tuple(x.shape[2:]) != tuple(self.only)
@@ -98,7 +146,7 @@ class WholeNetwork(state.StandIn):
             return None
         with torch.no_grad():
             unet = self._empty()
-            if not self._bind(unet, modules):
+            if not self._bind(unet, modules, False):
                 return None
         unet.image_size = cast(Any, image_size(self.module, self.known.project))
         unet.__dict__["stands_in"] = True
@@ -137,21 +185,28 @@ class WholeNetwork(state.StandIn):
         ]
         return unet
 
-    def _bind(self, unet: UNet, modules: Sequence[nn.Module]) -> bool:
+    def _tensors(self, modules: Sequence[nn.Module]) -> list[Tensor] | None:
+        """All tensors of the network that ours is made of; None where one is none it can take."""
+        tensors: list[Tensor] = []
+        for name in self._used:
+            i, own = self.places[name]
+            tensor = modules[i]._parameters.get(own)
+            if tensor is None or type(tensor) not in _PLAIN or tensor.dtype != torch.float32:
+                return None
+            tensors.append(tensor)
+        return tensors
+
+    def _bind(self, unet: UNet, modules: Sequence[nn.Module], gradient: bool) -> bool:
         """Put the network's tensors and dropouts, of its modules, in the place of the U-Net's;
         False where they are none that it can take."""
         for parts, i in unet.__dict__["dropouts"]:
             parts["dropout"] = modules[i]
-        gradient = torch.is_grad_enabled()
+        tensors = self._tensors(modules)
+        if tensors is None:
+            return False
+        named = dict(zip(self._used, tensors, strict=True))
         for parameters, name, source in unet.__dict__["slots"]:
-            tensors = []
-            for each in source.names:
-                i, own = self.places[each]
-                tensor = modules[i]._parameters.get(own)
-                if tensor is None or type(tensor) not in _PLAIN or tensor.dtype != torch.float32:
-                    return False
-                tensors.append(tensor)
-            value = source.of(tensors)
+            value = source.of([named[each] for each in source.names])
             if gradient and value.dim() == 4:
                 # As the gradients' sums are made. Without gradients a packed copy is kept by the
                 # tensor, which must then be the network's own.
@@ -192,9 +247,9 @@ class WholeNetwork(state.StandIn):
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _fits(unet: UNet, x: Tensor, t: Tensor, y: Tensor | None) -> bool:
-    """Whether the U-Net takes these without a word; else the network says what it says to them."""
-    weight = unet.conv_in.weight
+def _fits(unet: UNet, weight: Tensor, x: Tensor, t: Tensor, y: Tensor | None) -> bool:
+    """Whether the U-Net with weights like this one takes these without a word; else the network
+    says what it says to them."""
     same = {x.device, t.device, *(() if y is None else (y.device,))} == {weight.device}
     if not same or type(x) not in _PLAIN:
         return False
@@ -288,7 +343,7 @@ def _compared(ours: WholeNetwork, unet: UNet, x: Tensor, t: Tensor, y: Tensor | 
                 given = (LARGE * x, *given[1:])
                 for p in last:
                     p.mul_(LARGE)
-            if not ours._bind(unet, list(ours.module.modules())):
+            if not ours._bind(unet, list(ours.module.modules()), False):
                 return "its parameters are not plain tensors of one device"
             expected, found = ours.own(*given), unet(*given)
             if ours.known.project == "diffusers":

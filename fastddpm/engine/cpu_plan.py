@@ -174,12 +174,19 @@ class CpuPlan(Eager):
 
 @torch.no_grad()
 def build_plan(
-    model: UNet, height: int, width: int, algorithm: str = "auto", precision: str = "fp32"
+    model: UNet,
+    height: int,
+    width: int,
+    algorithm: str = "auto",
+    precision: str = "fp32",
+    *,
+    threads: int = 1,
 ) -> Any:
     """The plan of a U-Net for images of one size.
 
     algorithm: of the 3x3 convolutions of stride 1: "auto", the fastest by a count of the work, or
-    in fp32 "direct", "winograd_2" or "winograd_4", in bf16 "bf16";  precision: "fp32" or "bf16"."""
+    in fp32 "direct", "winograd_2" or "winograd_4", in bf16 "bf16";  precision: "fp32" or "bf16";
+    threads: that pack the weights"""
     native: Any = _native.C
     plan = native.cpu.Plan(height, width, model.in_channels, bf16=precision == "bf16")
     names = {module: name for name, module in model.named_modules()}
@@ -201,6 +208,7 @@ def build_plan(
             layer.bias.tolist(),
             kernel,
             algorithm=algorithm,
+            threads=threads,
             **options,
         )
 

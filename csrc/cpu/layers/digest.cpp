@@ -29,17 +29,27 @@ void add_words(const Word* __restrict words, int64_t count, uint32_t* __restrict
 
 }  // namespace
 
-void digest(const void* data, int64_t bytes, uint32_t* lanes, int threads) {
-  const int64_t words = bytes / 4, chunks = words / CHUNK + 1;
-  const auto* from = static_cast<const Word*>(data);
+void digest(const Bytes* spans, int64_t count, uint32_t* lanes, int threads) {
+  int64_t chunks = 0, words = 0;
+  for (int64_t i = 0; i < count; ++i)
+    chunks += spans[i].count / 4 / CHUNK + 1, words += spans[i].count / 4;
+  const Scratch<Bytes> pieces(chunks);
+  for (int64_t i = 0, at = 0; i < count; ++i) {
+    const auto* from = static_cast<const char*>(spans[i].data);
+    int64_t left = spans[i].count;  // the last piece is the one with less than a chunk, or nothing
+    for (; left / 4 >= CHUNK; left -= 4 * CHUNK, from += 4 * CHUNK)
+      pieces.data[at++] = {from, 4 * CHUNK};
+    pieces.data[at++] = {from, left};
+  }
   const Scratch<uint32_t> parts(chunks * DIGEST);
   parallel_for(chunks, words / 4, threads, [&](int64_t chunk, int) {
-    const int64_t first = chunk * CHUNK, rest = words - first;
+    const Bytes piece = pieces.data[chunk];
+    const auto* from = static_cast<const Word*>(piece.data);
     uint32_t part[DIGEST] = {};
-    add_words(from + first, rest < CHUNK ? rest : CHUNK, part);
-    if (rest < CHUNK && bytes % 4) {  // what is left is less than a word
+    add_words(from, piece.count / 4, part);
+    if (piece.count % 4) {  // what is left is less than a word
       uint32_t word = 0;
-      __builtin_memcpy(&word, from + words, size_t(bytes % 4));
+      __builtin_memcpy(&word, from + piece.count / 4, size_t(piece.count % 4));
       part[DIGEST - 1] = added(part[DIGEST - 1], word);
     }
     __builtin_memcpy(parts.data + chunk * DIGEST, part, sizeof part);

@@ -29,6 +29,11 @@ struct ActivationGradient {
 
 constexpr int64_t DIGEST = 64;  // words of a digest
 
+struct Bytes {  // of memory
+  const void* data;
+  int64_t count;
+};
+
 #define FASTDDPM_DECLARE_IMAGE_OPS(isa, base)                                                     \
   namespace isa {                                                                                 \
   void load_images(const Tensor& x, const Shape&, float* out, int threads);                       \
@@ -41,8 +46,8 @@ constexpr int64_t DIGEST = 64;  // words of a digest
   void sum_pixels(const float* x, int64_t images, int64_t pixels, int64_t channels, double* sums, \
                   int threads);                                                                   \
   void activation_gradient(const ActivationGradient&, int threads);                               \
-  /* lanes: DIGEST words, other ones where a word of memory is another one */                     \
-  void digest(const void* data, int64_t bytes, uint32_t* lanes, int threads);                     \
+  /* lanes: DIGEST words, other ones where a word of the spans' memory is another one */          \
+  void digest(const Bytes* spans, int64_t count, uint32_t* lanes, int threads);                   \
   }
 
 }  // namespace fastddpm

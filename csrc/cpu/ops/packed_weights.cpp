@@ -42,7 +42,8 @@ std::shared_ptr<const PackedWeight> PackedWeights::of(const Convolution& op, int
   if (!bytes) return packed_weight(op, threads);
   const Way way = way_of(kernels, geometry_of(op), op.rounded);
   Seen seen{&kernels, way, weight, {}, nullptr};
-  kernels.digest(weight.data, bytes, seen.digest, threads);
+  const Bytes all_of_it{weight.data, bytes};
+  kernels.digest(&all_of_it, 1, seen.digest, threads);
 
   const std::lock_guard<std::mutex> turn(running);
   const auto known = std::find_if(all.begin(), all.end(), [&](const Seen& other) {

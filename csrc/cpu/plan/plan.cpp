@@ -75,13 +75,13 @@ Asked Plan::State::asked(const Layer& layer, const std::string& algorithm) const
                          algorithm + "'");
 }
 
-void Plan::State::pack(Layer& layer, const float* weight) {
+void Plan::State::pack(Layer& layer, const float* weight, int threads) {
   const Geometry& is = layer.way.is;
   const int64_t taps = is.kernel * is.kernel;
   layer.weight = allocate(layer.way.weight_floats, false);
   const Weight given{weight,  DType::f32, is.c_out,
                      is.c_in, is.kernel,  {is.c_in * taps, taps, is.kernel, 1}};
-  cpu::pack(kernels, layer.way, given, layer.weight.get(), 1);
+  cpu::pack(kernels, layer.way, given, layer.weight.get(), threads);
   weights += layer.way.weight_floats * int64_t(sizeof(float));
 }
 
@@ -223,7 +223,7 @@ int64_t Plan::convolution(const ConvolutionLayer& spec) {
   }
 
   layer.way = way_of(s.kernels, is, s.bf16, s.asked(layer, spec.algorithm));
-  s.pack(layer, spec.weight);
+  s.pack(layer, spec.weight, spec.threads);
   if (norm.groups) {
     for (int64_t id : layer.sources) s.need_statistics(id);
     layer.coefficients = s.add_scratch(3 * c_in);

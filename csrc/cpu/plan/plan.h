@@ -44,6 +44,7 @@ struct ConvolutionLayer {
   int64_t repeat = 1;                         // 2: each pixel of the sources becomes 2x2 first
   bool halve = false;              // 2x2 pixels, normed, become their mean first; repeat is 1
   std::string algorithm = "auto";  // or "direct", "winograd_2", "winograd_4"; "bf16" in bfloat16
+  int threads = 1;                 // that pack the weight
 };
 
 // A layer as it will run, for reports.

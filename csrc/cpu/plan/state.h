@@ -61,7 +61,7 @@ struct Plan::State {
   Activation& read(const std::string& name, int64_t id);
   void need_statistics(int64_t id);
   Asked asked(const Layer& layer, const std::string& algorithm) const;
-  void pack(Layer& layer, const float* weight);
+  void pack(Layer& layer, const float* weight, int threads);
   int64_t layer_floats(const Layer& layer) const;
   void divide();
   int64_t segment_of(int64_t layer) const;
