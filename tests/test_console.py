@@ -291,7 +291,7 @@ def test_limits_of_memory_give_images_or_one_line(folder, engine):
     begun = 'from fastddpm.cli import main; print("begun", flush=True); raise SystemExit(main())'
     sample = f"{sys.executable} -c '{begun}' sample --model large -n 8 --batch-size 8 --steps 1"
     codes = []
-    for megabytes in range(imported - 100, imported + 2500, 200):
+    for megabytes in range(imported + 20, imported + 2500, 200):  # below, theirs hang at times
         (folder / "x.npz").unlink(missing_ok=True)
         done = program(
             f"ulimit -v {megabytes * 1024}; {sample} --engine {engine} --precision fp32 "
