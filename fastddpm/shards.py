@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fastddpm import arguments, ranks
+from fastddpm import arguments, kept, ranks
 from fastddpm.chain import Chain, bar, finite
 from fastddpm.checkpoint import atomic_write, remove_abandoned
 from fastddpm.diffusion import Diffusion
@@ -212,24 +211,19 @@ def _about(path: Path, count: int) -> dict[str, Any] | None:
     """What a whole file says of its set, {} if it says nothing; None if it is damaged.
 
     Raises ValueError for what is no file: it could not be replaced, or would be waited for."""
-    if os.path.lexists(path) and not path.is_file():
-        raise ValueError(f"{path} is no regular file: give another folder")
-    try:
+    kept.check_regular(path)
+
+    def content() -> dict[str, Any]:
         said = json.loads(_text(path, count))
-    except MemoryError:  # no fault of the file
-        raise
-    except Exception:  # on hostile bytes decoders raise nearly anything
-        return None
-    return said if isinstance(said, dict) else {}
+        return said if isinstance(said, dict) else {}
+
+    return kept.if_whole(content)
 
 
 def _text(path: Path, count: int) -> str:
     """The JSON in a file whose images were read whole."""
     if path.suffix == ".png":
-        with Image.open(path, formats=("PNG",)) as image:
-            text = image.info.get("fastddpm", "{}")
-            image.verify()
-        return text
+        return kept.png_text(path)
     with np.load(path, allow_pickle=False) as file:
         text = str(file["about"]) if "about" in file else "{}"
         if len(file["images"]) != count:
@@ -240,12 +234,7 @@ def _text(path: Path, count: int) -> str:
 def _check_same_set(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     if not theirs:
         raise ValueError(f"{path} does not say what drew it: give another folder")
-    for name, value in ours.items():
-        if theirs.get(name) != value:
-            raise ValueError(
-                f"{path} is a sample of another set: its {name} is {theirs.get(name)!r} and here "
-                f"{value!r}; give another folder"
-            )
+    kept.check_same(path, "a sample of another set", theirs, ours)
 
 
 def _check_same_labels(path: Path, theirs: Any, samples: range, labels: Mapping[int, int]) -> None:
@@ -283,18 +272,17 @@ def read(folder: str | Path, first: int, n: int) -> Iterator[torch.Tensor]:
 
 def _images(path: Path) -> torch.Tensor | None:
     """(k, C, H, W) of a file; None if it is damaged."""
-    try:
+
+    def pixels() -> torch.Tensor:
         if path.suffix == ".png":
             with Image.open(path, formats=("PNG",)) as image:
-                pixels = np.atleast_3d(np.asarray(image))[None]
+                array = np.atleast_3d(np.asarray(image))[None]
         else:
             with np.load(path, allow_pickle=False) as file:
-                pixels = file["images"]
-        return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
-    except MemoryError:  # no fault of the file
-        raise
-    except Exception:  # on hostile bytes decoders raise nearly anything
-        return None
+                array = file["images"]
+        return torch.from_numpy(array.transpose(0, 3, 1, 2).copy())
+
+    return kept.if_whole(pixels)
 
 
 def write(
@@ -330,7 +318,7 @@ def _files(
         return
     for k, image in enumerate(images):
         text = PngInfo()
-        text.add_text("fastddpm", said(range(first + k, first + k + 1)))
+        text.add_text(kept.KEY, said(range(first + k, first + k + 1)))
         buffer = io.BytesIO()
         to_pil(image).save(buffer, format="PNG", pnginfo=text)
         yield f"{first + k:06d}.png", buffer.getvalue()

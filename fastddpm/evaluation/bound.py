@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastddpm import ranks
+from fastddpm import kept, ranks
 from fastddpm.batching import Batches
 from fastddpm.chain import visits
 from fastddpm.checkpoint import atomic_write, named, read_json, remove_abandoned, write_json
@@ -307,8 +307,7 @@ class _Store:
         for path in sorted(self.folder.iterdir()):
             if _range(path.name) is None:
                 continue
-            if not path.is_file():
-                raise ValueError(f"{path} is no regular file: give another folder")
+            kept.check_regular(path)
             said = _content(path)
             if said is not None:
                 self._same(path, said[0])
@@ -317,13 +316,8 @@ class _Store:
             self._same(self.folder / PILOT, pilot.get("about", {}))
 
     def _same(self, path: Path, theirs: Any) -> None:
-        for name, value in self._about.items():
-            other = theirs.get(name) if isinstance(theirs, dict) else None
-            if other != value:
-                raise ValueError(
-                    f"{path} is of another bound: its {name} is {other!r} and here {value!r}; give "
-                    "another folder"
-                )
+        said = theirs if isinstance(theirs, dict) else {}
+        kept.check_same(path, "of another bound", said, self._about)
 
     def read(self, n: int) -> dict[Range, _Part]:
         """The parts whose whole files are there, none of an image twice; damaged ones are left
@@ -373,8 +367,8 @@ class _Store:
 
     def _weights(self, likelihood: Likelihood, data: Images, passes: Passes) -> list[float]:
         T = likelihood.process.T
-        if self.folder is not None and (kept := self._pilot()) is not None:
-            weights = kept.get("weights")
+        if self.folder is not None and (pilot := self._pilot()) is not None:
+            weights = pilot.get("weights")
             if isinstance(weights, list) and len(weights) == T:
                 return weights
 
@@ -394,15 +388,16 @@ def _range(name: str) -> Range | None:
 
 def _content(path: Path) -> tuple[Any, _Part | None] | None:
     """What a whole file says that it is of, and what it holds, if that is a part; None: damaged."""
-    start, stop = _range(path.name) or (0, 0)
-    try:
+
+    def content() -> tuple[Any, dict[str, np.ndarray]]:
         with np.load(path, allow_pickle=False) as file:
-            about = json.loads(str(file["about"]))
-            arrays = {name: file[name] for name in _FIELDS}
-    except MemoryError:  # no fault of the file
-        raise
-    except Exception:  # on hostile bytes decoders raise nearly anything
+            return json.loads(str(file["about"])), {name: file[name] for name in _FIELDS}
+
+    found = kept.if_whole(content)
+    if found is None:
         return None
+    about, arrays = found
+    start, stop = _range(path.name) or (0, 0)
     pieces = -(-(stop - start) // PIECE)
     T = arrays["terms"].shape[-1] if arrays["terms"].ndim == 2 else -1
     shapes = {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastddpm import arguments
+from fastddpm import arguments, kept
 from fastddpm.data import WITH_SPLITS, Dataset, open_dataset
 from fastddpm.data.dataset import CHUNK
 from fastddpm.data.identity import Fingerprint
@@ -105,9 +105,7 @@ def check_apart(data: Any, out: Path) -> None:
         data = data.path
     if not isinstance(data, (str, os.PathLike)):
         return
-    source, folder = Path(data).resolve(), out.resolve()
-    if source.is_dir() and (folder == source or source in folder.parents):
-        raise ValueError(
-            f"the results' folder {out} lies in the data {data}: samples would be among the "
-            "images; give another folder"
-        )
+    kept.check_apart(
+        data, out, f"the results' folder {out} lies in the data {data}: samples would be among the "
+        "images; give another folder",
+    )  # fmt: skip

@@ -33,6 +33,7 @@ from fastddpm.figures.page import Section, page
 from fastddpm.figures.paper import FIGURES, cost
 from fastddpm.figures.pictures import check_channels
 from fastddpm.figures.store import INDEX, Shown, Store
+from fastddpm.kept import check_apart
 from fastddpm.options import check_choice, check_count, shown
 from fastddpm.progress import Whole
 from fastddpm.schedule import Sampler
@@ -234,12 +235,10 @@ def _images(data: Any, model: UNet, out: Path) -> Images:
 
 
 def _check_apart(data: str | os.PathLike, out: Path) -> None:
-    source, folder = Path(data).resolve(), out.resolve()
-    if source.is_dir() and (folder == source or source in folder.parents):
-        raise ValueError(
-            f"the gallery {out} would lie among its data {data}, and its pictures be among the "
-            "images: give another --out"
-        )
+    check_apart(
+        data, out, f"the gallery {out} would lie among its data {data}, and its pictures be among "
+        "the images: give another --out",
+    )  # fmt: skip
 
 
 def _extractor(extractor: Any, weights: Any, model: UNet) -> extractors.Extractor | None:

@@ -11,18 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fastddpm import folder_lock
+from fastddpm import folder_lock, kept
 from fastddpm.checkpoint import atomic_write, read_tensors, remove_abandoned, write_tensors
 from fastddpm.figures.job import Progression
 from fastddpm.figures.page import is_ours
 from fastddpm.figures.paper import FIGURES, Picture
-from fastddpm.options import shown
+from fastddpm.kept import KEY
 
 INDEX, CHAIN = "index.html", "samples.safetensors"
-KEY = "fastddpm"  # of a picture's text: JSON of what drew it and of what the page says
 
 
 class Shown(NamedTuple):
@@ -106,7 +104,7 @@ class Store:
     def progression(self) -> Progression | None:
         """The samples that are there; None where they are not, or not whole."""
         path = self.path / CHAIN
-        _check_regular(path)
+        kept.check_regular(path)
         try:
             tensors, metadata = read_tensors(path)
             said = json.loads(metadata.get(KEY, "{}"))
@@ -129,7 +127,7 @@ class Store:
         path = self.path / INDEX
         if not os.path.lexists(path):
             return
-        _check_regular(path)
+        kept.check_regular(path)
         with contextlib.suppress(UnicodeDecodeError):
             if is_ours(path.read_text(encoding="utf-8")):
                 return
@@ -138,29 +136,16 @@ class Store:
     def _check_same(self, path: Path, theirs: Any, ours: dict[str, Any]) -> None:
         if not isinstance(theirs, dict):
             raise ValueError(f"{path} does not say what drew it: give another folder")
-        for name, value in ours.items():
-            if theirs.get(name) != value:
-                raise ValueError(
-                    f"{path} is of another gallery: its {name} is {shown(theirs.get(name))} and "
-                    f"here {shown(value)}; give another folder"
-                )
-
-
-def _check_regular(path: Path) -> None:
-    if os.path.lexists(path) and not path.is_file():
-        raise ValueError(f"{path} is no regular file: give another folder")
+        kept.check_same(path, "of another gallery", theirs, ours)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     """What a whole picture says of itself, {} if nothing; None if it is damaged."""
-    _check_regular(path)
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            said = json.loads(image.info.get(KEY, "{}"))
-            image.verify()
-    except MemoryError:  # no fault of the file
-        raise
-    except Exception:  # on hostile bytes decoders raise nearly anything
-        return None
-    whole = isinstance(said, dict) and {"about", "size", "caption", "alt"} <= {*said}
-    return said if whole else {}
+    kept.check_regular(path)
+
+    def content() -> dict[str, Any]:
+        said = json.loads(kept.png_text(path))
+        whole = isinstance(said, dict) and {"about", "size", "caption", "alt"} <= {*said}
+        return said if whole else {}
+
+    return kept.if_whole(content)
