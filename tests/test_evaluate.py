@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from image_files import idx
+from killing import Killed, killed_after
 from test_cli import call, model, refused, row  # noqa: F401
 from test_runs import snapshot
 from toy import images, tiny_unet
 
 import fastddpm
-from fastddpm import bits_per_dim, checkpoint, digest, evaluate, figures, sample
+from fastddpm import bits_per_dim, digest, evaluate, figures, sample
 from fastddpm.checkpoint import read_json, write_json
 from fastddpm.data import open_dataset
 from fastddpm.evaluation import extractors, task
@@ -205,10 +206,6 @@ def test_what_is_asked_for_later_is_added(data, tmp_path, monkeypatch):
     assert without.figures() == found.figures()
 
 
-class Killed(BaseException):
-    pass
-
-
 def pruned(folder: Path) -> list:
     return content(folder)["figures"]
 
@@ -217,17 +214,8 @@ def pruned(folder: Path) -> list:
 def test_whichever_write_is_the_last_it_goes_on(data, tmp_path, monkeypatch, survived):
     options = {"train": tmp_path / "train.npz", **SHORT, "steps": 3, "n": 3}
     evaluate(tiny_unet(), data, out=tmp_path / "a", **options)
-    replace, renamed = os.replace, []
-
-    def until_killed(source, target):
-        if len(renamed) == survived:
-            raise Killed
-        renamed.append(target)
-        replace(source, target)
-
     out = tmp_path / "b"
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", until_killed)
+    with killed_after(survived, monkeypatch) as renamed:
         try:
             evaluate(tiny_unet(), data, out=out, **options)
         except Killed:

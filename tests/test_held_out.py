@@ -5,19 +5,19 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 import sys
 
 import numpy as np
 import pytest
 import torch
 from image_files import idx
+from killing import Killed, killed_after
 from test_cli import call, model, refused, row  # noqa: F401
 from test_runs import save_pictures, snapshot
 from test_training import SHORT, assert_same, trainer
 from toy import images, tiny_unet
 
-from fastddpm import UNet, bits_per_dim, checkpoint
+from fastddpm import UNet, bits_per_dim
 from fastddpm.checkpoint import read_json, read_tensors
 from fastddpm.data import open_dataset
 from fastddpm.training import fit, run_log
@@ -121,10 +121,6 @@ def test_a_model_of_nan_is_judged_by_inf_and_never_the_best(tmp_path, data):
     assert not (tmp_path / "best").exists()
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("survived", [1, 2, 4, 7, 9, 11])
 def test_whichever_write_is_the_last_the_run_goes_on_and_its_best_is_whole(
     tmp_path, data, quick, monkeypatch, survived
@@ -132,17 +128,8 @@ def test_whichever_write_is_the_last_the_run_goes_on_and_its_best_is_whole(
     options = {**SHORT, "steps": 4, "save_every": 2}
     judged = {"every": 2, "images": 2, "steps": 2}
     fit(trainer(tiny_unet()), data, tmp_path / "a", **options, held_out=held(tmp_path, **judged))
-    replace, renamed = os.replace, []
-
-    def until_killed(source, target):
-        if len(renamed) == survived:
-            raise Killed
-        renamed.append(target)
-        replace(source, target)
-
     out = tmp_path / "b"
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", until_killed)
+    with killed_after(survived, monkeypatch) as renamed:
         try:
             fit(trainer(tiny_unet()), data, out, **options, held_out=held(tmp_path, **judged))
         except Killed:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from killing import Killed, killed_after
 from PIL import Image
 from toy import SCHEDULE, generator, images, tiny_unet
 
@@ -609,10 +610,6 @@ def test_fit_resumes_to_the_bit_and_without_repeating_the_log(tmp_path, dataset,
     assert resumed.step_count == 10
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("survived", range(8))
 def test_whichever_write_is_the_last_the_run_can_go_on(
     tmp_path, dataset, quick, monkeypatch, survived
@@ -622,18 +619,8 @@ def test_whichever_write_is_the_last_the_run_can_go_on(
     straight = trainer(tiny_unet())
     fit(straight, dataset, tmp_path / "a", **options)
 
-    replace, renamed = os.replace, []
-
-    def until_killed(source, target):
-        if len(renamed) == survived:
-            raise Killed
-        renamed.append(target)
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", until_killed)
-        with pytest.raises(Killed):
-            fit(trainer(tiny_unet()), dataset, tmp_path / "b", **options)
+    with killed_after(survived, monkeypatch), pytest.raises(Killed):
+        fit(trainer(tiny_unet()), dataset, tmp_path / "b", **options)
     resume = (tmp_path / "b" / STATE).exists()
     if resume:  # the command line builds the model from this file
         config = checkpoint.read_json(tmp_path / "b" / "config.json")
