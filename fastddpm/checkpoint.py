@@ -32,8 +32,7 @@ _BINARY = getattr(os, "O_BINARY", 0)  # Windows
 FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
-# Of what may stand beside weights, counters above all.
-_OTHERS = {
+_DTYPES = FLOATS | {  # and of what may stand beside weights, counters above all
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
     "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
@@ -317,7 +316,6 @@ def read_weights(
 
     shapes_only: on the meta device, from the file's header; no value is read. Pickles are read by
     torch's weights-only unpickler, which makes nothing but tensors and plain containers.
-
     counters: int64 is allowed too, which batch norms count their batches in
     pick: from what a file holds to the weights that are meant; of a list of several state dicts the
           last by default, the EMA's where it has one
@@ -382,13 +380,12 @@ def _shapes(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         dtype, shape = (each.get("dtype"), each.get("shape")) if isinstance(each, dict) else (0, 0)
         if not isinstance(shape, list) or not all(type(side) is int for side in shape):
             raise ValueError(f"{path} is not a whole safetensors file: {name} has no shape")
-        known = {**FLOATS, **_OTHERS}
-        if not isinstance(dtype, str) or dtype not in known:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise _other_type(path, name, f"{dtype}")
         _check_shape(path, name, shape)
         if math.prod(shape) > os.path.getsize(path):  # and maybe more than an int64 counts
             raise ValueError(f"{path} is not a whole safetensors file: {name} is not in it")
-        shapes[name] = torch.empty(shape, dtype=known[dtype], device="meta")
+        shapes[name] = torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
     return shapes
 
 

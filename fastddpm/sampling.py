@@ -151,7 +151,6 @@ def sample_progressive(
     return finite(torch.cat(images)), torch.cat(predictions, dim=1), times
 
 
-@own_state()
 def sample_shared_latent(
     model: Model,
     n: int = 8,
@@ -165,10 +164,9 @@ def sample_shared_latent(
     """Samples that share x_t and differ below it (DDPM Fig. 7); (len(t), n, C, H, W).
 
     Row k: n draws of p(x_0 | x_t) at the paper's t[k] (t = T shares only x_T), where x_t lies on
-           the way to
-    the sample `first_index`, whose own noise the first draw of each row follows. options: those of
-    `sample` that say no beginning, batch or order of the noise; of model_kwargs, n images long, x_t
-    takes the first.
+           the way to the sample `first_index`, whose own noise the first draw of each row follows.
+    options: those of `sample` that say no beginning, batch or order of the noise; of model_kwargs,
+    n images long, x_t takes the first.
     """
     return draw_shared_latent(
         model, n, t=t, seed=seed, first_index=first_index, progress=progress, **options

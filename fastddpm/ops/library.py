@@ -216,23 +216,30 @@ noise = Op(
 )
 
 
-def _drawn_noise(x0, t, table, seed, step, sample_index, flip, dtype, choose=choose):
+def _drawn_noise(
+    x0, t, table, seed, step, sample_index, flip, dtype, choose=choose, keep_eps=True
+):  # fmt: skip
     check_t(t, table)
     check_draw(t, step, sample_index)
     backend = choose("noise", x0, t, table, step, sample_index, flip, dtype=dtype)
     return backend.noise(
-        x0, t, table, seed=seed, step=step, sample_index=sample_index, flip=flip, dtype=dtype
-    )
+        x0, t, table, seed=seed, step=step, sample_index=sample_index, flip=flip, dtype=dtype,
+        keep_eps=keep_eps,
+    )  # fmt: skip
 
 
 def _drawn_noise_fake(x0, t, table, seed, step, sample_index, flip, dtype):
     return torch.empty_like(x0, dtype=dtype), torch.empty_like(x0, dtype=dtype)
 
 
-def _drawn_noise_setup(ctx, inputs, output):
+def _noised_setup(ctx, inputs, output):
     x0, t, table, *_, flip, _ = inputs
     ctx.save_for_backward(t, table, flip)
     ctx.dtype = x0.dtype
+
+
+def _drawn_noise_setup(ctx, inputs, output):
+    _noised_setup(ctx, inputs, output)
     ctx.mark_non_differentiable(output[1])
 
 
@@ -253,23 +260,11 @@ drawn_noise = Op(
 
 
 def _noised(x0, t, table, seed, step, sample_index, flip, dtype, choose=choose):
-    check_t(t, table)
-    check_draw(t, step, sample_index)
-    backend = choose("noise", x0, t, table, step, sample_index, flip, dtype=dtype)
-    return backend.noise(
-        x0, t, table, seed=seed, step=step, sample_index=sample_index, flip=flip, dtype=dtype,
-        keep_eps=False,
-    )[0]  # fmt: skip
+    return _drawn_noise(x0, t, table, seed, step, sample_index, flip, dtype, choose, False)[0]
 
 
 def _noised_fake(x0, t, table, seed, step, sample_index, flip, dtype):
     return torch.empty_like(x0, dtype=dtype)
-
-
-def _noised_setup(ctx, inputs, output):
-    x0, t, table, *_, flip, _ = inputs
-    ctx.save_for_backward(t, table, flip)
-    ctx.dtype = x0.dtype
 
 
 def _noised_backward(ctx, grad):
