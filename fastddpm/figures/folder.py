@@ -176,7 +176,7 @@ def gallery(
         with Whole(desc="figures", disable=not progress or not todo, bar_format=BAR) as whole:
             job = Job(
                 model, options, chain.diffusion.schedule, images, searched, n, rows, frames,
-                k or K, seed, network, evaluation, whole, store.progression() if todo else None,
+                k or K, seed, network, evaluation, whole, store.drawn if todo else None,
             )  # fmt: skip
             whole.total = cost(job, todo)
             for name in todo:

@@ -47,11 +47,12 @@ class Store:
 
     base:  what all of its pictures are of;  facts: what is known beside it, by the names of
            Figure.depends
+    drawn: the samples that were there, whole, when it was last read, or kept since; or None
     """
 
     def __init__(self, path: Path, base: dict[str, Any], facts: dict[str, Any]):
         self.path, self.base, self.facts = path, base, facts
-        self._kept: Progression | None = None
+        self.drawn: Progression | None = None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -78,8 +79,7 @@ class Store:
                 found[name] = Shown(
                     name, path, tuple(said["size"]), str(said["caption"]), str(said["alt"])
                 )
-        if os.path.lexists(self.path / CHAIN):
-            self.progression()
+        self.drawn = self.progression() if os.path.lexists(self.path / CHAIN) else None
         return found
 
     def write(self, name: str, picture: Picture, seconds: float) -> Shown:
@@ -94,12 +94,12 @@ class Store:
 
     def keep(self, drawn: Progression) -> None:
         """The samples, so that a gallery that is stopped does not have to draw them again."""
-        if self._kept is drawn:
+        if self.drawn is drawn:
             return
         said = {"about": self._of_chain(), "times": drawn.times, "rmse": drawn.rmse}
         tensors = {"images": drawn.images, "predictions": drawn.predictions}
         write_tensors(self.path / CHAIN, tensors, {KEY: json.dumps(said)})
-        self._kept = drawn
+        self.drawn = drawn
 
     def progression(self) -> Progression | None:
         """The samples that are there; None where they are not, or not whole."""
@@ -111,10 +111,7 @@ class Store:
         except (ValueError, OSError):
             return None
         self._check_same(path, said.get("about"), self._of_chain())
-        self._kept = Progression(
-            tensors["images"], tensors["predictions"], said["times"], said["rmse"]
-        )
-        return self._kept
+        return Progression(tensors["images"], tensors["predictions"], said["times"], said["rmse"])
 
     def write_page(self, content: str) -> None:
         with atomic_write(self.path / INDEX) as file:
